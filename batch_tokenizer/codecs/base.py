@@ -1,0 +1,95 @@
+"""What a codec is to the rest of the program: a spec that needs no weights, and a model that turns features into codes.
+
+``CodecSpec`` is small and picklable. It goes to the loader workers (front end), to ``verify`` (frame arithmetic) and to
+the run folder (fingerprint). ``Codec`` holds weights on a device and is made only in the process that computes.
+Audio enters as float32 samples (S,) at ``info.sample_rate``; codes are (T, K) in every file and interface.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True, slots=True)
+class CodecInfo:
+    """What a checkpoint is, as written into every token file.
+
+    Attributes:
+        family: the registry's name of the model family, such as ``mimo``.
+        name: the checkpoint's own name, its folder or hub id without the path before it.
+        sample_rate: Hz, of the audio that goes in and comes out.
+        samples_per_frame: samples of audio per frame of tokens.
+        codebook_sizes: rows of each codebook; its length is the greatest usable ``num_quantizers``.
+        fingerprint: hexadecimal digest of configuration and weights; equal fingerprints mean interchangeable tokens.
+        max_samples: longest utterance that the model takes in one pass, or None for no limit.
+    """
+
+    family: str
+    name: str
+    sample_rate: int
+    samples_per_frame: int
+    codebook_sizes: tuple[int, ...]
+    fingerprint: str
+    max_samples: int | None = None
+
+    @property
+    def num_codebooks(self) -> int:
+        """Codebooks in the checkpoint."""
+        return len(self.codebook_sizes)
+
+    @property
+    def frame_rate(self) -> float:
+        """Token frames per second."""
+        return self.sample_rate / self.samples_per_frame
+
+
+class CodecSpec(ABC):
+    """A checkpoint without its weights. Subclasses are picklable and cheap to copy to a worker process."""
+
+    info: CodecInfo
+
+    @abstractmethod
+    def features(self, samples: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """The front end: samples (S,), S >= 1, to what ``Codec.encode`` takes, (channels, length). Runs in a worker."""
+
+    @abstractmethod
+    def num_frames(self, num_samples: int) -> int:
+        """Token frames T of an utterance of ``num_samples`` >= 1 samples."""
+
+    @abstractmethod
+    def num_output_samples(self, num_frames: int) -> int:
+        """Samples that decoding ``num_frames`` >= 1 frames yields."""
+
+
+class Codec(ABC):
+    """A checkpoint with its weights on a device.
+
+    A result never depends on the other members of the call: neither on how many there are, nor on their lengths or
+    order. Members are numpy arrays in host memory on both sides.
+    """
+
+    spec: CodecSpec
+
+    @property
+    def info(self) -> CodecInfo:
+        """The spec's ``info``."""
+        return self.spec.info
+
+    @abstractmethod
+    def encode(
+        self, features: Sequence[npt.NDArray[np.float32]], num_quantizers: int
+    ) -> list[npt.NDArray[np.uint16]]:
+        """Features (channels, length_i) each to codes (T_i, ``num_quantizers``) each, in the order given."""
+
+    @abstractmethod
+    def decode(self, codes: Sequence[npt.NDArray[np.uint16]]) -> list[npt.NDArray[np.float32]]:
+        """Codes (T_i, K_i) each, 1 <= K_i <= ``num_codebooks``, to samples (S_i,) each, in the order given."""
+
+    def release(self) -> None:
+        """Let go of cached device memory, after a batch that did not fit. Default: nothing to let go of."""
+        return None

@@ -1,0 +1,1 @@
+"""From manifest rows to batches in memory: loader processes and packing by budget."""

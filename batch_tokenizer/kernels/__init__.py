@@ -1,0 +1,1 @@
+"""Device kernels with one seam per backend: packed attention, packing, segment norms. Imports torch only."""

@@ -1,0 +1,171 @@
+"""The records that flow through a run, one type per arrow of the pipeline, and the two errors that end a row or a run.
+
+    manifest ──ManifestRow──► loader ──LoadedRow──► packer ──Batch──► codec ──TokenizedRow──► writers ──LedgerEntry──► ledger
+                                 └───────────────────────RowFailure──────────────────────────────────────────────────────┘
+
+Every record is frozen: a stage makes a new one instead of changing what it was given. Arrays are numpy, not torch, so
+that a record crosses a process border as plain bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+Task = Literal["wav2token", "token2wav", "wav2token2wav"]
+Stage = Literal["manifest", "load", "encode", "decode", "write"]
+
+TASKS: tuple[Task, ...] = ("wav2token", "token2wav", "wav2token2wav")
+
+#: Fields that a manifest row must carry for each task, all of them non-empty strings.
+REQUIRED_FIELDS: Mapping[Task, tuple[str, ...]] = {
+    "wav2token": ("key", "wav", "quantized_tokens"),
+    "token2wav": ("key", "quantized_tokens", "reconstructed_wav"),
+    "wav2token2wav": ("key", "wav", "quantized_tokens", "reconstructed_wav"),
+}
+
+#: Fields that name a file which the task writes; no two rows may name the same one.
+OUTPUT_FIELDS: Mapping[Task, tuple[str, ...]] = {
+    "wav2token": ("quantized_tokens",),
+    "token2wav": ("reconstructed_wav",),
+    "wav2token2wav": ("quantized_tokens", "reconstructed_wav"),
+}
+
+
+class RowError(Exception):
+    """One row cannot be done, for a reason outside this program. It never reaches the rows beside it.
+
+    Attributes:
+        stage: where the row stopped.
+        reason: one line for a person, naming what is wrong and, where there is one, the remedy.
+    """
+
+    def __init__(self, stage: Stage, reason: str) -> None:
+        super().__init__(stage, reason)
+        self.stage: Stage = stage
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.stage}: {self.reason}"
+
+
+class RunError(Exception):
+    """The whole run cannot start or go on, for a reason outside this program. ``cli.py`` prints it as one line.
+
+    Attributes:
+        exit_code: 2 for what the caller asked for (flags, paths, checkpoint), 1 for what the world did (disk, network).
+    """
+
+    def __init__(self, message: str, *, exit_code: int = 2) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestRow:
+    """One good line of a manifest.
+
+    Attributes:
+        line: its line number in the manifest, counted from 0; with ``digest`` it identifies the row in the ledger.
+        digest: 16 hexadecimal digits, a 64-bit hash of the line's bytes without surrounding white space.
+        key: the utterance's name.
+        wav, quantized_tokens, reconstructed_wav: paths, relative to the working directory; None where the row has none.
+        fields: the whole row as it stood, for pass-through to the output's ``info``.
+    """
+
+    line: int
+    digest: str
+    key: str
+    wav: str | None
+    quantized_tokens: str | None
+    reconstructed_wav: str | None
+    fields: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class RowFailure:
+    """A row that ends as failed. ``key`` is None where the line could not be read far enough to know it."""
+
+    line: int
+    digest: str
+    key: str | None
+    stage: Stage
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedRow:
+    """A row whose input is in memory, as the codec's front end left it.
+
+    Attributes:
+        features: float32 (channels, length), what the codec's ``front_end`` made of the audio; None in ``token2wav``.
+        codes: uint16 (T, K), codes read from the row's token file; None unless ``token2wav``.
+        num_samples: the utterance's length in samples at the codec's sample rate, before any padding of the front end's.
+        frames: token frames, which is what a batch's budget counts.
+        load_seconds: processor time of this row's loading.
+    """
+
+    row: ManifestRow
+    features: npt.NDArray[np.float32] | None
+    codes: npt.NDArray[np.uint16] | None
+    num_samples: int
+    frames: int
+    load_seconds: float = 0.0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of array data this record holds."""
+        return sum(array.nbytes for array in (self.features, self.codes) if array is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows that go through the codec together. Which rows share a batch changes no row's result."""
+
+    rows: tuple[LoadedRow, ...]
+
+    @property
+    def frames(self) -> int:
+        """Token frames of all rows together."""
+        return sum(loaded.frames for loaded in self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedRow:
+    """A row's results, on their way to the writers.
+
+    Attributes:
+        codes: uint16 (T, K); None in ``token2wav``.
+        samples: float32 (S,) at the codec's sample rate, nominally in [-1, 1]; None in ``wav2token``.
+        num_samples: as in ``LoadedRow``.
+    """
+
+    row: ManifestRow
+    codes: npt.NDArray[np.uint16] | None
+    samples: npt.NDArray[np.float32] | None
+    num_samples: int
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerEntry:
+    """One line of a ledger: how a row ended. Written only after the row's outputs are published.
+
+    Attributes:
+        status: ``done``, ``failed``, or ``redo`` (an earlier ``done`` is taken back, as its outputs are gone).
+        num_samples: input length in samples at the codec's rate (``done`` only).
+        frames: token frames (``done`` only).
+        stage, reason: why it failed (``failed`` only).
+    """
+
+    line: int
+    digest: str
+    key: str | None
+    status: Literal["done", "failed", "redo"]
+    num_samples: int = 0
+    frames: int = 0
+    stage: Stage | None = None
+    reason: str | None = None

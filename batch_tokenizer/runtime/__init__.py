@@ -1,0 +1,1 @@
+"""Processes, devices, work queue, ledger, signals. Knows nothing of audio or models."""

@@ -1,0 +1,1 @@
+"""Results to files: token JSON, wav, atomic publishing. Knows nothing of models."""
