@@ -1,0 +1,94 @@
+"""``RunConfig``: everything a run was asked for, checked once at the door and frozen. ``cli.py`` makes it; no other module parses flags."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from batch_tokenizer.records import TASKS, RunError, Task
+
+Device = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Resampler = Literal["reference", "soxr"]
+AttentionBackend = Literal["auto", "torch_varlen", "flash_attn", "sdpa", "reference"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """One run.
+
+    Attributes:
+        model_path: checkpoint folder, hub id, or None for the bundled default.
+        data_list: the manifest, JSON lines.
+        run_dir: ledger, failures, summary; None means beside the manifest (``default_run_dir``).
+        batch_size: most utterances in one batch.
+        frame_budget: most token frames in one batch; None lets the device decide.
+        num_workers: loader processes per rank; 0 loads in the computing process.
+        prefetch: batches that the loader keeps ready ahead of the model.
+        num_quantizers: codebooks used; None means all that the checkpoint has.
+        row_timeout: seconds that loading one row may take before its worker is replaced.
+        grace: seconds that work in flight may take after SIGTERM, SIGUSR1 or SIGINT.
+        num_shards, shard: this job does every unit u with u % num_shards == shard.
+        strict: exit with status 1 if any row failed.
+        retry_failed: do rows again that an earlier run recorded as failed.
+        overwrite: discard a run folder that was made with other settings.
+        dry_run: print the plan and stop.
+
+    Raises:
+        RunError: a value is out of range; the message names the flag.
+    """
+
+    data_list: Path
+    task: Task = "wav2token"
+    model_path: str | None = None
+    run_dir: Path | None = None
+    batch_size: int = 64
+    frame_budget: int | None = None
+    num_workers: int = 2
+    prefetch: int = 4
+    num_quantizers: int | None = None
+    seed: int = 1986
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+    resampler: Resampler = "reference"
+    attention: AttentionBackend = "auto"
+    row_timeout: float = 120.0
+    grace: float = 30.0
+    num_shards: int = 1
+    shard: int = 0
+    strict: bool = False
+    retry_failed: bool = False
+    overwrite: bool = False
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        for flag, value, choices in (
+            ("task", self.task, TASKS),
+            ("device", self.device, get_args(Device)),
+            ("dtype", self.dtype, get_args(Dtype)),
+            ("resampler", self.resampler, get_args(Resampler)),
+            ("attention", self.attention, get_args(AttentionBackend)),
+        ):
+            if value not in choices:
+                raise RunError(f"--{flag} {value}: choose one of {', '.join(choices)}")
+        for flag, number, least in (
+            ("batch_size", self.batch_size, 1),
+            ("num_workers", self.num_workers, 0),
+            ("prefetch", self.prefetch, 1),
+            ("num_shards", self.num_shards, 1),
+            ("shard", self.shard, 0),
+            ("row_timeout", self.row_timeout, 0.1),
+            ("grace", self.grace, 0.0),
+        ):
+            if number < least:
+                raise RunError(f"--{flag} {number}: must be at least {least}")
+        for flag, optional in (("num_quantizers", self.num_quantizers), ("frame_budget", self.frame_budget)):
+            if optional is not None and optional < 1:
+                raise RunError(f"--{flag} {optional}: must be at least 1")
+        if self.shard >= self.num_shards:
+            raise RunError(f"--shard {self.shard}: must be below --num_shards {self.num_shards}")
+
+    def default_run_dir(self) -> Path:
+        """Beside the manifest, one folder a task: ``data.jsonl`` and ``wav2token`` give ``data.wav2token.run``."""
+        return self.data_list.with_name(f"{self.data_list.stem}.{self.task}.run")
