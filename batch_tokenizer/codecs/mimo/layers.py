@@ -1,0 +1,94 @@
+"""What the encoder, the decoder and the vocoder of MiMo are made of: pre-norm transformer layers over packed rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu
+
+from batch_tokenizer.kernels.attention import Window, choose_backend, varlen_attention
+from batch_tokenizer.kernels.norms import RMSNorm
+from batch_tokenizer.kernels.segments import Segments
+
+
+def make_norm(kind: str, channels: int) -> nn.Module:
+    """``LayerNorm`` (eps 1e-5) or ``RMSNorm`` (eps 1e-6)."""
+    return nn.LayerNorm(channels) if kind == "LayerNorm" else RMSNorm(channels)
+
+
+class Rotation:
+    """Rotary position embedding: the two halves of a head rotate together by position · theta^(-2i/D), in float32."""
+
+    def __init__(self, positions: Tensor, head_dim: int, theta: float) -> None:
+        """Positions int64 (N,), from 0 in each utterance."""
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
+        angles = torch.outer(positions.float(), 1.0 / theta**exponents)
+        self.cos, self.sin = angles.cos()[:, None], angles.sin()[:, None]  # (N, 1, D/2)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(N, H, D) to (N, H, D), the same dtype."""
+        first, second = x.float().chunk(2, dim=-1)
+        turned = torch.cat((first * self.cos - second * self.sin, second * self.cos + first * self.sin), dim=-1)
+        return turned.to(x.dtype)
+
+
+class SelfAttention(nn.Module):
+    """softmax(rot(q) rot(k)ᵀ / sqrt(D)) v within each utterance; q, v and out have biases, k has none."""
+
+    def __init__(self, width: int, heads: int, window: Window) -> None:
+        super().__init__()
+        self.heads = heads
+        self.window = window
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width, bias=False)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, rows: Tensor, rotate: Rotation, segments: Segments, backend: str) -> Tensor:
+        """(N, width) to (N, width)."""
+        q, k, v = (
+            project(rows).unflatten(-1, (self.heads, -1)) for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        attended = varlen_attention(rotate(q), rotate(k), v, segments, window=self.window, backend=backend)
+        return self.out_proj(attended.flatten(1))
+
+
+class TransformerLayer(nn.Module):
+    """x + attention(norm(x)), then x + fc2(gelu(fc1(norm(x))))."""
+
+    def __init__(self, width: int, heads: int, hidden: int, window: Window, norm: str) -> None:
+        super().__init__()
+        self.self_attn = SelfAttention(width, heads, window)
+        self.self_attn_layer_norm = make_norm(norm, width)
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+        self.final_layer_norm = make_norm(norm, width)
+
+    def forward(self, x: Tensor, rotate: Rotation, segments: Segments, backend: str) -> Tensor:
+        """(N, width) to (N, width)."""
+        x = x + self.self_attn(self.self_attn_layer_norm(x), rotate, segments, backend)
+        return x + self.fc2(gelu(self.fc1(self.final_layer_norm(x))))
+
+
+class TransformerStack(nn.ModuleList):
+    """Layers of one width that share positions and a window. An ``nn.ModuleList``, so parameters are ``layers.N.…``."""
+
+    def __init__(
+        self, count: int, width: int, heads: int, hidden: int, window: Window, causal: bool, norm: str, theta: float
+    ) -> None:
+        seen = (window[0], 0) if causal else window
+        super().__init__(TransformerLayer(width, heads, hidden, seen, norm) for _ in range(count))
+        self.head_dim = width // heads
+        self.theta = theta
+        self.attention = "auto"
+
+    def forward(self, x: Tensor, segments: Segments, skip: int | None = None) -> Tensor:
+        """(N, width) to (N, width). The output of layer number ``skip``, from 1, is added to the last one's."""
+        rotate = Rotation(segments.positions, self.head_dim, self.theta)
+        backend, _ = choose_backend(self.attention, x.device, x.dtype, self.head_dim)
+        skipped: Tensor | None = None
+        for number, layer in enumerate(self, start=1):
+            x = layer(x, rotate, segments, backend)
+            if number == skip:
+                skipped = x
+        return x if skipped is None else x + skipped

@@ -1,0 +1,201 @@
+"""``MiMoAudioTokenizer``: the encoder and the decoder as one ``nn.Module``, with the published batch interface.
+
+``encode`` and ``decode`` take padded batches as the published package does. Inside, utterances are never padded against
+each other: on a CPU each goes through alone, on CUDA they are packed on one axis of fixed size, so that a result does
+not depend on what it was batched with.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from batch_tokenizer.codecs.mimo.config import MiMoConfig
+from batch_tokenizer.codecs.mimo.decoder import AudioDecoder
+from batch_tokenizer.codecs.mimo.encoder import FILLER_RUN, AudioEncoder, EncoderLayout
+
+Stats = dict[str, Any]
+
+#: Token frames of axis that a pack on CUDA has, unless told otherwise.
+DEFAULT_CAPACITY = 8192
+
+
+class MiMoAudioTokenizer(nn.Module):
+    """MiMo-Audio-Tokenizer.
+
+    Attributes:
+        config: the checkpoint's configuration.
+        capacity: token frames of axis per pack; None runs each utterance alone; ``auto`` does that on a CPU and packs
+            ``DEFAULT_CAPACITY`` on CUDA. All packs of one capacity have the same shapes, and results are equal to the
+            bit only among equal shapes; an utterance longer than a pack gets an axis of a multiple of it to itself.
+    """
+
+    def __init__(
+        self, config: MiMoConfig, *, parts: Sequence[str] = ("encoder", "decoder"), outer_norm: str | None = None
+    ) -> None:
+        super().__init__()
+        norm = outer_norm or config.ln_type
+        self.config = config
+        self.capacity: int | str | None = "auto"
+        self.encoder = AudioEncoder(config, norm)
+        self.decoder = AudioDecoder(config, norm) if "decoder" in parts else None
+        if "encoder" not in parts:  # decoding needs the codebooks and nothing else of it
+            for name in [name for name, _ in self.encoder.named_children() if name != "quantizer"]:
+                delattr(self.encoder, name)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.encoder.quantizer.codebooks[0].embed.device
+
+    def freeze(self) -> MiMoAudioTokenizer:
+        """Takes all parameters out of training, as ``load_model`` has already done."""
+        return self.requires_grad_(False).eval()
+
+    def use_attention(self, backend: str) -> None:
+        """Forces an attention backend (``batch_tokenizer.kernels.attention``); ``auto`` chooses the fastest."""
+        from batch_tokenizer.codecs.mimo.layers import TransformerStack
+
+        for module in self.modules():
+            if isinstance(module, TransformerStack):
+                module.attention = backend
+
+    @torch.no_grad()
+    def encode(
+        self, mels: Tensor, mels_lens: Tensor, n_q: int | None = None, **_: Any
+    ) -> tuple[Tensor, Tensor, Stats]:
+        """Codes of a padded batch.
+
+        Args:
+            mels: log-mel (B, n_mels, T), any float dtype.
+            mels_lens: int (B,), frames of each.
+            n_q: codebooks to use; None is all of them.
+
+        Returns:
+            codes int64 (B, T', n_q) padded with zeros, their lengths int64 (B,), and
+            ``{"batch_size", "encode_time"}``, seconds.
+
+        Raises:
+            ValueError: ``n_q`` or a length is out of range.
+        """
+        started = time.perf_counter()
+        if mels.ndim != 3 or mels.shape[1] != self.config.n_mels:
+            raise ValueError(f"mels must be (B, {self.config.n_mels}, T), got {tuple(mels.shape)}")
+        utterances = [mel[:, :length] for mel, length in zip(mels, mels_lens.tolist(), strict=True)]
+        codes = self.encode_utterances(utterances, n_q)
+        lengths = torch.tensor([len(code) for code in codes], dtype=torch.int64, device=mels.device)
+        stats = {"batch_size": len(codes), "encode_time": time.perf_counter() - started}
+        return pad_sequence(codes, batch_first=True).to(mels.device), lengths, stats
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor, codes_lens: Tensor, **_: Any) -> tuple[Tensor, Tensor, Stats]:
+        """Samples of a padded batch of codes.
+
+        Args:
+            codes: int (B, T, K), 1 <= K <= num_quantizers.
+            codes_lens: int (B,), frames of each.
+
+        Returns:
+            samples float32 (B, 1, S) padded with zeros, their lengths int64 (B,), and
+            ``{"batch_size", "decode_time"}``, seconds.
+
+        Raises:
+            ValueError: a code, a length or K is out of range, or the decoder was not loaded.
+        """
+        started = time.perf_counter()
+        if codes.ndim != 3:
+            raise ValueError(f"codes must be (B, T, K), got {tuple(codes.shape)}")
+        utterances = [code[:length] for code, length in zip(codes, codes_lens.tolist(), strict=True)]
+        for index, code in enumerate(utterances):
+            self._check_codes(code, index)
+        samples = self.decode_utterances(utterances)
+        lengths = torch.tensor([len(wav) for wav in samples], dtype=torch.int64, device=codes.device)
+        stats = {"batch_size": len(samples), "decode_time": time.perf_counter() - started}
+        return pad_sequence(samples, batch_first=True).to(codes.device)[:, None], lengths, stats
+
+    def encode_utterances(self, mels: Sequence[Tensor], n_q: int | None = None) -> list[Tensor]:
+        """Log-mel (n_mels, L_i) each to codes int64 (T_i, n_q) each, on the model's device."""
+        num_quantizers = self.config.num_quantizers if n_q is None else n_q
+        if not 1 <= num_quantizers <= self.config.num_quantizers:
+            raise ValueError(f"n_q = {n_q}: this checkpoint has 1 to {self.config.num_quantizers} codebooks")
+        if any(mel.shape[1] < 1 for mel in mels):
+            raise ValueError("an utterance has no mel frames")
+        codes: list[Tensor] = [torch.empty(0)] * len(mels)
+        spans = EncoderLayout.spans(self.config, [mel.shape[1] for mel in mels])
+        with torch.autocast(self.device.type, enabled=False):
+            for members, capacity in self._packs(spans.tolist()):
+                layout, rows = self._pack_mels([mels[index] for index in members], capacity)
+                quantized = self.encoder.quantizer.encode(self.encoder(rows, layout), num_quantizers)
+                parts = layout.tokens.gather(quantized).split(layout.tokens.lengths.tolist())
+                for index, part in zip(members, parts, strict=True):
+                    codes[index] = part
+        return codes
+
+    def decode_utterances(self, codes: Sequence[Tensor]) -> list[Tensor]:
+        """Codes (T_i, K_i) each, T_i >= 1, in range, to float32 samples (S_i,) each, on the model's device."""
+        if self.decoder is None:
+            raise ValueError("this model was loaded without its decoder")
+        samples: list[Tensor] = [torch.empty(0)] * len(codes)
+        with torch.autocast(self.device.type, enabled=False):
+            for members, capacity in self._packs([len(code) for code in codes], [code.shape[1] for code in codes]):
+                packed = torch.cat([codes[index] for index in members]).to(self.device, torch.int64)
+                lengths = [len(codes[index]) for index in members]
+                filler = 0 if capacity is None else capacity - len(packed)
+                packed = torch.nn.functional.pad(packed, (0, 0, 0, filler))
+                runs = [FILLER_RUN] * (filler // FILLER_RUN) + [filler % FILLER_RUN] * (filler % FILLER_RUN > 0)
+                wavs, segments = self.decoder(self.encoder.quantizer.decode(packed), lengths + runs)
+                parts = wavs.split(segments.lengths.tolist())
+                for index, part in zip(members, parts, strict=False):
+                    samples[index] = part
+        return samples
+
+    def hidden(self, mel: Tensor) -> Tensor:
+        """Log-mel (n_mels, L) of one utterance to hidden frames (T, d_model) before quantization."""
+        layout, rows = self._pack_mels([mel], None)
+        return layout.tokens.gather(self.encoder(rows, layout))
+
+    def _pack_mels(self, mels: Sequence[Tensor], capacity: int | None) -> tuple[EncoderLayout, Tensor]:
+        layout = EncoderLayout.build(self.config, [mel.shape[1] for mel in mels], self.device, capacity)
+        tight = torch.cat([mel.t() for mel in mels]).to(self.device)
+        return layout, layout.mel.scatter(tight)
+
+    def _packs(
+        self, spans: Sequence[int], groups: Sequence[int] | None = None
+    ) -> Iterator[tuple[list[int], int | None]]:
+        """Members of each pack, in order, and its capacity in token frames. Only one group's members share a pack."""
+        capacity = self.capacity
+        if capacity == "auto":
+            capacity = DEFAULT_CAPACITY if self.device.type == "cuda" else None
+        if capacity is None:
+            yield from (([index], None) for index in range(len(spans)))
+            return
+        fixed = int(capacity)
+        by_group: dict[int, list[int]] = {}
+        for index in range(len(spans)):
+            by_group.setdefault(groups[index] if groups is not None else 0, []).append(index)
+        for indices in by_group.values():
+            members: list[int] = []
+            used = 0
+            for index in indices:
+                if members and used + spans[index] > fixed:
+                    yield members, -(-used // fixed) * fixed
+                    members, used = [], 0
+                members.append(index)
+                used += spans[index]
+            yield members, -(-used // fixed) * fixed
+
+    def _check_codes(self, codes: Tensor, index: int) -> None:
+        frames, used = codes.shape
+        if frames < 1 or not 1 <= used <= self.config.num_quantizers:
+            raise ValueError(
+                f"utterance {index}: codes are {frames} frames of {used} codebooks; this checkpoint takes at least one "
+                f"frame of 1 to {self.config.num_quantizers}"
+            )
+        sizes = torch.tensor(self.config.codebook_size[:used], device=codes.device)
+        if bool(((codes < 0) | (codes >= sizes)).any()):
+            raise ValueError(f"utterance {index}: a code is negative or not below its codebook's size {sizes.tolist()}")

@@ -1,0 +1,83 @@
+"""Residual vector quantizer: hidden frames to codes and back, in float32 whatever the model's dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from batch_tokenizer.kernels.precision import Float32Buffers
+
+
+class Codebook(Float32Buffers):
+    """One codebook: rows ``embed`` (size, d). Stays float32 when the model around it is cast."""
+
+    embed: Tensor
+
+    def __init__(self, size: int, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("embed", torch.zeros(size, dim))
+
+    def nearest(self, rows: Tensor) -> Tensor:
+        """int64 (N,): for each row (N, d), the codebook row at the least squared distance; of equals, the first.
+
+        |x - e|² = |x|² - 2 (x·e - |e|²/2), so the least distance is the greatest x·e - |e|²/2.
+        """
+        scores = torch.addmm(self.embed.square().sum(dim=1).mul(-0.5), rows, self.embed.t())
+        return self._first_equal()[scores.argmax(dim=1)]
+
+    def _first_equal(self) -> Tensor:
+        """int64 (size,): for each row the first row with the same values.
+
+        A matrix product may round two equal columns differently, so that ``argmax`` alone would not keep the first.
+        """
+        known = self.__dict__.get("_first")
+        key = (self.embed.data_ptr(), self.embed._version)
+        if known is None or known[0] != key:
+            _, group = torch.unique(self.embed, dim=0, return_inverse=True)
+            order = torch.arange(len(group), device=group.device)
+            first = torch.full_like(order, len(group)).scatter_reduce(0, group, order, "amin")
+            known = self.__dict__["_first"] = (key, first[group])
+        return known[1]
+
+
+class CodebookLayer(nn.Module):
+    """Holds the published parameter name ``layers.N._codebook.embed``."""
+
+    def __init__(self, size: int, dim: int) -> None:
+        super().__init__()
+        self._codebook = Codebook(size, dim)
+
+
+class ResidualVectorQuantizer(nn.Module):
+    """K codebooks, each quantizing what those before it left over."""
+
+    def __init__(self, sizes: Sequence[int], dim: int) -> None:
+        super().__init__()
+        self.vq = nn.Module()
+        self.vq.layers = nn.ModuleList(CodebookLayer(size, dim) for size in sizes)
+
+    @property
+    def codebooks(self) -> list[Codebook]:
+        """The K codebooks in order."""
+        layers: Any = self.vq.layers
+        return [layer._codebook for layer in layers]
+
+    def encode(self, hidden: Tensor, num_quantizers: int) -> Tensor:
+        """Hidden frames (N, d) to codes int64 (N, ``num_quantizers``)."""
+        residual = hidden.float()
+        codes = []
+        for codebook in self.codebooks[:num_quantizers]:
+            nearest = codebook.nearest(residual)
+            residual = residual - codebook.embed[nearest]
+            codes.append(nearest)
+        return torch.stack(codes, dim=1)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes int64 (N, K'), K' <= K, to the sum of their rows, float32 (N, d)."""
+        total = self.codebooks[0].embed[codes[:, 0]]
+        for index in range(1, codes.shape[1]):
+            total = total + self.codebooks[index].embed[codes[:, index]]
+        return total

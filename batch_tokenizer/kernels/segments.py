@@ -1,0 +1,109 @@
+"""Utterances laid end to end on one axis: their lengths, where each starts, and how to move rows between two layouts.
+
+A *tight* axis has no rows between utterances; transformer layers run on it. A *gapped* axis leaves zero rows between
+them, so that a convolution or an overlap-add sees there what it would see around a lone utterance. Everything here is
+computed on the host from lengths that the host knows, and copied to the device once: nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Lengths = npt.NDArray[np.int64]
+
+
+def as_lengths(lengths: Sequence[int] | Lengths) -> Lengths:
+    """Lengths as int64 (S,); a negative one is an error of the caller's.
+
+    Raises:
+        ValueError: a length is negative.
+    """
+    array = np.asarray(lengths, dtype=np.int64)
+    if array.ndim != 1 or (array < 0).any():
+        raise ValueError(f"segment lengths must be a list of non-negative integers, got {lengths!r}")
+    return array
+
+
+class Segments:
+    """S utterances on a tight axis of N = sum(lengths) rows.
+
+    Attributes:
+        lengths: int64 (S,), rows of each, zero allowed.
+        starts: int64 (S,), first row of each.
+        total: N.
+        longest: the greatest length.
+        device: where the tensors live.
+    """
+
+    def __init__(self, lengths: Sequence[int] | Lengths, device: torch.device | str = "cpu") -> None:
+        self.lengths = as_lengths(lengths)
+        ends = np.cumsum(self.lengths)
+        self.starts = ends - self.lengths
+        self.total = int(ends[-1]) if len(ends) else 0
+        self.longest = int(self.lengths.max()) if len(ends) else 0
+        self.device = torch.device(device)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @cached_property
+    def offsets(self) -> Tensor:
+        """int32 (S + 1,): rows offsets[i] to offsets[i + 1] are utterance i. The form that varlen kernels take."""
+        return torch.from_numpy(np.append(self.starts, self.total).astype(np.int32)).to(self.device)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """int64 (N,): each row's position in its utterance, from 0."""
+        return torch.from_numpy(within(self.lengths)).to(self.device)
+
+
+def within(lengths: Lengths) -> Lengths:
+    """int64 (sum(lengths),): 0 … n-1 for each length n, one after the other."""
+    ends = np.cumsum(lengths)
+    return np.arange(int(ends[-1]) if len(ends) else 0, dtype=np.int64) - np.repeat(ends - lengths, lengths)
+
+
+@dataclass(frozen=True)
+class GappedAxis:
+    """S utterances on a gapped axis of ``size`` rows, utterance i at rows starts[i] … starts[i] + lengths[i] - 1.
+
+    Attributes:
+        rows: int64 (sum(lengths),) on the device: where each tight row lies on the gapped axis.
+    """
+
+    starts: Lengths
+    lengths: Lengths
+    size: int
+    rows: Tensor
+
+    @classmethod
+    def build(
+        cls, starts: Lengths, lengths: Sequence[int] | Lengths, size: int, device: torch.device | str
+    ) -> GappedAxis:
+        """Utterance i takes ``lengths[i]`` rows from ``starts[i]`` on, all below ``size``."""
+        checked = as_lengths(lengths)
+        rows = torch.from_numpy(within(checked) + np.repeat(starts, checked))
+        return cls(starts=starts, lengths=checked, size=size, rows=rows.to(device))
+
+    @classmethod
+    def spaced(cls, lengths: Sequence[int] | Lengths, gap: int, device: torch.device | str) -> GappedAxis:
+        """Utterances one after the other with ``gap`` zero rows after each."""
+        checked = as_lengths(lengths)
+        ends = np.cumsum(checked + gap)
+        return cls.build(ends - checked - gap, checked, int(ends[-1]) if len(ends) else 0, device)
+
+    def scatter(self, tight: Tensor) -> Tensor:
+        """Tight rows (N, …) to the gapped axis (size, …), zeros between."""
+        gapped = tight.new_zeros((self.size, *tight.shape[1:]))
+        return gapped.index_copy(0, self.rows, tight)
+
+    def gather(self, gapped: Tensor) -> Tensor:
+        """Gapped rows (size, …) to the tight axis (N, …)."""
+        return gapped.index_select(0, self.rows)
