@@ -1,0 +1,80 @@
+"""The Python interface of the published MiMo tokenizer package, under the same names.
+
+    tokenizer = batch_tokenizer.load_model("MiMo-Audio-Tokenizer").bfloat16().cuda()
+    wav = batch_tokenizer.load_audio("speech.flac", tokenizer.config.sampling_rate)
+    mels, mels_lens = batch_tokenizer.padding([batch_tokenizer.mel_spectrogram(wav, tokenizer.config)])
+    codes, codes_lens, _ = tokenizer.encode(mels.cuda(), mels_lens.cuda())
+    wavs, wavs_lens, _ = tokenizer.decode(codes, codes_lens)
+
+It computes no gradients and holds no state outside the model, so it also serves inside another module's ``forward``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from batch_tokenizer.audio.loading import load_samples
+from batch_tokenizer.audio.mel import log_mel_tensor
+from batch_tokenizer.codecs.checkpoint import Checkpoint
+from batch_tokenizer.codecs.mimo.codec import load_model as load_mimo
+from batch_tokenizer.codecs.mimo.codec import recognises
+from batch_tokenizer.codecs.mimo.config import MiMoConfig
+from batch_tokenizer.codecs.mimo.model import MiMoAudioTokenizer
+from batch_tokenizer.config import Resampler
+from batch_tokenizer.records import RunError
+
+
+def load_model(
+    path: str | os.PathLike[str] | None = None, *, load_encoder_only: bool = False
+) -> MiMoAudioTokenizer:
+    """A MiMo checkpoint as a frozen ``nn.Module`` in float32 on the CPU.
+
+    Args:
+        path: checkpoint folder or hub id; None is the bundled default.
+        load_encoder_only: leave the decoder's weights on disk; ``decode`` then raises ValueError.
+
+    Raises:
+        RunError: the checkpoint cannot be found or read, or is not a MiMo checkpoint; the message names what is wrong.
+    """
+    checkpoint = Checkpoint.open(None if path is None else os.fspath(path))
+    if not recognises(checkpoint.config):
+        raise RunError(f"{checkpoint.folder}: config.json is not of a MiMo-Audio-Tokenizer")
+    parts = ("encoder",) if load_encoder_only else ("encoder", "decoder")
+    return load_mimo(checkpoint, parts=parts, device=torch.device("cpu"))
+
+
+def load_audio(path: str | os.PathLike[str], sr: int, *, resampler: Resampler = "reference") -> Tensor:
+    """Any audio file as mono float32 (S,) at ``sr`` Hz: each channel resampled, then their mean.
+
+    Raises:
+        RowError: the file cannot be read or holds no finite samples; the reason names it.
+    """
+    return torch.from_numpy(load_samples(os.fspath(path), sr, resampler, max_samples=None))
+
+
+def mel_spectrogram(wav: Tensor, config: MiMoConfig) -> Tensor:
+    """Log-mel float32 (n_mels, L) of samples (S,) at ``config.sampling_rate``; L = 1 + S // hop_length.
+
+    Fewer than nfft/2 + 1 samples are padded with zeros to that many.
+    """
+    return log_mel_tensor(
+        wav,
+        sample_rate=config.sampling_rate,
+        n_fft=config.nfft,
+        hop_length=config.hop_length,
+        window_size=config.window_size,
+        n_mels=config.n_mels,
+        f_min=config.fmin,
+        f_max=config.f_max,
+    )
+
+
+def padding(mels: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Log-mels (n_mels, L_i) to one batch (B, n_mels, max L) padded with zeros, and int64 (B,) lengths."""
+    batch = pad_sequence([mel.t() for mel in mels], batch_first=True).transpose(1, 2)
+    return batch, torch.tensor([mel.shape[1] for mel in mels], dtype=torch.int64)

@@ -1,0 +1,243 @@
+"""A checkpoint on disk: its ``config.json``, its tensors (read one by one, never all twice in memory), its fingerprint.
+
+Enters: a folder, a hub id such as ``XiaomiMiMo/MiMo-Audio-Tokenizer``, or nothing, which means the bundled default.
+Leaves: the configuration, and weights assigned to a model that was built without any. Layouts: ``model.safetensors``,
+sharded safetensors with an index, ``pytorch_model.bin`` and its sharded form.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from batch_tokenizer.records import RunError
+
+#: Where the weights may be, in order of preference: a file, or an index of several.
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+#: Bytes looked at in each tensor for the fingerprint: this many blocks of this many bytes, evenly spread.
+_BLOCKS, _BLOCK_BYTES = 16, 1024
+
+
+def default_checkpoint() -> Path:
+    """The folder of the checkpoint that ships with the package."""
+    return Path(str(resources.files("batch_tokenizer") / "checkpoints" / "default"))
+
+
+def find_checkpoint(model_path: str | None) -> Path:
+    """The folder that ``--model_path`` means; a hub id is downloaded first.
+
+    Raises:
+        RunError: there is no such folder, or the hub cannot give it.
+    """
+    if model_path is None:
+        return default_checkpoint()
+    folder = Path(model_path).expanduser()
+    if folder.exists():
+        return folder
+    if not _HUB_ID.fullmatch(model_path):
+        raise RunError(f"--model_path {model_path}: no such folder, and not a hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model_path, allow_patterns=["*.json", "*.safetensors", "*.bin", "*.onnx*"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RunError(
+            f"--model_path {model_path}: no folder of that name here, and the hub did not give it ({reason}); download "
+            f"the checkpoint and pass its folder, or set HF_HOME to a cache that has it",
+            exit_code=1,
+        ) from error
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder that has a readable ``config.json``.
+
+    Attributes:
+        folder: where it is.
+        name: the last part of what the user called it.
+        config: the mapping in ``config.json``.
+    """
+
+    folder: Path
+    name: str
+    config: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, model_path: str | None) -> Checkpoint:
+        """Finds the folder and reads its configuration.
+
+        Raises:
+            RunError: no folder, no ``config.json``, or not a JSON object.
+        """
+        folder = find_checkpoint(model_path)
+        name = "default" if model_path is None else Path(model_path).expanduser().resolve().name
+        path = folder / "config.json"
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise RunError(f"{folder}: has no config.json, so it is no checkpoint") from error
+        except NotADirectoryError as error:
+            raise RunError(f"{folder}: is a file; pass the checkpoint's folder") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise RunError(f"{path}: cannot be read: {error}") from error
+        except json.JSONDecodeError as error:
+            raise RunError(f"{path}: is not JSON: {error}") from error
+        if not isinstance(config, dict):
+            raise RunError(f"{path}: must hold a JSON object, holds a {type(config).__name__}")
+        return cls(folder=folder, name=name, config=config)
+
+    @cached_property
+    def weight_files(self) -> tuple[Path, ...]:
+        """The files that hold the tensors.
+
+        Raises:
+            RunError: there are none, or the index names a file that is absent.
+        """
+        for name in WEIGHT_FILES:
+            path = self.folder / name
+            if not path.is_file():
+                continue
+            if not name.endswith(".index.json"):
+                return (path,)
+            try:
+                shards = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+            except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+                raise RunError(f"{path}: is not an index of weight files: {error!r}") from error
+            for shard in shards:
+                if not (self.folder / shard).is_file():
+                    raise RunError(f"{path}: names {shard}, which is not there; download the checkpoint again")
+            return tuple(self.folder / shard for shard in shards)
+        raise RunError(f"{self.folder}: has none of {', '.join(WEIGHT_FILES)}")
+
+    def tensors(self, strip: str = "") -> Iterator[tuple[str, Tensor]]:
+        """Names and tensors, one file after the other, mapped from disk and read only where they are touched.
+
+        Args:
+            strip: a prefix that exports of this family put before every name; removed where present.
+
+        Raises:
+            RunError: a file is truncated, corrupt or of another format.
+        """
+        for path in self.weight_files:
+            with _opened(path) as (names, get):
+                for name in names:
+                    yield name.removeprefix(strip), get(name)
+
+    def names(self, strip: str = "") -> frozenset[str]:
+        """Names of all tensors, without reading them."""
+        return frozenset(name for name, _ in self.tensors(strip))
+
+    def fingerprint(self, strip: str = "") -> str:
+        """32 hexadecimal digits over the configuration and a sample of every tensor's bytes.
+
+        The same weights give the same digest however they are split into files.
+        """
+        digests = {}
+        for name, tensor in self.tensors(strip):
+            data = tensor.detach().contiguous().flatten().view(torch.uint8)
+            digest = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            step = max(len(data) // _BLOCKS, _BLOCK_BYTES)
+            for start in range(0, len(data), step):
+                digest.update(data[start : start + _BLOCK_BYTES].numpy().tobytes())
+            digests[name] = digest.hexdigest()
+        text = json.dumps([self.config, digests], sort_keys=True, ensure_ascii=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    def load(
+        self,
+        whole: nn.Module,
+        part: nn.Module,
+        *,
+        device: torch.device,
+        dtype: torch.dtype | None,
+        strip: str = "",
+        rename: Callable[[str], str | None] = lambda name: name,
+    ) -> None:
+        """Assigns the checkpoint's tensors to ``part``, after checking all of them against ``whole``.
+
+        Args:
+            whole: the complete model on the meta device; its names and shapes are what the checkpoint must have.
+            part: the model to fill, on the meta device; it may lack some of ``whole``.
+            dtype: of floating-point parameters; buffers stay as they are stored, in float32. None keeps parameters
+                as they are stored.
+            rename: published name to the model's name; None for a tensor that has no effect.
+
+        Raises:
+            RunError: tensors are missing, unexpected or of another shape; the message names them.
+        """
+        expected = {name: tuple(tensor.shape) for name, tensor in whole.state_dict().items()}
+        parameters = {name for name, _ in whole.named_parameters()}
+        wanted = set(part.state_dict())
+        state: dict[str, Tensor] = {}
+        seen, unexpected = set(), []
+        for stored, tensor in self.tensors(strip):
+            name = rename(stored)
+            if name is None:
+                continue
+            if name not in expected:
+                unexpected.append(stored)
+                continue
+            if tuple(tensor.shape) != expected[name]:
+                raise RunError(
+                    f"{self.folder}: {stored} has shape {tuple(tensor.shape)}, config.json implies {expected[name]}"
+                )
+            seen.add(name)
+            if name in wanted:
+                kept = dtype if name in parameters else torch.float32
+                state[name] = tensor.to(device, kept if tensor.is_floating_point() else None, copy=True)
+        missing = sorted(expected.keys() - seen)
+        if missing:
+            raise RunError(f"{self.folder}: lacks {_some(missing)}, which config.json implies")
+        if unexpected:
+            raise RunError(f"{self.folder}: has {_some(sorted(unexpected))}, which config.json does not imply")
+        part.load_state_dict(state, assign=True)
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[list[str], Callable[[str], Tensor]]]:
+    """Names in one weight file, and a function that maps a tensor."""
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as file:
+                yield list(file.keys()), file.get_tensor
+        except (SafetensorError, OSError) as error:
+            raise RunError(f"{path}: cannot be read as safetensors ({error}); download it again") from error
+    else:
+        import pickle
+
+        try:
+            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise RunError(f"{path}: cannot be read as torch weights ({reason}); download it again") from error
+        if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+            raise RunError(f"{path}: must hold a mapping of names to tensors")
+        yield list(state), state.__getitem__
