@@ -1,7 +1,7 @@
 """``RowLoader``: a manifest row enters, what the codec takes leaves. It runs in loader processes.
 
-In ``wav2token`` and ``wav2token2wav`` that is the front end's features of an audio file, in ``token2wav`` the codes of a
-token file. Token files may come from anywhere, so each is checked to be what the codec can decode: the check is one
+In ``wav2token`` and ``wav2token2wav`` that is the front end's features of an audio file, in ``token2wav`` the codes of
+a token file. Token files may come from anywhere, so each is checked to be what the codec can decode: the check is one
 numpy conversion, and only a file that fails it is searched for the place to name.
 """
 
@@ -49,7 +49,7 @@ class RowLoader:
         """
         began = time.thread_time()
         loaded = self._load_codes(row) if self.task == "token2wav" else self._load_audio(row)
-        return LoadedRow(row, *loaded, load_seconds=time.thread_time() - began)
+        return LoadedRow(row, *loaded, time.thread_time() - began)
 
     def _load_audio(self, row: ManifestRow) -> tuple[npt.NDArray[np.float32], None, int, int]:
         if row.wav is None:
@@ -96,9 +96,7 @@ def read_codes(path: str, info: CodecInfo) -> npt.NDArray[np.uint16]:
         raise RowError("load", f"{path}: has no frames")
     if info.max_samples is not None and len(tokens) * info.samples_per_frame > info.max_samples:
         most = info.max_samples // info.samples_per_frame
-        raise RowError(
-            "load", f"{path}: too long, {len(tokens)} frames where {most} is the most that {info.name} takes"
-        )
+        raise RowError("load", f"{path}: too long, {len(tokens)} frames where {info.name} takes {most}")
     # numpy takes true for 1 when it stands among integers.
     may_hold_bools = b"true" in content or b"false" in content
     codes = None if may_hold_bools and not _all_integers(tokens) else _as_array(tokens, info)

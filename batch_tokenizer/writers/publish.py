@@ -1,0 +1,98 @@
+"""``publish``: bytes enter, a whole file of them appears at a path, or a ``RowError`` says why not.
+
+The bytes are written beside their place and renamed into it, so that a reader sees the old file, none, or the new one.
+The name they are written under depends on the path alone: what a killed run leaves behind is overwritten and renamed
+away when its row is done again, and no stray file stays. That rests on one writer per path, which the manifest's check
+for outputs named twice and the claiming of rows see to. Files are not synced to the disk one by one: that outlives a
+process's death, as promised, but not the machine's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import stat
+
+from batch_tokenizer.records import RowError
+
+_CAUSES = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file is larger than the file system or the limit on file sizes allows",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "no permission",
+    errno.EPERM: "no permission",
+    errno.EISDIR: "it is a folder",
+    errno.ENOTDIR: "a part of its path is not a folder",
+    errno.EEXIST: "a part of its path is not a folder",
+    errno.ENAMETOOLONG: "its name is too long",
+    errno.ELOOP: "a link on its path points back to itself",
+    errno.EMFILE: "too many open files; raise the limit (ulimit -n)",
+    errno.EIO: "input/output error",
+}
+
+
+def publish(path: str, content: bytes) -> None:
+    """Make ``content`` the file at ``path``, with the folders above it.
+
+    A file that is there is replaced. So is a symbolic link to a file, not what it points to. A folder, pipe or device,
+    or a link to one, is left alone.
+
+    Raises:
+        RowError: in stage ``write``, naming the path and the cause. The file at ``path`` is then as it was.
+    """
+    try:
+        folder, name = os.path.split(path)
+        encoded_name = os.fsencode(name)
+        if name in ("", ".", ".."):
+            raise IsADirectoryError(errno.EISDIR, "names a folder")
+        _refuse_special(path)
+        aside = os.path.join(folder, f".{hashlib.blake2b(encoded_name, digest_size=8).hexdigest()}.part")
+        descriptor = _create(aside, folder)
+        try:
+            _write_all(descriptor, content)
+            os.replace(aside, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(aside)
+            raise
+    except OSError as error:
+        cause = _CAUSES.get(error.errno or 0, error.strerror)
+        raise RowError("write", f"{path}: cannot be written: {cause}") from error
+    except ValueError as error:  # a zero byte, or half of a surrogate pair
+        raise RowError("write", f"{path!r}: no file can have this name: {error}") from error
+
+
+def _refuse_special(path: str) -> None:
+    """Renaming would put a file in the place of /dev/null, if the user may."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, "is a folder")
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "it is a pipe, socket or device, not a file")
+
+
+def _create(path: str, folder: str) -> int:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+    try:
+        return os.open(path, flags, 0o666)
+    except FileNotFoundError:
+        os.makedirs(folder, exist_ok=True)
+        return os.open(path, flags, 0o666)
+
+
+def _write_all(descriptor: int, content: bytes) -> None:
+    """Write and close; on a network file system a full disk may show only at the closing."""
+    try:
+        rest = memoryview(content)
+        while rest:
+            rest = rest[os.write(descriptor, rest) :]
+    except BaseException:
+        os.close(descriptor)
+        raise
+    os.close(descriptor)
