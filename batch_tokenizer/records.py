@@ -1,7 +1,7 @@
 """The records that flow through a run, one type per arrow of the pipeline, and the two errors that end a row or a run.
 
-    manifest ──ManifestRow──► loader ──LoadedRow──► packer ──Batch──► codec ──TokenizedRow──► writers ──LedgerEntry──► ledger
-                                 └───────────────────────RowFailure──────────────────────────────────────────────────────┘
+    manifest ─ManifestRow─► loader ─LoadedRow─► packer ─Batch─► codec ─TokenizedRow─► writers ─LedgerEntry─► ledger
+                               └───────────────── RowFailure ──────────────────────────────────────────────────┘
 
 Every record is frozen: a stage makes a new one instead of changing what it was given. Arrays are numpy, not torch, so
 that a record crosses a process border as plain bytes.
@@ -104,7 +104,7 @@ class LoadedRow:
     Attributes:
         features: float32 (channels, length), what the codec's ``front_end`` made of the audio; None in ``token2wav``.
         codes: uint16 (T, K), codes read from the row's token file; None unless ``token2wav``.
-        num_samples: the utterance's length in samples at the codec's sample rate, before any padding of the front end's.
+        num_samples: the utterance's length in samples at the codec's sample rate, before the front end pads it.
         frames: token frames, which is what a batch's budget counts.
         load_seconds: processor time of this row's loading.
     """

@@ -81,9 +81,7 @@ class Codec(ABC):
         return self.spec.info
 
     @abstractmethod
-    def encode(
-        self, features: Sequence[npt.NDArray[np.float32]], num_quantizers: int
-    ) -> list[npt.NDArray[np.uint16]]:
+    def encode(self, features: Sequence[npt.NDArray[np.float32]], num_quantizers: int) -> list[npt.NDArray[np.uint16]]:
         """Features (channels, length_i) each to codes (T_i, ``num_quantizers``) each, in the order given."""
 
     @abstractmethod
@@ -92,4 +90,4 @@ class Codec(ABC):
 
     def release(self) -> None:
         """Let go of cached device memory, after a batch that did not fit. Default: nothing to let go of."""
-        return None
+        return

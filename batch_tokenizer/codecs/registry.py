@@ -54,5 +54,5 @@ def find_family(checkpoint: Checkpoint) -> Family:
             return family
     kind = checkpoint.config.get("model_type", "absent")
     raise RunError(
-        f"{checkpoint.folder}: config.json (model_type {kind}) is of no known codec family; known: {', '.join(FAMILIES)}"
+        f"{checkpoint.folder}: config.json (model_type {kind}) is of no known family; known: {', '.join(FAMILIES)}"
     )

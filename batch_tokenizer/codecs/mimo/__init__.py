@@ -1,1 +1,1 @@
-"""MiMo-Audio-Tokenizer: log-mel, transformer encoder, residual vector quantizer, transformer decoder with a Vocos head."""
+"""MiMo-Audio-Tokenizer: log-mel, transformer encoder, residual quantizer, transformer decoder, Vocos head."""

@@ -1,4 +1,4 @@
-"""``config.json`` of a MiMo-Audio-Tokenizer checkpoint: read, checked key by key, and the frame arithmetic it implies."""
+"""``config.json`` of a MiMo-Audio-Tokenizer checkpoint: read, checked, and the frame arithmetic it implies."""
 
 from __future__ import annotations
 
@@ -76,7 +76,9 @@ class MiMoConfig:
         ):  # fmt: skip
             self._require(key, getattr(self, key) > 0, "must be above 0")
         self._require("nfft", self.nfft % 2 == 0, "must be even")
-        self._require("window_size", self.window_size == self.nfft, f"must equal nfft ({self.nfft}), as the vocoder has it")
+        self._require(
+            "window_size", self.window_size == self.nfft, f"must equal nfft ({self.nfft}), as the vocoder has it"
+        )
         self._require("hop_length", self.hop_length <= self.window_size, "must not exceed window_size")
         self._require("hop_length", (self.window_size - self.hop_length) % 2 == 0, "must be of window_size's parity")
         nyquist = self.sampling_rate / 2

@@ -53,7 +53,8 @@ class UpSampling(nn.Module):
         summed = overlap_add(axis.scatter(spread), self.stride)
         full = (segments.lengths - 1) * self.stride + self.kernel
         out = GappedAxis.build(axis.starts * self.stride, full, len(summed), rows.device)
-        whole = self.norm(out.gather(summed) + self.conv.bias, Segments(full, rows.device))
+        bias = self.conv.get_parameter("bias")
+        whole = self.norm(out.gather(summed) + bias, Segments(full, rows.device))
         kept = GappedAxis.build(np.cumsum(full) - full, segments.lengths * self.stride, len(whole), rows.device)
         return kept.gather(whole), Segments(kept.lengths, rows.device)
 

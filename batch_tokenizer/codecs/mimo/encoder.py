@@ -47,7 +47,9 @@ class EncoderLayout:
         """int64 (S,): token frames of axis that each utterance takes up, its gap included."""
         align = config.stride_size * config.avg_pooler
         frames = np.asarray(mel_frames, dtype=np.int64)
-        return -(-(np.maximum(frames, config.num_conv1_frames(0) + frames) + 1) // align)
+        convolved = frames + config.num_conv1_frames(0)
+        tokens = [config.num_token_frames(length) for length in frames.tolist()]
+        return np.maximum(-(-(np.maximum(frames, convolved) + 1) // align), tokens)
 
     @classmethod
     def build(
@@ -116,7 +118,7 @@ class AudioEncoder(nn.Module):
         x = self.layer_norm(x)
         x = layout.conv2.scatter(x[: len(layout.conv2.rows)])
         if self.config.avg_pooler != 1:
-            weight = self.down_sample_layer[0].weight.transpose(1, 2).flatten(1)
+            weight = self.down_sample_layer.get_parameter("0.weight").transpose(1, 2).flatten(1)
             x = gelu(linear(x.unflatten(0, (-1, self.config.avg_pooler)).flatten(1), weight))
             x = self.down_sample_norm(x)
         return x

@@ -46,9 +46,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, rows: Tensor, rotate: Rotation, segments: Segments, backend: str) -> Tensor:
         """(N, width) to (N, width)."""
-        q, k, v = (
-            project(rows).unflatten(-1, (self.heads, -1)) for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = (project(rows).unflatten(-1, (self.heads, -1)) for project in (self.q_proj, self.k_proj, self.v_proj))
         attended = varlen_attention(rotate(q), rotate(k), v, segments, window=self.window, backend=backend)
         return self.out_proj(attended.flatten(1))
 

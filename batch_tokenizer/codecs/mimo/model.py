@@ -66,9 +66,7 @@ class MiMoAudioTokenizer(nn.Module):
                 module.attention = backend
 
     @torch.no_grad()
-    def encode(
-        self, mels: Tensor, mels_lens: Tensor, n_q: int | None = None, **_: Any
-    ) -> tuple[Tensor, Tensor, Stats]:
+    def encode(self, mels: Tensor, mels_lens: Tensor, n_q: int | None = None, **_: Any) -> tuple[Tensor, Tensor, Stats]:
         """Codes of a padded batch.
 
         Args:
