@@ -39,6 +39,7 @@ class Family(Protocol):
 #: Family name to module. Modules are imported when a checkpoint is opened, in this order.
 FAMILIES: Mapping[str, str] = {
     "mimo": "batch_tokenizer.codecs.mimo.codec",
+    "moss": "batch_tokenizer.codecs.moss.codec",
 }
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class Float32Buffers(nn.Module):
-    """A leaf module whose buffers move with the model but are never cast with it.
+    """A module whose own buffers move with the model but are never cast with it.
 
     ``model.bfloat16()`` reaches every buffer; rounding codebook rows or a synthesis window would change results.
     """
@@ -18,4 +18,7 @@ class Float32Buffers(nn.Module):
             if buffer is not None:
                 moved = fn(buffer)
                 self._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
+        if recurse:
+            for child in self.children():
+                child._apply(fn)
         return self

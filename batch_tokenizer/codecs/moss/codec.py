@@ -1,0 +1,223 @@
+"""MOSS behind the codec protocol: its spec, its front end, and the model fed with numpy arrays, at once or as streams."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from batch_tokenizer.codecs.base import Codec, CodecInfo, CodecSpec
+from batch_tokenizer.codecs.checkpoint import Checkpoint
+from batch_tokenizer.codecs.execution import BatchRunner, to_host
+from batch_tokenizer.codecs.moss.config import MossConfig, TransformerStage
+from batch_tokenizer.codecs.moss.model import MossAudioTokenizer
+from batch_tokenizer.codecs.moss.streaming import decode_stream, encode_stream
+from batch_tokenizer.kernels.attention import BackendUnavailable, choose_backend
+from batch_tokenizer.records import RunError, Task
+
+log = logging.getLogger(__name__)
+
+Samples = npt.NDArray[np.float32]
+Codes = npt.NDArray[np.uint16]
+
+_PARTS: Mapping[Task, tuple[str, ...]] = {
+    "wav2token": ("encoder",),
+    "token2wav": ("decoder",),
+    "wav2token2wav": ("encoder", "decoder"),
+}
+
+#: What older checkpoints call the attention's projections.
+_OLDER = re.compile(r"\.self_attn\.(in|out)_proj(?:_weight|\.weight)$")
+
+
+def recognises(config: Mapping[str, Any]) -> bool:
+    """A MOSS checkpoint lists its stages. (The conversion to transformers' own classes does not, and is not this.)"""
+    return any(isinstance(config.get(key), list) for key in ("encoder_kwargs", "decoder_kwargs"))
+
+
+@dataclass(frozen=True)
+class MossSpec(CodecSpec):
+    """A MOSS checkpoint without its weights. Features are the samples themselves, (1, S)."""
+
+    info: CodecInfo
+    config: MossConfig
+
+    def features(self, samples: Samples) -> Samples:
+        return np.asarray(samples, dtype=np.float32)[None]
+
+    def num_frames(self, num_samples: int) -> int:
+        return self.config.num_frames(num_samples)
+
+    def num_output_samples(self, num_frames: int) -> int:
+        return num_frames * self.config.downsample_rate
+
+
+def open_spec(checkpoint: Checkpoint) -> MossSpec:
+    """Reads the configuration and samples the weights for the fingerprint.
+
+    Raises:
+        RunError: a key of ``config.json`` is absent or out of range, or the weights cannot be read.
+    """
+    config = _config(checkpoint)
+    quantizer = config.quantizer
+    info = CodecInfo(
+        family="moss",
+        name=checkpoint.name,
+        sample_rate=config.sampling_rate,
+        samples_per_frame=config.downsample_rate,
+        codebook_sizes=(quantizer.codebook_size,) * quantizer.num_quantizers,
+        fingerprint=checkpoint.fingerprint(),
+    )
+    return MossSpec(info=info, config=config)
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    *,
+    parts: Sequence[str] = ("encoder", "decoder"),
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> MossAudioTokenizer:
+    """The model with ``parts`` of its weights and the quantizer, frozen. Weights go to the device one by one.
+
+    Raises:
+        RunError: the checkpoint is not what its ``config.json`` implies; the message names what is wrong.
+    """
+    config = _config(checkpoint)
+    with torch.device("meta"):
+        whole = MossAudioTokenizer(config)
+        part = MossAudioTokenizer(config, parts=parts)
+    checkpoint.load(whole, part, device=device, dtype=dtype, rename=_rename)
+    part.quantizer.fold()
+    return part.freeze()
+
+
+def load_codec(
+    checkpoint: Checkpoint,
+    spec: CodecSpec,
+    *,
+    task: Task,
+    device: torch.device,
+    dtype: torch.dtype,
+    attention: str,
+    threads: int,
+) -> MossCodec:
+    """The weights that ``task`` needs. See ``registry.Family``."""
+    spec = cast(MossSpec, spec)
+    stages = (stage for stage in (*spec.config.encoder, *spec.config.decoder) if isinstance(stage, TransformerStage))
+    for head_dim in sorted({stage.d_model // stage.num_heads for stage in stages}):
+        try:
+            backend, reason = choose_backend(attention, device, dtype, head_dim)
+        except BackendUnavailable as error:
+            raise RunError(f"--attention {attention}: {error}") from error
+        log.info("attention %s for heads of %d (%s)", backend, head_dim, reason)
+    model = load_model(checkpoint, parts=_PARTS[task], device=device, dtype=dtype)
+    model.use_attention(attention)
+    return MossCodec(spec, model, threads)
+
+
+class MossCodec(Codec):
+    """A MOSS model behind the codec protocol, and its streams.
+
+    Utterances longer than ``MossAudioTokenizer.stream_above`` go through in pieces by themselves, so ``encode`` and
+    ``decode`` take any length; their activations need no more memory than that many frames do.
+    """
+
+    def __init__(self, spec: MossSpec, model: MossAudioTokenizer, threads: int = 1) -> None:
+        self.spec = spec
+        self.model = model
+        self._run = BatchRunner(model.device, threads)
+
+    def encode(self, features: Sequence[Samples], num_quantizers: int) -> list[Codes]:
+        samples = [torch.from_numpy(feature)[0] for feature in features]
+        codes = self._run(lambda batch: self.model.encode_utterances(batch, num_quantizers), samples, len)
+        return _codes_to_host(codes)
+
+    def decode(self, codes: Sequence[Codes]) -> list[Samples]:
+        for index, code in enumerate(codes):
+            self._check_codes(code, f"utterance {index}")
+            if not len(code):
+                raise ValueError(f"utterance {index}: codes have no frames")
+        tensors = [torch.from_numpy(code.astype(np.int64)) for code in codes]
+        return to_host(self._run(self.model.decode_utterances, tensors, len), torch.float32)
+
+    def encode_stream(self, chunks: Iterable[Sequence[Samples | None]], num_quantizers: int) -> Iterator[list[Codes]]:
+        """Encodes several utterances as their samples arrive.
+
+        Args:
+            chunks: a list a step, for each utterance its next samples float32 (n_i,), n_i >= 0, or None from when it
+                has ended. The first step says how many utterances there are.
+
+        Yields:
+            a list a step, for each utterance codes uint16 (t_i, ``num_quantizers``) of the frames that are whole by
+            now. An utterance's last frame is zero-padded and comes when its end is known; ends that only the end of
+            ``chunks`` tells come in one more step. All steps together equal ``encode`` of the whole.
+
+        Raises:
+            ValueError: the number of utterances changes, one goes on after its end, or one ends without any samples.
+        """
+        steps = ([None if chunk is None else _samples(chunk) for chunk in step] for step in chunks)
+        for codes in encode_stream(self.model, steps, num_quantizers):
+            yield _codes_to_host(codes)
+
+    def decode_stream(self, chunks: Iterable[Sequence[Codes | None]]) -> Iterator[list[Samples]]:
+        """Decodes several utterances as their codes arrive.
+
+        Args:
+            chunks: a list a step, for each utterance its next codes uint16 (t_i, K_i), t_i >= 0, or None from when it
+                has ended. The first step says how many utterances there are.
+
+        Yields:
+            a list a step, for each utterance samples float32 (t_i · samples per frame,). All steps together equal
+            ``decode`` of the whole within 1e-5 in float32.
+
+        Raises:
+            ValueError: the number of utterances changes, one goes on after its end, or a code is out of range.
+        """
+        steps = (
+            [None if code is None else self._codes(code, index) for index, code in enumerate(step)] for step in chunks
+        )
+        for samples in decode_stream(self.model, steps):
+            yield to_host(samples, torch.float32)
+
+    def release(self) -> None:
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _codes(self, code: Codes, index: int) -> torch.Tensor:
+        self._check_codes(code, f"utterance {index}")
+        return torch.from_numpy(code.astype(np.int64))
+
+    def _check_codes(self, code: Codes, name: str) -> None:
+        quantizer = self.model.config.quantizer
+        if code.ndim != 2 or not 1 <= code.shape[1] <= quantizer.num_quantizers:
+            raise ValueError(f"{name}: codes have shape {code.shape}, must be (T, 1 to {quantizer.num_quantizers})")
+        if code.size and not 0 <= int(code.min()) <= int(code.max()) < quantizer.codebook_size:
+            raise ValueError(f"{name}: a code is negative or not below the codebooks' size {quantizer.codebook_size}")
+
+
+def _samples(chunk: Samples) -> torch.Tensor:
+    if chunk.ndim != 1:
+        raise ValueError(f"samples have shape {chunk.shape}, must be (n,)")
+    return torch.from_numpy(np.asarray(chunk, dtype=np.float32))
+
+
+def _codes_to_host(codes: Sequence[torch.Tensor]) -> list[Codes]:
+    return [part.astype(np.uint16) for part in to_host(codes, torch.int32)]
+
+
+def _config(checkpoint: Checkpoint) -> MossConfig:
+    try:
+        return MossConfig.from_json(checkpoint.config)
+    except RunError as error:
+        raise RunError(f"{checkpoint.folder}: {error}") from error
+
+
+def _rename(name: str) -> str:
+    return _OLDER.sub(r".self_attn.\1_projs.0.weight", name)

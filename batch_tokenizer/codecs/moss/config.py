@@ -1,0 +1,252 @@
+"""``config.json`` of a MOSS-Audio-Tokenizer checkpoint: read, checked key by key, and the shapes that it implies."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from batch_tokenizer.records import RunError
+
+#: Quantizers that are the same at inference.
+QUANTIZER_TYPES = ("rlfq", "random_prefix_rlfq")
+
+#: Stage keys that have one published value each.
+_FIXED: Mapping[str, Any] = {
+    "causal": True,
+    "conv_layout": True,
+    "gating": "none",
+    "norm": "layer_norm",
+    "positional_embedding": "rope",
+}
+_SIZES = ("input_dimension", "output_dimension", "d_model", "num_heads", "num_layers", "dim_feedforward")
+
+
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """``size`` neighbouring rows to one row of as many times the channels; in the decoder the inverse."""
+
+    size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransformerStage:
+    """A causal transformer with a bounded window, under the published names.
+
+    Attributes:
+        layer_scale: whether layers scale what they add.
+        context: keys that a query sees, itself among them.
+        rate: rows of this stage per token frame.
+    """
+
+    input_dimension: int
+    output_dimension: int
+    d_model: int
+    num_heads: int
+    num_layers: int
+    dim_feedforward: int
+    max_period: float
+    layer_scale: bool
+    context: int
+    rate: int
+
+
+Stage = Patch | TransformerStage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizerConfig:
+    """The published keys of ``quantizer_kwargs`` that matter at inference."""
+
+    input_dim: int
+    rvq_dim: int
+    output_dim: int
+    num_quantizers: int
+    codebook_size: int
+    codebook_dim: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MossConfig:
+    """A checked configuration.
+
+    Attributes:
+        sampling_rate: Hz.
+        downsample_rate: samples per token frame.
+        encoder, decoder: their stages in order.
+    """
+
+    sampling_rate: int
+    downsample_rate: int
+    encoder: tuple[Stage, ...]
+    decoder: tuple[Stage, ...]
+    quantizer: QuantizerConfig
+
+    @classmethod
+    def from_json(cls, config: Mapping[str, Any]) -> MossConfig:
+        """The published mapping to a checked config. Keys without effect on what the model computes are left alone.
+
+        Raises:
+            RunError: a key is absent, of the wrong type, out of range or of a kind not known; the message names it.
+        """
+        top = _Keys(config, "")
+        top.fixed("number_channels", 1, absent=1)
+        rate_key = "sampling_rate" if "sampling_rate" in config else "sample_rate"
+        sampling_rate = top.size(rate_key)
+        if config.get("sample_rate", sampling_rate) != sampling_rate:
+            raise top.wrong("sample_rate", f"differs from sampling_rate ({sampling_rate})")
+        downsample_rate = top.size("downsample_rate")
+        quantizer = _quantizer(config)
+        encoder = _stages(top, "encoder_kwargs", sampling_rate, downsample_rate, 1, quantizer.input_dim)
+        decoder = _stages(top, "decoder_kwargs", sampling_rate, downsample_rate, quantizer.output_dim, 1)
+        return cls(
+            sampling_rate=sampling_rate,
+            downsample_rate=downsample_rate,
+            encoder=encoder,
+            decoder=decoder,
+            quantizer=quantizer,
+        )
+
+    @property
+    def frame_rate(self) -> float:
+        """Token frames per second."""
+        return self.sampling_rate / self.downsample_rate
+
+    def num_frames(self, num_samples: int) -> int:
+        """Token frames of ``num_samples`` samples; the last one may be padded."""
+        return -(-num_samples // self.downsample_rate)
+
+
+class _Keys:
+    """A mapping inside ``config.json`` that knows where it stands, for messages."""
+
+    def __init__(self, mapping: Mapping[str, Any], place: str) -> None:
+        self.mapping = mapping
+        self.place = place
+
+    def wrong(self, key: str, rule: str) -> RunError:
+        """The error for ``key``."""
+        if key not in self.mapping:
+            return RunError(f"config.json: {self.place}{key} is absent")
+        return RunError(f"config.json: {self.place}{key} = {self.mapping[key]!r}: {rule}")
+
+    def size(self, key: str) -> int:
+        """A whole number above 0."""
+        value = self.number(key)
+        if not value.is_integer():
+            raise self.wrong(key, "must be a whole number")
+        return int(value)
+
+    def number(self, key: str) -> float:
+        """A number above 0."""
+        value = self.mapping.get(key)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+            raise self.wrong(key, "must be a number above 0")
+        return float(value)
+
+    def list(self, key: str) -> list[Any]:
+        """A list of at least one object."""
+        value = self.mapping.get(key)
+        if not isinstance(value, list) or not value or not all(isinstance(item, dict) for item in value):
+            raise self.wrong(key, "must be a list of stages")
+        return value
+
+    def fixed(self, key: str, known: Any, absent: Any = None) -> None:
+        """A key whose one known value is ``known``."""
+        value = self.mapping.get(key, absent)
+        if value != known or isinstance(value, bool) != isinstance(known, bool):
+            raise self.wrong(key, f"only {known!r} is known")
+
+
+def _quantizer(config: Mapping[str, Any]) -> QuantizerConfig:
+    kwargs = config.get("quantizer_kwargs")
+    if not isinstance(kwargs, Mapping):
+        raise _Keys(config, "").wrong("quantizer_kwargs", "must be an object")
+    keys = _Keys(kwargs, "quantizer_kwargs.")
+    for holder in (_Keys(config, ""), keys):
+        kind = holder.mapping.get("quantizer_type")
+        if kind in ("rvq", "spec_rvq"):
+            raise holder.wrong("quantizer_type", "is not known here, as the published code cannot decode it")
+        if kind is not None and kind not in QUANTIZER_TYPES:
+            raise holder.wrong("quantizer_type", f"must be one of {', '.join(QUANTIZER_TYPES)}")
+    if "quantizer_type" not in config and "quantizer_type" not in kwargs:
+        raise keys.wrong("quantizer_type", "")
+    quantizer = QuantizerConfig(
+        input_dim=keys.size("input_dim"),
+        rvq_dim=keys.size("rvq_dim"),
+        output_dim=keys.size("output_dim"),
+        num_quantizers=keys.size("num_quantizers"),
+        codebook_size=keys.size("codebook_size"),
+        codebook_dim=keys.size("codebook_dim"),
+    )
+    if quantizer.codebook_size > 65536:
+        raise keys.wrong("codebook_size", "must not exceed 65536")
+    return quantizer
+
+
+def _stages(
+    top: _Keys, key: str, sampling_rate: int, downsample_rate: int, channels: int, last_channels: int
+) -> tuple[Stage, ...]:
+    """The stages under ``key``, checked to fit each other from ``channels`` to ``last_channels``."""
+    encoding = key == "encoder_kwargs"
+    duration = top.number("causal_transformer_context_duration")
+    rate = downsample_rate if encoding else 1
+    rows_a_second = float(sampling_rate) if encoding else sampling_rate / downsample_rate
+    stages: list[Stage] = []
+    for index, item in enumerate(top.list(key)):
+        keys = _Keys(item, f"{key}[{index}].")
+        kind = item.get("module_type")
+        if kind == "PatchedPretransform":
+            size = keys.size("patch_size")
+            whole = rate if encoding else channels
+            if whole % size:
+                raise keys.wrong("patch_size", f"must divide {whole}, what the stages before it leave")
+            if encoding:
+                rate, channels, rows_a_second = rate // size, channels * size, rows_a_second / size
+            else:
+                rate, channels, rows_a_second = rate * size, channels // size, rows_a_second * size
+            stages.append(Patch(size))
+        elif kind == "Transformer":
+            if "context_duration" in item:
+                duration_here = keys.number("context_duration")
+            else:
+                duration_here = duration
+            stage = _transformer(keys, int(rows_a_second * duration_here), rate)
+            if stage.input_dimension != channels:
+                raise keys.wrong("input_dimension", f"must be {channels}, what the stages before it leave")
+            channels = stage.output_dimension
+            stages.append(stage)
+        else:
+            raise keys.wrong("module_type", "must be PatchedPretransform or Transformer")
+    if rate != (1 if encoding else downsample_rate):
+        raise top.wrong("downsample_rate", f"must be the product of the patch sizes in {key}")
+    if channels != last_channels:
+        wanted = "quantizer_kwargs.input_dim" if encoding else "one channel of audio"
+        raise RunError(f"config.json: {key}: leaves {channels} channels, must leave {last_channels} ({wanted})")
+    return tuple(stages)
+
+
+def _transformer(keys: _Keys, context: int, rate: int) -> TransformerStage:
+    known = {*_FIXED, *_SIZES, "module_type", "layer_scale", "max_period", "context_duration"}
+    for key in keys.mapping:
+        if key not in known:
+            raise keys.wrong(key, "this key is not known, so what the stage computes is not either")
+    for key, value in _FIXED.items():
+        keys.fixed(key, value)
+    sizes = {key: keys.size(key) for key in _SIZES}
+    if sizes["d_model"] % sizes["num_heads"]:
+        raise keys.wrong("num_heads", f"must divide d_model ({sizes['d_model']})")
+    if sizes["d_model"] // sizes["num_heads"] % 2:
+        raise keys.wrong("num_heads", "must leave an even head size")
+    if context < 1:
+        raise RunError(f"config.json: {keys.place}context_duration: the window is less than one row of this stage")
+    if "layer_scale" not in keys.mapping or keys.mapping["layer_scale"] is not None:
+        keys.number("layer_scale")  # what the parameters were set to before training; only its presence matters
+    return TransformerStage(
+        **sizes,
+        max_period=keys.number("max_period"),
+        layer_scale=keys.mapping["layer_scale"] is not None,
+        context=context,
+        rate=rate,
+    )

@@ -1,0 +1,217 @@
+"""``MossAudioTokenizer``: encoder, quantizer and decoder as one ``nn.Module``, for whole utterances and for streams.
+
+Utterances are never padded against each other: on a CPU each goes through alone, on CUDA they are packed on one axis of
+fixed size, so that a result does not depend on what it was batched with. The model is causal with bounded windows, so an
+utterance may also go through piece by piece, each ``Stream`` keeping what later pieces need; the result is the same
+within rounding. That is how long utterances are done, alone and in pieces of one size, in memory that does not grow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from batch_tokenizer.codecs.moss.config import MossConfig
+from batch_tokenizer.codecs.moss.layers import Passage, PatchDown, PatchUp, Stages, Stream, Transformer
+from batch_tokenizer.codecs.moss.quantizer import ResidualQuantizer
+from batch_tokenizer.kernels.packing import filler_runs, packs
+
+#: Token frames of axis that a pack on CUDA has, unless told otherwise.
+DEFAULT_CAPACITY = 4096
+
+#: Seconds of audio above which an utterance goes through in pieces, where utterances are not packed.
+STREAM_ABOVE_SECONDS = 60.0
+
+
+class MossAudioTokenizer(nn.Module):
+    """MOSS-Audio-Tokenizer.
+
+    Attributes:
+        config: the checkpoint's configuration.
+        capacity: token frames of axis per pack; None runs each utterance alone; ``auto`` does that on a CPU and packs
+            ``DEFAULT_CAPACITY`` on CUDA. Results are equal to the bit only among packs of one capacity.
+        stream_above: token frames, ``STREAM_ABOVE_SECONDS`` of them. A longer utterance, or with a capacity one that is
+            longer than that, goes through alone and in pieces of this many frames.
+    """
+
+    def __init__(self, config: MossConfig, *, parts: Sequence[str] = ("encoder", "decoder")) -> None:
+        super().__init__()
+        self.config = config
+        self.capacity: int | str | None = "auto"
+        self.stream_above = max(1, int(STREAM_ABOVE_SECONDS * config.frame_rate))
+        self.encoder = Stages(config.encoder, PatchDown) if "encoder" in parts else None
+        self.quantizer = ResidualQuantizer(config.quantizer)
+        self.decoder = Stages(config.decoder, PatchUp) if "decoder" in parts else None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the encoder and the decoder; the quantizer is float32 always."""
+        return next(self.parameters()).dtype
+
+    def freeze(self) -> MossAudioTokenizer:
+        """Takes all parameters out of training."""
+        return self.requires_grad_(False).eval()
+
+    def use_attention(self, backend: str) -> None:
+        """Forces an attention backend (``batch_tokenizer.kernels.attention``); ``auto`` chooses the fastest."""
+        for module in self.modules():
+            if isinstance(module, Transformer):
+                module.attention = backend
+
+    def encode_utterances(self, samples: Sequence[Tensor], n_q: int | None = None) -> list[Tensor]:
+        """Samples float32 (S_i,) each, S_i >= 1, to codes int64 (ceil(S_i / samples per frame), n_q) each.
+
+        Raises:
+            ValueError: ``n_q`` is out of range, an utterance is empty, or the encoder was not loaded.
+        """
+        num_quantizers = self.config.quantizer.num_quantizers if n_q is None else n_q
+        self._check_num_quantizers(num_quantizers)
+        if any(len(wav) < 1 for wav in samples):
+            raise ValueError("an utterance has no samples")
+        frames = [self.config.num_frames(len(wav)) for wav in samples]
+        return self._utterances(
+            samples,
+            frames,
+            lambda wavs, passage: self._encode(wavs, passage, num_quantizers),
+            lambda wav: self.encode_streams([Stream()], [wav], num_quantizers)[0],
+        )
+
+    def decode_utterances(self, codes: Sequence[Tensor]) -> list[Tensor]:
+        """Codes (T_i, K_i) each, T_i >= 1, in range, to float32 samples (T_i · samples per frame,) each.
+
+        Raises:
+            ValueError: the decoder was not loaded.
+        """
+        return self._utterances(
+            codes, [len(code) for code in codes], self._decode, lambda code: self.decode_streams([Stream()], [code])[0]
+        )
+
+    def encode_streams(self, streams: Sequence[Stream], samples: Sequence[Tensor], num_quantizers: int) -> list[Tensor]:
+        """Continues each stream with its next samples, however many, in bounded memory.
+
+        Args:
+            samples: float32 (S_i,) each, whole frames; only an utterance's last ones may be fewer, and are zero-padded.
+
+        Returns:
+            codes int64 (T_i, ``num_quantizers``) each.
+        """
+        self._check_num_quantizers(num_quantizers)
+        empty = torch.empty(0, num_quantizers, dtype=torch.int64, device=self.device)
+        return self._in_pieces(
+            streams,
+            samples,
+            self.config.downsample_rate,
+            lambda wavs, passage: self._encode(wavs, passage, num_quantizers),
+            empty,
+        )
+
+    def decode_streams(self, streams: Sequence[Stream], codes: Sequence[Tensor]) -> list[Tensor]:
+        """Continues each stream with its next codes (T_i, K_i), however many, in bounded memory.
+
+        Returns:
+            float32 samples (T_i · samples per frame,) each.
+        """
+        return self._in_pieces(streams, codes, 1, self._decode, torch.empty(0, device=self.device))
+
+    @torch.no_grad()
+    def hidden(self, samples: Tensor) -> Tensor:
+        """Samples float32 (S,) of one utterance to hidden frames float32 (T, d) before the quantizer, in one pass."""
+        return self._hidden([samples], Passage([self.config.num_frames(len(samples))], self.device))
+
+    def _utterances(
+        self,
+        inputs: Sequence[Tensor],
+        frames: Sequence[int],
+        at_once: Callable[[list[Tensor], Passage], list[Tensor]],
+        in_pieces: Callable[[Tensor], Tensor],
+    ) -> list[Tensor]:
+        """Each utterance the way that its own length asks for: packed with others, alone, or in pieces."""
+        results: dict[int, Tensor] = {}
+        capacity = self._fixed_capacity()
+        longest = self.stream_above if capacity is None else capacity
+        short = [index for index, count in enumerate(frames) if count <= longest]
+        for index in set(range(len(inputs))).difference(short):
+            results[index] = in_pieces(inputs[index])
+        lengths = [frames[index] for index in short]
+        groups = packs(lengths, capacity) if capacity is not None else ([place] for place in range(len(short)))
+        for group in groups:
+            members = [short[place] for place in group]
+            counts = [frames[index] for index in members]
+            filler = [] if capacity is None else filler_runs(capacity - sum(counts))
+            passage = Passage([*counts, *filler], self.device)
+            results.update(zip(members, at_once([inputs[index] for index in members], passage), strict=True))
+        return [results[index] for index in range(len(inputs))]
+
+    def _in_pieces(
+        self,
+        streams: Sequence[Stream],
+        inputs: Sequence[Tensor],
+        rows_a_frame: int,
+        compute: Callable[[list[Tensor], Passage], list[Tensor]],
+        empty: Tensor,
+    ) -> list[Tensor]:
+        """Steps of at most one pass's frames, shared evenly by the streams that have input left."""
+        capacity = self._fixed_capacity()
+        longest = self.stream_above if capacity is None else capacity
+        outputs: list[list[Tensor]] = [[empty] for _ in streams]
+        left = list(inputs)
+        while active := [index for index, part in enumerate(left) if len(part)]:
+            rows = max(1, longest // len(active)) * rows_a_frame
+            pieces = [left[index][:rows] for index in active]
+            frames = [-(-len(piece) // rows_a_frame) for piece in pieces]
+            passage = Passage(frames, self.device, [streams[index] for index in active])
+            for index, output in zip(active, compute(pieces, passage), strict=True):
+                outputs[index].append(output)
+                left[index] = left[index][rows:]
+            passage.advance()
+        return [torch.cat(parts) for parts in outputs]
+
+    @torch.no_grad()
+    def _encode(self, samples: Sequence[Tensor], passage: Passage, num_quantizers: int) -> list[Tensor]:
+        """Codes of each; filler of the passage beyond the last utterance is dropped."""
+        with torch.autocast(self.device.type, enabled=False):
+            codes = self.quantizer.encode(self._hidden(samples, passage), num_quantizers)
+        return list(codes.split(passage.frames.tolist())[: len(samples)])
+
+    def _hidden(self, samples: Sequence[Tensor], passage: Passage) -> Tensor:
+        """Hidden float32 (N, d) of packed utterances, each zero-padded to its whole frames."""
+        if self.encoder is None:
+            raise ValueError("this model was loaded without its encoder")
+        starts = passage.segments(self.config.downsample_rate).starts.tolist()
+        rows = samples[0].new_zeros(passage.segments(self.config.downsample_rate).total)
+        for start, wav in zip(starts, samples, strict=False):
+            rows[start : start + len(wav)] = wav
+        return self.encoder(rows.to(self.device, self.dtype)[:, None], passage).float()
+
+    @torch.no_grad()
+    def _decode(self, codes: Sequence[Tensor], passage: Passage) -> list[Tensor]:
+        """Samples of each; filler of the passage beyond the last utterance is dropped."""
+        if self.decoder is None:
+            raise ValueError("this model was loaded without its decoder")
+        segments = passage.segments(1)
+        widest = max(code.shape[1] for code in codes)
+        packed = torch.full((segments.total, widest), self.quantizer.unused, dtype=torch.int64, device=codes[0].device)
+        for start, code in zip(segments.starts.tolist(), codes, strict=False):
+            packed[start : start + len(code), : code.shape[1]] = code
+        with torch.autocast(self.device.type, enabled=False):
+            summed = self.quantizer.decode(packed.to(self.device))
+            samples = self.decoder(summed.to(self.dtype), passage).float()[:, 0]
+        return list(samples.split((passage.frames * self.config.downsample_rate).tolist())[: len(codes)])
+
+    def _fixed_capacity(self) -> int | None:
+        if self.capacity == "auto":
+            return DEFAULT_CAPACITY if self.device.type == "cuda" else None
+        return None if self.capacity is None else int(self.capacity)
+
+    def _check_num_quantizers(self, num_quantizers: int) -> None:
+        if not 1 <= num_quantizers <= self.config.quantizer.num_quantizers:
+            raise ValueError(
+                f"{num_quantizers} codebooks asked for: this checkpoint has 1 to {self.config.quantizer.num_quantizers}"
+            )

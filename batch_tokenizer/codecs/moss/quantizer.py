@@ -1,0 +1,152 @@
+"""MOSS's residual quantizer: hidden frames to codes and back, in float32 whatever the model's dtype.
+
+Everything here is a buffer of a ``Float32Buffers``, so casting the model leaves it alone. A checkpoint has weight-normed
+projections; ``fold`` multiplies them out once and replaces each codebook's lookup and projection by one table.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear, normalize
+
+from batch_tokenizer.codecs.moss.config import QuantizerConfig
+from batch_tokenizer.kernels.codebook import first_equal_rows, nearest_rows
+from batch_tokenizer.kernels.precision import Float32Buffers
+
+
+class WeightNorm(Float32Buffers):
+    """A weight (out, in, 1) as gain ``original0`` (out, 1, 1) and direction ``original1``, the published names."""
+
+    original0: Tensor
+    original1: Tensor
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__()
+        self.register_buffer("original0", torch.ones(channels_out, 1, 1))
+        self.register_buffer("original1", torch.zeros(channels_out, channels_in, 1))
+
+    def folded(self) -> Tensor:
+        """(out, in)."""
+        direction = self.original1[:, :, 0]
+        return direction * (self.original0[:, :, 0] / direction.norm(dim=1, keepdim=True))
+
+
+class Projection(Float32Buffers):
+    """A weight-normed 1×1 convolution with bias: a linear layer on rows."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__()
+        self.register_buffer("bias", torch.zeros(channels_out))
+        self.parametrizations = nn.Module()
+        self.parametrizations.weight = WeightNorm(channels_in, channels_out)
+
+    def fold(self) -> None:
+        """Multiplies gain and direction out."""
+        weight_norm = self.parametrizations.weight
+        assert isinstance(weight_norm, WeightNorm)
+        self.register_buffer("weight", weight_norm.folded())
+        del self.parametrizations
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """(N, in) to (N, out)."""
+        return linear(rows, self.weight, self.bias)
+
+
+class CodebookRows(Float32Buffers):
+    """Holds the published parameter name ``codebook.weight``, (size, d)."""
+
+    weight: Tensor
+
+    def __init__(self, size: int, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(size, dim))
+
+
+class Codebook(Float32Buffers):
+    """One codebook in a space of few dimensions, compared by direction.
+
+    After ``fold``:
+
+    Attributes:
+        directions: (size, d), its rows at length 1.
+        first: int64 (size,), for each row the first row of equal direction.
+        table: (size + 1, rvq_dim), what each code adds to the sum; the last row is zero, for a codebook not used.
+    """
+
+    directions: Tensor
+    first: Tensor
+    table: Tensor
+
+    def __init__(self, config: QuantizerConfig) -> None:
+        super().__init__()
+        self.codebook = CodebookRows(config.codebook_size, config.codebook_dim)
+        self.in_proj = _projection(config.rvq_dim, config.codebook_dim)
+        self.out_proj = _projection(config.codebook_dim, config.rvq_dim)
+
+    def fold(self) -> None:
+        """Makes the tables from the published parameters."""
+        rows = self.codebook.weight
+        added = self.out_proj(rows)
+        self.register_buffer("directions", normalize(rows))
+        self.register_buffer("first", first_equal_rows(self.directions))
+        self.register_buffer("table", torch.cat((added, added.new_zeros(1, added.shape[1]))))
+        del self.codebook, self.out_proj
+
+    def nearest(self, residual: Tensor) -> Tensor:
+        """int64 (N,): for each residual (N, rvq_dim) the code."""
+        return nearest_rows(normalize(self.in_proj(residual)), self.directions, self.first)
+
+
+class ResidualQuantizer(nn.Module):
+    """K codebooks, each quantizing what those before it left over."""
+
+    def __init__(self, config: QuantizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.input_proj = _projection(config.input_dim, config.rvq_dim)
+        self.output_proj = _projection(config.rvq_dim, config.output_dim)
+        self.quantizers = nn.ModuleList(Codebook(config) for _ in range(config.num_quantizers))
+
+    @property
+    def codebooks(self) -> list[Codebook]:
+        """The K codebooks in order."""
+        return [module for module in self.quantizers if isinstance(module, Codebook)]
+
+    @property
+    def unused(self) -> int:
+        """The code of a codebook that an utterance does not use: it adds nothing."""
+        return self.config.codebook_size
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Once, after the published parameters are in place. Before it nothing can be computed."""
+        for projection in [module for module in self.modules() if isinstance(module, Projection)]:
+            projection.fold()
+        for codebook in self.codebooks:
+            codebook.fold()
+
+    def encode(self, hidden: Tensor, num_quantizers: int) -> Tensor:
+        """Hidden frames (N, input_dim) to codes int64 (N, ``num_quantizers``)."""
+        residual = self.input_proj(hidden.float())
+        codes = []
+        for codebook in self.codebooks[:num_quantizers]:
+            nearest = codebook.nearest(residual)
+            residual = residual - codebook.table[nearest]
+            codes.append(nearest)
+        return torch.stack(codes, dim=1)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes int64 (N, K'), K' <= K, each in range or ``unused``, to float32 (N, output_dim)."""
+        codebooks = self.codebooks
+        total = codebooks[0].table[codes[:, 0]]
+        for index in range(1, codes.shape[1]):
+            total = total + codebooks[index].table[codes[:, index]]
+        return self.output_proj(total)
+
+
+def _projection(channels_in: int, channels_out: int) -> nn.Module:
+    return nn.Identity() if channels_in == channels_out else Projection(channels_in, channels_out)

@@ -1,0 +1,28 @@
+"""Nearest row of a codebook, the same whatever the batch: of rows at equal distance the first wins. Float32 throughout."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def first_equal_rows(rows: Tensor) -> Tensor:
+    """int64 (size,): for each of ``rows`` (size, d) the index of the first row with the same values."""
+    _, group = torch.unique(rows, dim=0, return_inverse=True)
+    order = torch.arange(len(group), device=group.device)
+    first = torch.full_like(order, len(group)).scatter_reduce(0, group, order, "amin")
+    return first[group]
+
+
+def nearest_rows(queries: Tensor, rows: Tensor, first: Tensor) -> Tensor:
+    """int64 (N,): for each query (N, d) the row at the least squared distance; of equals, the first.
+
+    |x - e|² = |x|² - 2 (x·e - |e|²/2), so the least distance is the greatest x·e - |e|²/2. A matrix product may round
+    two equal columns differently, so ``argmax`` alone would not keep the first of them.
+
+    Args:
+        rows: (size, d).
+        first: ``first_equal_rows(rows)``.
+    """
+    scores = torch.addmm(rows.square().sum(dim=1).mul(-0.5), queries, rows.t())
+    return first[scores.argmax(dim=1)]
