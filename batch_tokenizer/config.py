@@ -1,4 +1,4 @@
-"""``RunConfig``: everything a run was asked for, checked once at the door and frozen. ``cli.py`` makes it from flags."""
+"""``RunConfig``: everything a run was asked for, checked once at the door and frozen. ``cli.py`` makes it."""
 
 from __future__ import annotations
 

@@ -1,0 +1,94 @@
+"""The command line: flags to ``RunConfig``, errors to one line and an exit status.
+
+    batch_tokenizer --data_list data.jsonl --task wav2token2wav [--model_path M] …     a run
+    batch_tokenizer verify …, batch_tokenizer status …                                 subcommands, see ``COMMANDS``
+
+Exit status: 0 the run finished; 1 it could not go on, or every row failed, or any did under ``--strict``; 2 bad arguments;
+128 + n when signal n stopped it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import get_args
+
+from batch_tokenizer import __version__
+from batch_tokenizer.config import AttentionBackend, Device, Dtype, Resampler, RunConfig
+from batch_tokenizer.records import TASKS, RunError
+
+#: Subcommand to the module that has ``add_arguments(parser)`` and ``main(arguments) -> int``, and a line of help.
+COMMANDS: Mapping[str, tuple[str, str]] = {}
+
+log = logging.getLogger("batch_tokenizer")
+
+
+def run_parser() -> argparse.ArgumentParser:
+    """The parser of a run."""
+    parser = argparse.ArgumentParser(
+        prog="batch_tokenizer",
+        description="Turn a corpus of audio into the discrete tokens of a neural codec, and tokens back into audio.",
+        epilog="Other commands: " + ("; ".join(f"{name}: {about}" for name, (_, about) in COMMANDS.items()) or "none"),
+    )
+    default = RunConfig(data_list=Path())
+    add = parser.add_argument
+    add("--version", action="version", version=f"batch_tokenizer {__version__}")
+    add("--model_path", help="checkpoint folder or hub id; the bundled default (random weights) when absent")
+    add("--data_list", type=Path, required=True, help="manifest: JSON lines with key, wav, quantized_tokens, …")
+    add("--task", choices=TASKS, default=default.task)
+    add("--run_dir", type=Path, help="ledger, failures, summary; beside the manifest when absent")
+    add("--batch_size", type=int, default=default.batch_size, help="most utterances in one batch (%(default)s)")
+    add("--frame_budget", type=int, help="most token frames in one batch; chosen for the device when absent")
+    add("--num_workers", type=int, default=default.num_workers, help="loader processes per rank (%(default)s)")
+    add("--prefetch", type=int, default=default.prefetch, help="batches loaded ahead of the model (%(default)s)")
+    add("--num_quantizers", type=int, help="codebooks to use; all when absent")
+    add("--seed", type=int, default=default.seed, help="of torch's generators; encoding and decoding draw nothing")
+    add("--device", choices=get_args(Device), default=default.device)
+    add("--dtype", choices=get_args(Dtype), default=default.dtype, help="auto: bfloat16 on CUDA, float32 on a CPU")
+    add("--resampler", choices=get_args(Resampler), default=default.resampler, help="reference: as published")
+    add("--attention", choices=get_args(AttentionBackend), default=default.attention, help="force a backend")
+    add("--row_timeout", type=float, default=default.row_timeout, help="seconds to load one row (%(default)s)")
+    add("--grace", type=float, default=default.grace, help="seconds to finish what is in flight when stopped")
+    add("--num_shards", type=int, default=default.num_shards, help="independent jobs that share the manifest")
+    add("--shard", type=int, default=default.shard, help="which of them this is, from 0")
+    add("--strict", action="store_true", help="exit with status 1 if any row failed")
+    add("--retry_failed", action="store_true", help="try rows again that an earlier run recorded as failed")
+    add("--overwrite", action="store_true", help="discard a run folder made with other settings")
+    add("--dry_run", action="store_true", help="check everything, print the plan and stop")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
+    )
+    try:
+        if words and words[0] in COMMANDS:
+            return _command(words[0], words[1:])
+        config = RunConfig(**vars(run_parser().parse_args(words)))
+        from batch_tokenizer.pipeline import run
+
+        return run(config)
+    except RunError as error:
+        log.error("%s", error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        log.error("interrupted; start the same command again to resume")
+        return 130
+
+
+def _command(name: str, words: Sequence[str]) -> int:
+    module_name, about = COMMANDS[name]
+    module = importlib.import_module(module_name)
+    parser = argparse.ArgumentParser(prog=f"batch_tokenizer {name}", description=about)
+    module.add_arguments(parser)
+    status: int = module.main(parser.parse_args(words))
+    return status
+
+
