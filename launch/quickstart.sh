@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# From nothing to tokens and audio: environment, installation, then the main job on sample_data with two processes.
+#
+#   bash launch/quickstart.sh [flags of batch_tokenizer, such as --model_path FOLDER]
+#
+# launch/environment.sh says which variables it heeds.
+set -euo pipefail
+PACKAGES="python3-venv ffmpeg"
+source "$(dirname "$(realpath "$0")")/environment.sh"
+
+status=0
+OMP_NUM_THREADS=1 "$VENV/bin/torchrun" --standalone --nproc_per_node=2 -m batch_tokenizer \
+    --data_list sample_data/data.jsonl --task wav2token2wav --num_workers 1 "$@" || status=$?
+echo
+if ((status)); then
+    echo "The run ended with status $status; the lines above say why." >&2
+    exit "$status"
+fi
+echo "Tokens and audio are in sample_data/out: KEY.json and KEY.wav for each row of sample_data/data.jsonl."
+echo "The run's ledger, failures and summary are in sample_data/data.wav2token2wav.run."
+if [[ " $* " != *" --model_path"* ]] && grep -q 'random weights' batch_tokenizer/checkpoints/default/README.md; then
+    echo "The bundled default model has random weights: its audio is noise. Pass --model_path for a real one."
+fi

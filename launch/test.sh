@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Runs all tests in an environment of their own, after the linter and the type checker.
+#
+#   bash launch/test.sh [arguments of pytest]
+#
+# launch/environment.sh says which variables it heeds.
+set -euo pipefail
+PACKAGES="python3-venv ffmpeg gcc slurmctld slurmd slurm-client munge"
+EXTRAS=dev
+source "$(dirname "$(realpath "$0")")/environment.sh"
+
+"$VENV/bin/ruff" check .
+"$VENV/bin/ruff" format --check .
+"$VENV/bin/mypy"
+"$VENV/bin/python" -m pytest "$@"
