@@ -32,8 +32,8 @@ def test_mel_of_every_golden_utterance() -> None:
             f_min=config["fmin"],
             f_max=config["fmax"],
         )
-        # Fourier transforms differ between processors by the last bits of their loudest bin, which a logarithm magnifies
-        # without bound in a quiet one: so magnitudes are compared, each frame against its loudest band.
+        # Fourier transforms differ between processors by the last bits of their loudest bin, which a logarithm
+        # magnifies without bound in a quiet one: so magnitudes are compared, each frame against its loudest band.
         magnitudes, published = np.exp(mel.astype(np.float64)), np.exp(expected[f"{utterance}.mel"].astype(np.float64))
         assert magnitudes.shape == published.shape, utterance
         assert (np.abs(magnitudes - published) / published.max(axis=0)).max() < 2e-6, utterance
