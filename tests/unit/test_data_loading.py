@@ -1,0 +1,155 @@
+"""Rows to features and codes, and everything that can be wrong with a token file."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+from hypothesis import given
+from hypothesis import strategies as st
+
+from batch_tokenizer.data.loading import RowLoader, read_codes
+from batch_tokenizer.records import RowError
+from tests.support.loading import INFO, FakeSpec, make_row
+
+CODES = [[1023, 0, 127], [5, 6, 7]]
+
+
+def write(folder: Path, content: object) -> str:
+    """A token file; bytes as they stand, anything else as JSON."""
+    path = folder / "tokens.json"
+    path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    return str(path)
+
+
+def reason_of(path: str) -> str:
+    with pytest.raises(RowError) as raised:
+        read_codes(path, INFO)
+    assert raised.value.stage == "load"
+    assert raised.value.reason.startswith(f"{path}: ")
+    assert "\n" not in raised.value.reason
+    return raised.value.reason.removeprefix(f"{path}: ")
+
+
+def test_audio_rows_come_out_as_features(tmp_path: Path) -> None:
+    audio = np.arange(-2000, 2000, dtype=np.int16)
+    soundfile.write(tmp_path / "a.wav", audio, 24000)
+    loader = pickle.loads(pickle.dumps(RowLoader("wav2token2wav", FakeSpec())))
+    row = make_row(3, wav=str(tmp_path / "a.wav"))
+    loaded = loader(row)
+    assert loaded.row is row
+    np.testing.assert_array_equal(loaded.features, audio[None].astype(np.float32) / 32768)
+    assert (loaded.codes, loaded.num_samples, loaded.frames) == (None, 4000, 5)
+    assert loaded.load_seconds > 0
+
+
+def test_audio_longer_than_the_codec_takes_fails(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", np.zeros(24000), 24000)
+    spec = FakeSpec(replace(INFO, max_samples=23999))
+    with pytest.raises(RowError, match="too long"):
+        RowLoader("wav2token", spec)(make_row(wav=str(tmp_path / "a.wav")))
+
+
+@pytest.mark.parametrize(("num_quantizers", "width"), [(None, 3), (1, 1), (2, 2), (20, 3)])
+def test_token_rows_come_out_as_codes(tmp_path: Path, num_quantizers: int | None, width: int) -> None:
+    row = make_row(quantized_tokens=write(tmp_path, {"quantized_tokens": CODES, "info": {"key": "x"}}))
+    loaded = RowLoader("token2wav", FakeSpec(), num_quantizers=num_quantizers)(row)
+    assert loaded.codes is not None
+    assert loaded.codes.dtype == np.uint16
+    assert loaded.codes.flags.c_contiguous
+    assert loaded.codes.tolist() == [frame[:width] for frame in CODES]
+    assert (loaded.features, loaded.num_samples, loaded.frames) == (None, 1920, 2)
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        CODES,
+        {"quantized_tokens": CODES},
+        {"quantized_tokens": CODES, "info": None},
+        {"quantized_tokens": CODES, "info": {"fingerprint": None}},
+        {"quantized_tokens": CODES, "info": {"fingerprint": INFO.fingerprint, "codec": "a copy", "clean": True}},
+    ],
+)
+def test_accepted_forms(tmp_path: Path, document: object) -> None:
+    assert read_codes(write(tmp_path, document), INFO).tolist() == CODES
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "is empty"),
+        (b"\xff\xfejunk", "not JSON"),
+        (json.dumps({"quantized_tokens": CODES}).encode()[:-4], "not JSON"),
+        (b"[" * 5000, "not JSON"),
+        ({"tokens": CODES}, "has no field quantized_tokens"),
+        ({"quantized_tokens": None}, "quantized_tokens is null, not a list"),
+        ("text", "quantized_tokens is a string, not a list"),
+        (7, "quantized_tokens is a number, not a list"),
+        ([], "has no frames"),
+        ([1, 2, 3], "frame 0 is a number, not a list"),
+        ([[1], 2], "frame 1 is a number, not a list"),
+        ([[], []], "frame 0 has no codes"),
+        ([[1], []], "frame 1 has no codes"),
+        ([[1, 2], [3]], "frame 1 has 1 codes where frame 0 has 2"),
+        ([[1, 2, 3, 4]], "frame 0 has 4 codes where fake-24k has 3 codebooks"),
+        ([[1, 2], [3, True]], "frame 1, codebook 1: true or false, not an integer"),
+        ([[True, False]], "frame 0, codebook 0: true or false, not an integer"),
+        ([[1, 2], [3.0, 4]], "frame 1, codebook 0: the number 3.0, not an integer"),
+        ([["1", "2"]], "frame 0, codebook 0: a string, not an integer"),
+        ([[1, None]], "frame 0, codebook 1: null, not an integer"),
+        ([[[1], [2]]], "frame 0, codebook 0: a list, not an integer"),
+        ([[1, 2], [3, -4]], "frame 1, codebook 1: code -4 is outside 0 to 127"),
+        ([[1024, 2]], "frame 0, codebook 0: code 1024 is outside 0 to 1023"),
+        ([[1023, 128]], "frame 0, codebook 1: code 128 is outside 0 to 127"),
+        ([[65536, 1]], "frame 0, codebook 0: code 65536 is outside"),
+        ([[2**64 - 1, -1]], "frame 0, codebook 0: code 18446744073709551615 is outside"),
+        ([[10**30, 1]], "frame 0, codebook 0: the number 1e+30, not an integer"),
+        ([[1]] * 1501, "too long, 1501 frames where fake-24k takes 1500"),
+        (
+            {"quantized_tokens": [[99999]], "info": {"codec": "other-16k", "fingerprint": "0123"}},
+            "made by codec other-16k (fingerprint 0123), this is fake-24k (fingerprint feedface)",
+        ),
+    ],
+)
+def test_faults_are_named(tmp_path: Path, content: object, reason: str) -> None:
+    assert reason in reason_of(write(tmp_path, content))
+
+
+def test_paths_that_are_no_files_are_named(tmp_path: Path) -> None:
+    fifo, huge = tmp_path / "fifo", tmp_path / "huge"
+    os.mkfifo(fifo)
+    with huge.open("wb") as file:
+        file.truncate(2**30 + 1)
+    assert reason_of(str(tmp_path / "none")) == "no such file"
+    assert "is a folder" in reason_of(str(tmp_path))
+    assert "not a regular file" in reason_of(str(fifo))
+    assert "too large" in reason_of(str(huge))
+    assert "cannot be read" in reason_of(str(tmp_path / "none\0"))
+    assert "cannot be read: File name too long" in reason_of(str(tmp_path / ("n" * 300)))
+
+
+ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 1100) | st.floats(allow_nan=False) | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(ANY_JSON)
+def test_any_document_is_codes_or_a_row_error(tmp_path_factory: pytest.TempPathFactory, document: Any) -> None:
+    """No document gets through that is not codes, and none ends in another exception."""
+    path = write(tmp_path_factory.getbasetemp(), {"quantized_tokens": document})
+    try:
+        codes = read_codes(path, INFO)
+    except RowError:
+        return
+    assert codes.tolist() == document
+    assert all(type(code) is int for frame in document for code in frame)
