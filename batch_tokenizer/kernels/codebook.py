@@ -1,4 +1,4 @@
-"""Nearest row of a codebook, the same whatever the batch: of rows at equal distance the first wins. Float32 throughout."""
+"""The nearest row of a codebook; of rows at equal distance the first."""
 
 from __future__ import annotations
 

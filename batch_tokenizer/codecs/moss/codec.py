@@ -1,4 +1,4 @@
-"""MOSS behind the codec protocol: its spec, its front end, and the model fed with numpy arrays, at once or as streams."""
+"""MOSS behind the codec protocol: its spec, its front end, the model fed with numpy arrays, whole or as streams."""
 
 from __future__ import annotations
 

@@ -92,8 +92,8 @@ class MossConfig:
         """
         top = _Keys(config, "")
         top.fixed("number_channels", 1, absent=1)
-        rate_key = "sampling_rate" if "sampling_rate" in config else "sample_rate"
-        sampling_rate = top.size(rate_key)
+        only_alias = "sample_rate" in config and "sampling_rate" not in config
+        sampling_rate = top.size("sample_rate" if only_alias else "sampling_rate")
         if config.get("sample_rate", sampling_rate) != sampling_rate:
             raise top.wrong("sample_rate", f"differs from sampling_rate ({sampling_rate})")
         downsample_rate = top.size("downsample_rate")

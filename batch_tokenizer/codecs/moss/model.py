@@ -1,9 +1,10 @@
 """``MossAudioTokenizer``: encoder, quantizer and decoder as one ``nn.Module``, for whole utterances and for streams.
 
-Utterances are never padded against each other: on a CPU each goes through alone, on CUDA they are packed on one axis of
-fixed size, so that a result does not depend on what it was batched with. The model is causal with bounded windows, so an
-utterance may also go through piece by piece, each ``Stream`` keeping what later pieces need; the result is the same
-within rounding. That is how long utterances are done, alone and in pieces of one size, in memory that does not grow.
+Utterances are never padded against each other: on a CPU each goes through alone, on CUDA they are packed on one axis
+of fixed size, so that a result does not depend on what it was batched with. The model is causal with bounded windows,
+so an utterance may also go through piece by piece, its ``Stream`` keeping what later pieces need; the result is the
+same within rounding. That is how long utterances are done, alone and in pieces of one size, in memory that does not
+grow.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """MOSS's residual quantizer: hidden frames to codes and back, in float32 whatever the model's dtype.
 
-Everything here is a buffer of a ``Float32Buffers``, so casting the model leaves it alone. A checkpoint has weight-normed
-projections; ``fold`` multiplies them out once and replaces each codebook's lookup and projection by one table.
+Everything here is a buffer of a ``Float32Buffers``, so casting the model leaves it alone. A checkpoint has
+weight-normed projections; ``fold`` multiplies them out once and makes one table of each codebook's lookup and
+projection.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Audio and codes in chunks as they arrive, for several utterances at once, equal to doing each utterance in one pass.
 
-Enters: one list a step with a chunk for each utterance, of any size, empty too; None from when that utterance has ended.
+Enters: one list a step with a chunk for each utterance, of any size, empty too; None from when it has ended.
 Leaves: for each step what that makes of whole frames. Memory is constant: a chunk, less than a frame of samples that
 wait for the rest of theirs, and the keys and values of each layer's window.
 """
