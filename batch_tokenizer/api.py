@@ -29,9 +29,7 @@ from batch_tokenizer.config import Resampler
 from batch_tokenizer.records import RunError
 
 
-def load_model(
-    path: str | os.PathLike[str] | None = None, *, load_encoder_only: bool = False
-) -> MiMoAudioTokenizer:
+def load_model(path: str | os.PathLike[str] | None = None, *, load_encoder_only: bool = False) -> MiMoAudioTokenizer:
     """A MiMo checkpoint as a frozen ``nn.Module`` in float32 on the CPU.
 
     Args:

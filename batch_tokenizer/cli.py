@@ -3,8 +3,8 @@
     batch_tokenizer --data_list data.jsonl --task wav2token2wav [--model_path M] …     a run
     batch_tokenizer verify …, batch_tokenizer status …                                 subcommands, see ``COMMANDS``
 
-Exit status: 0 the run finished; 1 it could not go on, or every row failed, or any did under ``--strict``; 2 bad arguments;
-128 + n when signal n stopped it.
+Exit status: 0 the run finished; 1 it could not go on, or every row failed, or any did under ``--strict``; 2 bad
+arguments; 128 + n when signal n stopped it.
 """
 
 from __future__ import annotations

@@ -139,13 +139,13 @@ class TokenizedRow:
     """A row's results, on their way to the writers.
 
     Attributes:
-        codes: uint16 (T, K); None in ``token2wav``.
+        codes: uint16 (T, K); in ``token2wav`` the ones that were read.
         samples: float32 (S,) at the codec's sample rate, nominally in [-1, 1]; None in ``wav2token``.
         num_samples: as in ``LoadedRow``.
     """
 
     row: ManifestRow
-    codes: npt.NDArray[np.uint16] | None
+    codes: npt.NDArray[np.uint16]
     samples: npt.NDArray[np.float32] | None
     num_samples: int
 

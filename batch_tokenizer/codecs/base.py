@@ -71,9 +71,14 @@ class Codec(ABC):
 
     A result never depends on the other members of the call: neither on how many there are, nor on their lengths or
     order. Members are numpy arrays in host memory on both sides.
+
+    Attributes:
+        frame_budget: token frames that it computes at once, where that many fit in memory. The caller makes batches of
+            about this size, and halves it after a batch that did not fit.
     """
 
     spec: CodecSpec
+    frame_budget: int = 8192
 
     @property
     def info(self) -> CodecInfo:
@@ -88,6 +93,5 @@ class Codec(ABC):
     def decode(self, codes: Sequence[npt.NDArray[np.uint16]]) -> list[npt.NDArray[np.float32]]:
         """Codes (T_i, K_i) each, 1 <= K_i <= ``num_codebooks``, to samples (S_i,) each, in the order given."""
 
-    def release(self) -> None:
-        """Let go of cached device memory, after a batch that did not fit. Default: nothing to let go of."""
-        return
+    def release(self) -> None:  # noqa: B027 - most codecs hold nothing
+        """Let go of cached device memory, after a batch that did not fit."""

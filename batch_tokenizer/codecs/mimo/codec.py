@@ -17,7 +17,7 @@ from batch_tokenizer.audio.mel import log_mel
 from batch_tokenizer.codecs.base import Codec, CodecInfo, CodecSpec
 from batch_tokenizer.codecs.checkpoint import Checkpoint
 from batch_tokenizer.codecs.mimo.config import MiMoConfig
-from batch_tokenizer.codecs.mimo.model import MiMoAudioTokenizer
+from batch_tokenizer.codecs.mimo.model import DEFAULT_CAPACITY, MiMoAudioTokenizer
 from batch_tokenizer.kernels.attention import BackendUnavailable, choose_backend
 from batch_tokenizer.records import RunError, Task
 
@@ -142,6 +142,7 @@ class MiMoCodec(Codec):
     def __init__(self, spec: MiMoSpec, model: MiMoAudioTokenizer, threads: int = 1) -> None:
         self.spec = spec
         self.model = model
+        self.frame_budget = DEFAULT_CAPACITY
         self._threads = ThreadPoolExecutor(threads, "codec") if model.device.type == "cpu" and threads > 1 else None
 
     def encode(self, features: Sequence[npt.NDArray[np.float32]], num_quantizers: int) -> list[npt.NDArray[np.uint16]]:
@@ -152,6 +153,17 @@ class MiMoCodec(Codec):
     def decode(self, codes: Sequence[npt.NDArray[np.uint16]]) -> list[npt.NDArray[np.float32]]:
         tensors = [torch.from_numpy(code.astype(np.int64)) for code in codes]
         return _to_host(self._run(self.model.decode_utterances, tensors, len), torch.float32)
+
+    @property
+    def frame_budget(self) -> int:
+        """Token frames computed at once."""
+        return self._frame_budget
+
+    @frame_budget.setter
+    def frame_budget(self, frames: int) -> None:
+        self._frame_budget = max(1, frames)
+        if self.model.device.type == "cuda":
+            self.model.capacity = self._frame_budget
 
     def release(self) -> None:
         if self.model.device.type == "cuda":

@@ -1,0 +1,470 @@
+"""A run: the manifest's rows go through loader, packer, codec and writers, and end in the ledger.
+
+    manifest ──► work queue ──► loader processes ──► packer ──► codec ──► writers ──► ledger
+
+``run`` prepares what a job does once (run folder, manifest, ledger, units), ``Worker`` is the loop of one process, and
+``_conclude`` is rank 0's last word. A row counts as ended only when its line is in the ledger, which comes after its
+outputs are published.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from signal import Signals
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from batch_tokenizer import __version__
+from batch_tokenizer.codecs.base import Codec, CodecSpec
+from batch_tokenizer.codecs.checkpoint import Checkpoint
+from batch_tokenizer.codecs.registry import find_family
+from batch_tokenizer.config import RunConfig
+from batch_tokenizer.data.batching import Packer, split
+from batch_tokenizer.data.loader import Loader
+from batch_tokenizer.data.loading import RowLoader
+from batch_tokenizer.manifest import Manifest, plan_units
+from batch_tokenizer.records import (
+    Batch,
+    LedgerEntry,
+    LoadedRow,
+    ManifestRow,
+    RowError,
+    RowFailure,
+    RunError,
+    Stage,
+    TokenizedRow,
+)
+from batch_tokenizer.runtime.devices import ComputeDevice, choose_device
+from batch_tokenizer.runtime.ledger import LedgerState, LedgerWriter, RowStatus, read_ledger, write_failures
+from batch_tokenizer.runtime.processes import ProcessGroup, stop_with_parent
+from batch_tokenizer.runtime.progress import JobStatus, ProgressReporter, RankStatus, read_status
+from batch_tokenizer.runtime.run_folder import RunFolder
+from batch_tokenizer.runtime.signals import StopRequest
+from batch_tokenizer.runtime.work_queue import WorkQueue
+from batch_tokenizer.writers.file_sink import FileSink
+from batch_tokenizer.writers.pool import WriterPool
+
+log = logging.getLogger(__name__)
+
+#: Bytes of loaded input, and of results waiting for a writer, that a process holds at most.
+LOADED_BYTES = 1 << 30
+RESULT_BYTES = 1 << 29
+
+#: Failures that each process names in its log; all of them are in ``failures.jsonl``.
+FAILURES_LOGGED = 10
+
+#: Seconds without a sign of life after which rank 0 stops waiting for another rank at the end.
+SILENCE = 90.0
+
+#: The same for a rank that has shown none yet: it may be loading a large model.
+STARTING = 600.0
+
+Outputs = TypeVar("Outputs")
+
+
+class Stopped(Exception):
+    """A stop signal came while the process was waiting for something else."""
+
+
+def run(config: RunConfig) -> int:
+    """One process's part of a run, from the environment that its launcher gave it. Returns the exit status.
+
+    Raises:
+        RunError: the run cannot start or go on.
+    """
+    started = time.monotonic()
+    processes = ProcessGroup.from_environment()
+    stop_with_parent(processes)
+    if not processes.is_main:
+        logging.getLogger().setLevel(logging.WARNING)
+    with StopRequest() as stop:
+        try:
+            return _run(config, processes, stop, started)
+        except Stopped:
+            return _leave(stop)
+
+
+def _run(config: RunConfig, processes: ProcessGroup, stop: StopRequest, started: float) -> int:
+    torch.manual_seed(config.seed)
+    compute = choose_device(config.device, config.dtype, processes.local_rank)
+    if compute.device.type == "cpu":
+        # One thread an operation, several utterances at a time: faster for short ones, and results do not depend on
+        # how many cores a process was given.
+        torch.set_num_threads(1)
+    checkpoint = Checkpoint.open(config.model_path)
+    family = find_family(checkpoint)
+    spec = family.open_spec(checkpoint)
+    num_quantizers = _num_quantizers(config, spec)
+    info = _run_info(config, spec, compute)
+    log.info(
+        "batch_tokenizer %s: %s, rank 0 of %d (%s)", __version__, config.task, processes.world_size, processes.launcher
+    )
+    log.info("%s", compute.reason)
+    log.info("model %s (%s, fingerprint %s), %d of %d codebooks", checkpoint.folder, spec.info.family,
+             spec.info.fingerprint, num_quantizers, spec.info.num_codebooks)  # fmt: skip
+
+    def idle() -> None:
+        if stop.requested:
+            raise Stopped
+
+    with RunFolder.open(
+        config.run_dir or config.default_run_dir(),
+        {"task": config.task, "num_quantizers": num_quantizers, **info},
+        processes=processes,
+        num_shards=config.num_shards,
+        shard=config.shard,
+        overwrite=config.overwrite,
+        idle=idle,
+    ) as folder:
+        manifest, status = _open_manifest(config, folder, idle)
+        todo = status == RowStatus.PENDING
+        if config.retry_failed:
+            todo |= status == RowStatus.FAILED
+        units = plan_units(
+            manifest, world_size=processes.world_size, num_shards=config.num_shards, shard=config.shard, pending=todo
+        )
+        queue = WorkQueue.open(len(units), processes, folder.attempt_id)
+        log.info("%d rows, %d to do, %d units", len(manifest), np.count_nonzero(todo), len(units))
+
+        def claimed_rows() -> Iterator[ManifestRow | RowFailure]:
+            while (unit := queue.claim()) is not None:
+                yield from (item for item in manifest.read(*units[unit]) if todo[item.line])
+
+        with (
+            LedgerWriter(folder.ledger_path) as ledger,
+            ProgressReporter(
+                folder,
+                rows_total=len(manifest),
+                rows_done_before=int(np.count_nonzero(status == RowStatus.DONE)),
+                rows_failed_before=int(np.count_nonzero((status == RowStatus.FAILED) & ~todo)),
+                device=str(compute.device),
+            ) as progress,
+            Loader(
+                RowLoader(config.task, spec, config.resampler, num_quantizers),
+                num_workers=config.num_workers,
+                rows_ahead=config.batch_size * config.prefetch,
+                bytes_ahead=LOADED_BYTES,
+                row_timeout=config.row_timeout,
+            ) as loader,
+        ):
+            progress.set_state("running")
+            try:
+                if len(units):
+                    codec = family.load_codec(
+                        checkpoint, spec, task=config.task, device=compute.device, dtype=compute.dtype,
+                        attention=config.attention, threads=compute.cores,
+                    )  # fmt: skip
+                    if config.frame_budget is not None:
+                        codec.frame_budget = config.frame_budget
+                    sink = FileSink(config.task, spec.info.sample_rate, info)
+                    worker = Worker(config, codec, num_quantizers, loader, sink.write, ledger, progress, stop)
+                    worker.work(claimed_rows())
+            except BaseException:
+                progress.set_state("interrupted")
+                raise
+            progress.set_state("interrupted" if stop.requested else "finished")
+            if processes.is_main:
+                _await_others(folder, stop, config.grace)
+        if processes.is_main:
+            return _conclude(config, folder, manifest, stop, time.monotonic() - started)
+    return _leave(stop) if stop.requested else 0
+
+
+def _num_quantizers(config: RunConfig, spec: CodecSpec) -> int:
+    most = spec.info.num_codebooks
+    if config.num_quantizers is not None and config.num_quantizers > most:
+        raise RunError(f"--num_quantizers {config.num_quantizers}: this checkpoint has {most} codebooks")
+    return config.num_quantizers or most
+
+
+def _run_info(config: RunConfig, spec: CodecSpec, compute: ComputeDevice) -> dict[str, Any]:
+    """What every token file of the run says about how it was made. Nothing about when, where or with whom."""
+    return {
+        "codec": spec.info.family,
+        "fingerprint": spec.info.fingerprint,
+        "sample_rate": spec.info.sample_rate,
+        "frame_rate": spec.info.frame_rate,
+        "dtype": compute.dtype_name,
+        "resampler": config.resampler,
+        "version": __version__,
+    }
+
+
+def _open_manifest(
+    config: RunConfig, folder: RunFolder, idle: Callable[[], None]
+) -> tuple[Manifest, npt.NDArray[np.uint8]]:
+    """The manifest and each line's status. Rank 0 reads the ledger; all ranks plan from what it found."""
+    if not folder.processes.is_main:
+        status = folder.await_status(idle=idle)
+        return Manifest.open(config.data_list, config.task, folder.index_dir), status
+    manifest = Manifest.open(config.data_list, config.task, folder.index_dir, progress=_IndexProgress(idle))
+    state = read_ledger(folder.path, manifest, idle=idle)
+    if state.num_changed:
+        changed = f"{state.num_changed} finished rows changed in {config.data_list} ({', '.join(state.changed_keys)})"
+        if not config.overwrite:
+            raise RunError(
+                f"{changed}: their outputs are of other input. Use another --run_dir, or --overwrite to do all again"
+            )
+        log.warning("%s: all rows are done again", changed)
+        folder.discard_ledger()
+        state = read_ledger(folder.path, manifest, idle=idle)
+    _report_state(state)
+    folder.share_status(state.status)
+    return manifest, state.status
+
+
+def _report_state(state: LedgerState) -> None:
+    if state.num_done or state.num_failed:
+        log.info("resuming: %d rows are done, %d failed", state.num_done, state.num_failed)
+    if state.num_unreadable:
+        log.warning("%d ledger lines cannot be read, as after a crash; their rows are done again", state.num_unreadable)
+    if state.num_removed:
+        log.warning("%d finished rows are no longer in the manifest", state.num_removed)
+
+
+class _IndexProgress:
+    """A log line now and then while a large manifest is indexed."""
+
+    def __init__(self, idle: Callable[[], None]) -> None:
+        self._idle = idle
+        self._told = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        self._idle()
+        if time.monotonic() - self._told >= 5.0:
+            self._told = time.monotonic()
+            log.info("indexing the manifest: %.0f %% of %.1f MB", 100 * done / max(total, 1), total / 1e6)
+
+
+@dataclass(slots=True)
+class Worker:
+    """The loop of one process: takes rows as they are claimed, ends each as done or failed."""
+
+    config: RunConfig
+    codec: Codec
+    num_quantizers: int
+    loader: Loader
+    write: Callable[[TokenizedRow], None]
+    ledger: LedgerWriter
+    progress: ProgressReporter
+    stop: StopRequest
+    failures_logged: int = 0
+
+    def work(self, rows: Iterator[ManifestRow | RowFailure]) -> None:
+        """Until ``rows`` ends, or a stop signal: then what is loaded is finished within the grace time."""
+        with WriterPool(
+            min(4, max(2, self.config.num_workers)),
+            write=self._timed_write,
+            on_done=self._on_done,
+            on_failed=lambda result, error: self._fail(_failure(result.row, error)),
+            bytes_pending=RESULT_BYTES,
+        ) as writers:
+            # A sixteenth is left for the gaps between packed utterances.
+            packer = Packer(self.config.batch_size, max(1, self.codec.frame_budget * 15 // 16))
+            for loaded in self._loaded(rows):
+                for batch in packer.add(loaded):
+                    self._compute(batch, writers)
+            for batch in packer.flush():
+                if self.stop.seconds_since <= self.config.grace:
+                    self._compute(batch, writers)
+            if not writers.drain(self._time_left()):
+                raise RunError(f"writing took longer than --grace {self.config.grace:g} s after the stop", exit_code=1)
+
+    def _time_left(self) -> float | None:
+        """Seconds that the grace time still allows, at least two; None when nobody asked to stop."""
+        return max(2.0, self.config.grace - self.stop.seconds_since) if self.stop.requested else None
+
+    def _loaded(self, rows: Iterator[ManifestRow | RowFailure]) -> Iterator[LoadedRow]:
+        """Keeps the loader fed, and yields what it has loaded."""
+        ahead = self.config.batch_size * self.config.prefetch
+        source: Iterator[ManifestRow | RowFailure] | None = rows
+        while True:
+            while source is not None and self.loader.pending < ahead and not self.stop.requested:
+                item = next(source, None)
+                if item is None:
+                    source = None
+                elif isinstance(item, RowFailure):
+                    self._fail(item)
+                else:
+                    self.loader.submit([item])
+            if self.stop.requested:
+                source = None
+                self.loader.stop_loading()
+            if source is None and self.loader.pending == 0:
+                return
+            record = self.loader.next(timeout=0.5)
+            if isinstance(record, RowFailure):
+                self._fail(record)
+            elif record is not None:
+                self.progress.add_seconds("load", record.load_seconds)
+                yield record
+
+    def _compute(self, batch: Batch, writers: WriterPool) -> None:
+        """A batch through the codec and on to the writers; in halves, down to one row, if it does not fit in memory."""
+        try:
+            results = self._encode_decode(batch)
+        except RowError as error:
+            self.codec.release()
+            if len(batch.rows) == 1:
+                self._fail(_failure(batch.rows[0].row, error))
+                return
+            # What did not fit once will not fit again: the smaller budget stays.
+            longest = max(loaded.frames for loaded in batch.rows)
+            self.codec.frame_budget = max(longest, min(self.codec.frame_budget, batch.frames) // 2)
+            log.warning("out of memory with %d rows of %d frames in all: frame budget now %d",
+                        len(batch.rows), batch.frames, self.codec.frame_budget)  # fmt: skip
+            for half in split(batch):
+                self._compute(half, writers)
+            return
+        for result in results:
+            writers.submit(result)
+
+    def _encode_decode(self, batch: Batch) -> Sequence[TokenizedRow]:
+        """The batch's results.
+
+        Raises:
+            RowError: it does not fit in memory.
+        """
+        task = self.config.task
+        codes: list[Any] = [loaded.codes for loaded in batch.rows]
+        samples: list[Any] = [None] * len(batch.rows)
+        if task != "token2wav":
+            features = [loaded.features for loaded in batch.rows if loaded.features is not None]
+            codes = self._stage("encode", lambda: self.codec.encode(features, self.num_quantizers))
+        if task != "wav2token":
+            samples = self._stage("decode", lambda: self.codec.decode(codes))
+        return [
+            TokenizedRow(loaded.row, code, wav, loaded.num_samples)
+            for loaded, code, wav in zip(batch.rows, codes, samples, strict=True)
+        ]
+
+    def _stage(self, stage: Stage, compute: Callable[[], Outputs]) -> Outputs:
+        started = time.perf_counter()
+        try:
+            return compute()
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise RowError(stage, "does not fit in memory, even alone: use a larger device, or cut it") from error
+        except torch.AcceleratorError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise RunError(
+                f"{stage}: the device failed ({reason}); start the same command again", exit_code=1
+            ) from error
+        except RuntimeError as error:
+            if "not enough memory" not in str(error) and "can't allocate memory" not in str(error):
+                raise
+            raise RowError(stage, "does not fit in memory, even alone: use a larger machine, or cut it") from error
+        finally:
+            self.progress.add_seconds(stage, time.perf_counter() - started)
+
+    def _timed_write(self, result: TokenizedRow) -> None:
+        started = time.perf_counter()
+        try:
+            self.write(result)
+        finally:
+            self.progress.add_seconds("write", time.perf_counter() - started)
+
+    def _on_done(self, result: TokenizedRow) -> None:
+        self.ledger.append(
+            LedgerEntry(
+                line=result.row.line,
+                digest=result.row.digest,
+                key=result.row.key,
+                status="done",
+                num_samples=result.num_samples,
+                frames=len(result.codes),
+            )
+        )
+        self.progress.row_done(result.num_samples / self.codec.info.sample_rate)
+
+    def _fail(self, failure: RowFailure) -> None:
+        self.ledger.append(
+            LedgerEntry(
+                line=failure.line,
+                digest=failure.digest,
+                key=failure.key,
+                status="failed",
+                stage=failure.stage,
+                reason=failure.reason,
+            )
+        )
+        self.progress.row_failed()
+        self.failures_logged += 1
+        if self.failures_logged <= FAILURES_LOGGED:
+            log.warning("row %s (line %d) failed: %s: %s", failure.key, failure.line + 1, failure.stage, failure.reason)
+        if self.failures_logged == FAILURES_LOGGED:
+            log.warning("further failures of this process are not logged; failures.jsonl will have them all")
+
+
+def _failure(row: ManifestRow, error: RowError) -> RowFailure:
+    return RowFailure(line=row.line, digest=row.digest, key=row.key, stage=error.stage, reason=error.reason)
+
+
+def _leave(stop: StopRequest) -> int:
+    """The last line of a process that was asked to stop, and its exit status."""
+    name = stop.signal_name or "SIGTERM"
+    log.warning("stopped by %s; start the same command again to go on", name)
+    return 128 + Signals[name].value
+
+
+def _await_others(folder: RunFolder, stop: StopRequest, grace: float) -> None:
+    """Rank 0 stays until the other ranks have ended too, or show no sign of life."""
+    news: dict[int, tuple[RankStatus | None, float]] = {}
+    while stop.seconds_since <= grace:
+        ranks = {status.rank: status for status in read_status(folder.path).ranks if status.attempt == folder.attempt}
+        now = time.monotonic()
+        waiting = False
+        for rank in range(1, folder.processes.world_size):
+            status = ranks.get(rank)
+            if status is not None and status.state in ("finished", "interrupted"):
+                continue
+            if rank not in news or news[rank][0] != status:
+                news[rank] = status, now
+            waiting |= now - news[rank][1] < (STARTING if status is None else SILENCE)
+        if not waiting:
+            return
+        time.sleep(0.1)
+
+
+def _conclude(config: RunConfig, folder: RunFolder, manifest: Manifest, stop: StopRequest, wall_seconds: float) -> int:
+    """Rank 0's last word: failures, summary, exit status."""
+    state = read_ledger(folder.path, manifest)
+    failures = write_failures(folder.path, manifest, state)
+    job = JobStatus(tuple(rank for rank in read_status(folder.path).ranks if rank.attempt == folder.attempt))
+    audio = job.audio_seconds
+    rates = {stage: round(seconds / audio, 6) for stage, seconds in job.stage_seconds.items()} if audio else {}
+    summary = {
+        "rows": len(manifest),
+        "done": state.num_done,
+        "failed": state.num_failed,
+        "pending": state.num_pending,
+        "audio_hours": round(audio / 3600, 6),
+        "wall_seconds": round(wall_seconds, 3),
+        "rtf": round(wall_seconds / audio, 6) if audio else None,
+        "rtf_per_stage": rates,
+        "world_size": folder.processes.world_size,
+        "failures": str(failures),
+    }
+    folder.write_summary(summary)
+    print(
+        f"{state.num_done} rows done, {state.num_failed} failed, {state.num_pending} to do\n"
+        f"{audio / 3600:.4f} h of audio in {wall_seconds:.1f} s: RTF "
+        + (f"{wall_seconds / audio:.5f}" if audio else "-")
+        + "".join(f", {stage} {rate:.5f}" for stage, rate in rates.items())
+        + f"\nfailures: {failures}",
+        flush=True,
+    )
+    if stop.requested:
+        return _leave(stop)
+    if state.num_pending and config.num_shards == 1:
+        log.error("%d rows are neither done nor failed, as another rank went away; start the same command again",
+                  state.num_pending)  # fmt: skip
+        return 1
+    if state.num_failed and (config.strict or not state.num_done):
+        return 1
+    return 0
