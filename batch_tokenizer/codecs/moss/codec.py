@@ -16,7 +16,7 @@ from batch_tokenizer.codecs.base import Codec, CodecInfo, CodecSpec
 from batch_tokenizer.codecs.checkpoint import Checkpoint
 from batch_tokenizer.codecs.execution import BatchRunner, to_host
 from batch_tokenizer.codecs.moss.config import MossConfig, TransformerStage
-from batch_tokenizer.codecs.moss.model import MossAudioTokenizer
+from batch_tokenizer.codecs.moss.model import DEFAULT_CAPACITY, MossAudioTokenizer
 from batch_tokenizer.codecs.moss.streaming import decode_stream, encode_stream
 from batch_tokenizer.kernels.attention import BackendUnavailable, choose_backend
 from batch_tokenizer.records import RunError, Task
@@ -132,6 +132,7 @@ class MossCodec(Codec):
     def __init__(self, spec: MossSpec, model: MossAudioTokenizer, threads: int = 1) -> None:
         self.spec = spec
         self.model = model
+        self.frame_budget = DEFAULT_CAPACITY
         self._run = BatchRunner(model.device, threads)
 
     def encode(self, features: Sequence[Samples], num_quantizers: int) -> list[Codes]:
@@ -185,6 +186,17 @@ class MossCodec(Codec):
         )
         for samples in decode_stream(self.model, steps):
             yield to_host(samples, torch.float32)
+
+    @property
+    def frame_budget(self) -> int:
+        """Token frames computed at once; on CUDA also the size of the pieces of a longer utterance."""
+        return self._frame_budget
+
+    @frame_budget.setter
+    def frame_budget(self, frames: int) -> None:
+        self._frame_budget = max(1, frames)
+        if self.model.device.type == "cuda":
+            self.model.capacity = self._frame_budget
 
     def release(self) -> None:
         if self.model.device.type == "cuda":
