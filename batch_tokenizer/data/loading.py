@@ -48,24 +48,27 @@ class RowLoader:
             RowError: its file cannot be read, or is not what the codec takes.
         """
         began = time.thread_time()
-        loaded = self._load_codes(row) if self.task == "token2wav" else self._load_audio(row)
-        return LoadedRow(row, *loaded, time.thread_time() - began)
+        if self.task == "token2wav":
+            codes, num_samples, frames = self._load_codes(row)
+            return LoadedRow(row, None, codes, num_samples, frames, time.thread_time() - began)
+        features, num_samples, frames = self._load_audio(row)
+        return LoadedRow(row, features, None, num_samples, frames, time.thread_time() - began)
 
-    def _load_audio(self, row: ManifestRow) -> tuple[npt.NDArray[np.float32], None, int, int]:
+    def _load_audio(self, row: ManifestRow) -> tuple[npt.NDArray[np.float32], int, int]:
         if row.wav is None:
             raise RowError("load", "the row has no wav")
         info = self.spec.info
         samples = load_samples(row.wav, info.sample_rate, self.resampler, max_samples=info.max_samples)
-        return self.spec.features(samples), None, len(samples), self.spec.num_frames(len(samples))
+        return self.spec.features(samples), len(samples), self.spec.num_frames(len(samples))
 
-    def _load_codes(self, row: ManifestRow) -> tuple[None, npt.NDArray[np.uint16], int, int]:
+    def _load_codes(self, row: ManifestRow) -> tuple[npt.NDArray[np.uint16], int, int]:
         if row.quantized_tokens is None:
             raise RowError("load", "the row has no quantized_tokens")
         codes = read_codes(row.quantized_tokens, self.spec.info)
         frames = len(codes)
         if self.num_quantizers is not None:
             codes = np.ascontiguousarray(codes[:, : self.num_quantizers])
-        return None, codes, self.spec.num_output_samples(frames), frames
+        return codes, self.spec.num_output_samples(frames), frames
 
 
 def read_codes(path: str, info: CodecInfo) -> npt.NDArray[np.uint16]:
@@ -109,7 +112,7 @@ def _read_regular_file(path: str) -> bytes:
     """A file's bytes. Not a pipe's or a device's, which might never end."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        with open(descriptor, "rb") as file:
+        try:
             status = os.fstat(descriptor)
             if stat.S_ISDIR(status.st_mode):
                 raise RowError("load", f"{path}: is a folder, not a token file")
@@ -117,7 +120,10 @@ def _read_regular_file(path: str) -> bytes:
                 raise RowError("load", f"{path}: is not a regular file")
             if status.st_size > _MOST_BYTES:
                 raise RowError("load", f"{path}: {status.st_size:,} bytes, too large for a token file")
-            content = file.read(_MOST_BYTES)
+            with open(descriptor, "rb", closefd=False) as file:
+                content = file.read()
+        finally:
+            os.close(descriptor)
     except FileNotFoundError as error:
         raise RowError("load", f"{path}: no such file") from error
     except (OSError, ValueError) as error:  # ValueError: a path that no file can have, such as one with a zero byte

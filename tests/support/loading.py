@@ -59,7 +59,7 @@ def make_row(line: int = 0, **fields: Any) -> ManifestRow:
 
 def misbehave(row: ManifestRow) -> LoadedRow:
     """Load ``samples`` (default 8) samples that equal the row's line, after doing what the row's field ``do`` says."""
-    do, marker = row.fields.get("do"), row.fields.get("marker")
+    do, marker = row.fields.get("do"), row.fields.get("marker", "")
     if do == "die":
         os.kill(os.getpid(), signal.SIGKILL)
     if do == "die once" and not Path(marker).exists():
