@@ -201,7 +201,8 @@ def _decode_with_libsndfile(
     tolerance = _MP3_TOLERANCE if file.format == "MP3" else 0
     if len(interleaved) < promised - tolerance:
         raise RowError("load", f"{name}: damaged or cut short, {len(interleaved)} of {promised} samples decode")
-    samples = np.ascontiguousarray(interleaved.T)
+    # A reshape, where it will do, gives a single channel the strides of a row; a transpose would not.
+    samples = interleaved.reshape(1, -1) if file.channels == 1 else np.ascontiguousarray(interleaved.T)
     if file.subtype in _FLOATING_SUBTYPES:
         _check_finite(name, samples)
     return samples, sample_rate

@@ -101,10 +101,11 @@ def _resample_dense(samples: Samples, source: int, target: int) -> Samples:
             last = min(groups, first + groups_per_block)
             start = first * source - width
             stop = (last - 1) * source - width + kernel.shape[-1]
-            block = torch.nn.functional.pad(
-                waveform[:, max(0, start) : min(length, stop)], (max(0, -start), max(0, stop - length))
-            )
-            made = torch.nn.functional.conv1d(block[:, None], kernel, stride=source)
+            # A copy also puts strides in order: numpy may give a single channel strides that make the convolution slow.
+            block = torch.zeros(channels, 1, stop - start)
+            inside = slice(max(0, start), min(length, stop))
+            block[:, 0, inside.start - start : inside.stop - start] = waveform[:, inside]
+            made = torch.nn.functional.conv1d(block, kernel, stride=source)
             place = output[:, first * target : last * target]
             place.copy_(made.transpose(1, 2).reshape(channels, -1)[:, : place.shape[1]])
         return output.numpy()
