@@ -1,0 +1,304 @@
+"""How far a run is: each process writes a small status file every few seconds, and rank 0 shows one line for the
+whole job.
+
+``ProgressReporter`` counts what its process does; ``read_status`` adds up the files of all processes, for rank 0's
+line and for the ``status`` command in another terminal. Rates come from the monotonic clock of each process, so a
+clock that is set while the job runs changes none of them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+from tqdm import tqdm
+
+from batch_tokenizer.records import Stage
+from batch_tokenizer.runtime.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
+
+State = Literal["starting", "running", "finished", "interrupted"]
+
+_PLAIN_LINE_SECONDS = 30.0
+_FILE_NAME = re.compile(r"(\d{6,8})-(\d{5,8})\.json")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankStatus:
+    """What one process last said of itself.
+
+    Attributes:
+        rows_done, rows_failed: rows that this process ended in this attempt.
+        audio_seconds: audio of the rows done.
+        stage_seconds: seconds spent a stage (load, encode, decode, write), summed over its threads and workers.
+        elapsed: seconds since the process started, on a clock that nobody can set.
+        started, updated: seconds since 1970 by the machine's clock, for people.
+        rows_total, rows_done_before, rows_failed_before: of the job's shard, when the attempt began; the same in all
+        ranks.
+    """
+
+    attempt: int
+    rank: int
+    world_size: int
+    num_shards: int
+    shard: int
+    state: State
+    host: str
+    pid: int
+    device: str
+    rows_done: int = 0
+    rows_failed: int = 0
+    audio_seconds: float = 0.0
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+    elapsed: float = 0.0
+    started: float = 0.0
+    updated: float = 0.0
+    rows_total: int = 0
+    rows_done_before: int = 0
+    rows_failed_before: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class JobStatus:
+    """The processes of the last attempt of every shard, and their sums."""
+
+    ranks: tuple[RankStatus, ...]
+
+    def _one_per_shard(self) -> Iterable[RankStatus]:
+        return {status.shard: status for status in self.ranks}.values()
+
+    @property
+    def rows_total(self) -> int:
+        """Rows of the shards that have started."""
+        return sum(status.rows_total for status in self._one_per_shard())
+
+    @property
+    def rows_done(self) -> int:
+        """Rows done, earlier attempts included."""
+        before = sum(status.rows_done_before for status in self._one_per_shard())
+        return before + sum(status.rows_done for status in self.ranks)
+
+    @property
+    def rows_failed(self) -> int:
+        """Rows failed, earlier attempts included."""
+        before = sum(status.rows_failed_before for status in self._one_per_shard())
+        return before + sum(status.rows_failed for status in self.ranks)
+
+    @property
+    def audio_seconds(self) -> float:
+        """Audio of the rows done in these attempts."""
+        return sum(status.audio_seconds for status in self.ranks)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the first process of these attempts started, or 0."""
+        return max((status.elapsed for status in self.ranks), default=0.0)
+
+    @property
+    def hours_per_hour(self) -> float:
+        """Hours of audio done in an hour, in these attempts."""
+        return self.audio_seconds / self.elapsed if self.elapsed > 0 else 0.0
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Estimate from the rows ended a second so far, or None before the first."""
+        ended = sum(status.rows_done + status.rows_failed for status in self.ranks)
+        if not ended or self.elapsed <= 0:
+            return None
+        left = self.rows_total - self.rows_done - self.rows_failed
+        return max(0, left) * self.elapsed / ended
+
+    @property
+    def stage_seconds(self) -> dict[str, float]:
+        """Seconds a stage, over all processes."""
+        stages = dict.fromkeys(stage for status in self.ranks for stage in status.stage_seconds)
+        return {stage: sum(status.stage_seconds.get(stage, 0.0) for status in self.ranks) for stage in stages}
+
+    def line(self) -> str:
+        """The state of the whole job in words, without the counts of rows."""
+        words = [f"{self.audio_seconds / 3600:.2f} h of audio", f"{self.hours_per_hour:.1f} h/h"]
+        words.append(f"{self.rows_failed} failed")
+        if self.seconds_left is not None:
+            words.append(f"{tqdm.format_interval(self.seconds_left)} left")
+        return ", ".join(words)
+
+
+def read_status(run_dir: Path) -> JobStatus:
+    """The last attempt of every shard, as far as its processes have written. Empty where nothing has started."""
+    latest: dict[tuple[int, int], dict[int, RankStatus]] = {}
+    for path in sorted((run_dir / "status").glob("*.json")):
+        if not _FILE_NAME.fullmatch(path.name):
+            continue
+        try:
+            status = RankStatus(**json.loads(path.read_bytes()))
+        except FileNotFoundError:
+            continue  # its run was just discarded
+        except (ValueError, TypeError):
+            logger.warning("%s is damaged: ignored", path)
+            continue
+        ranks = latest.setdefault((status.num_shards, status.shard), {})
+        if any(other.attempt != status.attempt for other in ranks.values()):
+            ranks.clear()  # file names rise with the attempt
+        ranks[status.rank] = status
+    if not latest:
+        return JobStatus(())
+    num_shards = max(
+        (max(status.attempt for status in ranks.values()), shards) for (shards, _), ranks in latest.items()
+    )[1]
+    return JobStatus(
+        tuple(
+            ranks[rank]
+            for (shards, _), ranks in sorted(latest.items())
+            if shards == num_shards
+            for rank in sorted(ranks)
+        )
+    )
+
+
+class ProgressReporter:
+    """Counts what this process does, tells the run folder, and in rank 0 shows the job's progress line.
+
+    Counting methods may be called from any thread. A context manager: entering starts the reporting thread, leaving
+    writes the last status. Trouble with status files is told once and never stops a run.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        *,
+        rows_total: int,
+        rows_done_before: int = 0,
+        rows_failed_before: int = 0,
+        device: str = "cpu",
+        stream: TextIO | None = None,
+    ) -> None:
+        """
+        Args:
+            rows_total: rows of this job's shard, those that ended before included.
+            stream: where rank 0 shows the line: a moving one on a terminal, otherwise one every 30 s. Default: stderr.
+        """
+        processes = folder.processes
+        self._fixed: dict[str, Any] = {
+            "attempt": folder.attempt,
+            "rank": processes.rank,
+            "world_size": processes.world_size,
+            "num_shards": folder.num_shards,
+            "shard": folder.shard,
+            "host": processes.host,
+            "pid": processes.pid,
+            "device": device,
+            "started": time.time(),
+            "rows_total": rows_total,
+            "rows_done_before": rows_done_before,
+            "rows_failed_before": rows_failed_before,
+        }
+        self._run_dir = folder.path
+        self._path = folder.path / "status" / f"{folder.attempt:06d}-{processes.rank:05d}.json"
+        self._is_main = processes.is_main
+        self._began = time.monotonic()
+        self._state: State = "starting"
+        self._rows_done = self._rows_failed = 0
+        self._audio_seconds = 0.0
+        self._stage_seconds: dict[str, float] = {}
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._told = False
+        # A thousand processes must not write five hundred files a second to a shared file system.
+        self._interval = min(30.0, max(2.0, processes.world_size / 16))
+        self._stream = stream or sys.stderr
+        self._bar: tqdm[Any] | None = None
+        self._thread = threading.Thread(target=self._report, name="progress", daemon=True)
+
+    def row_done(self, audio_seconds: float) -> None:
+        """A row ended as done."""
+        with self._lock:
+            self._rows_done += 1
+            self._audio_seconds += audio_seconds
+
+    def row_failed(self) -> None:
+        """A row ended as failed."""
+        with self._lock:
+            self._rows_failed += 1
+
+    def add_seconds(self, stage: Stage, seconds: float) -> None:
+        """Time that went into a stage."""
+        with self._lock:
+            self._stage_seconds[stage] = self._stage_seconds.get(stage, 0.0) + seconds
+
+    def set_state(self, state: State) -> None:
+        """What the process is doing, from now on."""
+        with self._lock:
+            self._state = state
+
+    def status(self) -> RankStatus:
+        """This process now."""
+        with self._lock:
+            return RankStatus(
+                **self._fixed,
+                state=self._state,
+                rows_done=self._rows_done,
+                rows_failed=self._rows_failed,
+                audio_seconds=self._audio_seconds,
+                stage_seconds=dict(self._stage_seconds),
+                elapsed=time.monotonic() - self._began,
+                updated=time.time(),
+            )
+
+    def _publish(self) -> None:
+        aside = self._path.with_name(f".{self._path.name}")
+        try:
+            aside.write_text(json.dumps(asdict(self.status())))
+            aside.replace(self._path)
+        except OSError as error:
+            if not self._told:
+                logger.warning("cannot write %s (%s): the progress shown will be wrong", self._path, error.strerror)
+                self._told = True
+
+    def _show(self) -> None:
+        job = read_status(self._run_dir)
+        # Only this job's own shard: jobs of other shards show theirs.
+        job = JobStatus(tuple(rank for rank in job.ranks if rank.shard == self._fixed["shard"]))
+        ended = job.rows_done + job.rows_failed
+        if self._bar is not None:
+            self._bar.n = ended
+            self._bar.set_postfix_str(job.line(), refresh=True)
+        else:
+            print(f"{ended}/{job.rows_total} rows, {job.line()}", file=self._stream, flush=True)
+
+    def _report(self) -> None:
+        shown = time.monotonic()
+        while not self._closed.wait(self._interval):
+            self._publish()
+            if self._is_main and (self._bar is not None or time.monotonic() - shown >= _PLAIN_LINE_SECONDS):
+                self._show()
+                shown = time.monotonic()
+
+    def __enter__(self) -> ProgressReporter:
+        if self._is_main and self._stream.isatty():
+            self._bar = tqdm(
+                total=self._fixed["rows_total"],
+                file=self._stream,
+                dynamic_ncols=True,
+                bar_format="{n_fmt}/{total_fmt} rows{postfix} |{bar}|",
+            )
+        self._publish()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._closed.set()
+        self._thread.join()
+        self._publish()
+        if self._is_main:
+            self._show()
+        if self._bar is not None:
+            self._bar.close()
