@@ -667,6 +667,21 @@ _UNIT_GAP = 16
 _WEIGHT_ONE = 2**20
 
 
+def _shard_blocks(manifest: Manifest, lines: npt.NDArray[np.int64], num_shards: int) -> npt.NDArray[np.int64] | None:
+    """The block that each line lies in, block b being shard b % num_shards; None where there is one shard."""
+    if num_shards == 1:
+        return None
+    return lines // max(1, min(_UNIT_ROWS, manifest.num_lines // (num_shards * _BLOCKS_PER_SHARD)))
+
+
+def in_shard(manifest: Manifest, num_shards: int, shard: int) -> npt.NDArray[np.bool_]:
+    """Bool (num_lines,): the lines, blank ones included, that ``plan_units`` gives to a shard."""
+    blocks = _shard_blocks(manifest, np.arange(manifest.num_lines), num_shards)
+    if blocks is None:
+        return np.ones(manifest.num_lines, np.bool_)
+    return blocks % num_shards == shard
+
+
 def plan_units(
     manifest: Manifest,
     *,
@@ -690,9 +705,10 @@ def plan_units(
             are not blank. A unit may enclose lines that are not pending. The caller leaves them out.
     """
     lines = np.flatnonzero(~manifest.is_blank if pending is None else pending)
-    if num_shards > 1:
-        block_rows = max(1, min(_UNIT_ROWS, manifest.num_lines // (num_shards * _BLOCKS_PER_SHARD)))
-        lines = lines[lines // block_rows % num_shards == shard]
+    blocks = _shard_blocks(manifest, lines, num_shards)
+    if blocks is not None:
+        mine = blocks % num_shards == shard
+        lines, blocks = lines[mine], blocks[mine]
     if not len(lines):
         return Units(np.empty(0, np.int64), np.empty(0, np.int64))
 
@@ -707,8 +723,8 @@ def plan_units(
     weights = np.maximum(weights.astype(np.int64), -(-_WEIGHT_ONE // most_rows))
     number = (np.cumsum(weights) - weights) // _WEIGHT_ONE
     cuts = (np.diff(number) != 0) | (np.diff(lines) > _UNIT_GAP)
-    if num_shards > 1:
-        cuts |= np.diff(lines // block_rows) != 0
+    if blocks is not None:
+        cuts |= np.diff(blocks) != 0
     first = np.concatenate(([0], np.flatnonzero(cuts) + 1))
     last = np.concatenate((first[1:], [len(lines)])) - 1
     total = np.add.reduceat(seconds, first)

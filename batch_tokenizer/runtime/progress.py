@@ -14,7 +14,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -252,37 +252,6 @@ class ProgressReporter:
                 elapsed=time.monotonic() - self._began,
                 updated=time.time(),
             )
-
-    def wait_for_others(self, *, idle: Callable[[], None] = lambda: None, lost_after: float = 60.0) -> tuple[int, ...]:
-        """Rank 0, when it has nothing left to do: wait until the other ranks have left their reporters.
-
-        A rank counts as lost when its status file has not changed for ``lost_after`` seconds, or three times the time
-        between two of its reports, if that is longer. Its rows stay pending.
-
-        Args:
-            idle: called while waiting; an exception of its ends the wait.
-
-        Returns:
-            Ranks that are lost, or never wrote anything.
-        """
-        lost_after = max(lost_after, 3 * self._interval)
-        last: dict[int, float] = {}
-        changed = dict.fromkeys(range(1, int(self._fixed["world_size"])), time.monotonic())
-        while changed:
-            now = time.monotonic()
-            for rank in self._own_shard().ranks:
-                if rank.rank not in changed:
-                    continue
-                if rank.state in ("finished", "interrupted"):
-                    del changed[rank.rank]
-                elif rank.updated != last.get(rank.rank):
-                    last[rank.rank] = rank.updated
-                    changed[rank.rank] = now
-            if all(now - since > lost_after for since in changed.values()):
-                break
-            idle()
-            time.sleep(0.2)
-        return tuple(changed)
 
     def _own_shard(self) -> JobStatus:
         """The ranks of this job in this attempt; jobs of other shards show their own."""
