@@ -27,19 +27,20 @@ def expected() -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def codec() -> MossCodec:
+    return codec_on("cpu")
+
+
+def codec_on(device: str) -> MossCodec:
     checkpoint = Checkpoint.open(str(GOLDEN))
-    spec = open_spec(checkpoint)
-    codec = load_codec(
+    return load_codec(
         checkpoint,
-        spec,
+        open_spec(checkpoint),
         task="wav2token2wav",
-        device=torch.device("cpu"),
+        device=torch.device(device),
         dtype=torch.float32,
         attention="auto",
         threads=2,
     )
-    assert isinstance(codec, MossCodec)
-    return codec
 
 
 @pytest.mark.parametrize("attention", ["auto", "reference"])
@@ -51,7 +52,7 @@ def test_hidden_frames(codec, expected, attention):
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("capacity", [None, 80, 200])
+@pytest.mark.parametrize("capacity", [None, 80])
 @pytest.mark.parametrize("num_quantizers", [8, 3])
 def test_mixed_batches(codec, expected, order, capacity, num_quantizers):
     codec.model.capacity = capacity
@@ -74,7 +75,7 @@ def test_mixed_numbers_of_codebooks_in_one_batch(codec, expected, capacity):
         np.testing.assert_allclose(decoded, expected[f"{index}.recon_nq{count}"].numpy(), rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("frames", [1, 7, 24, 25, 26, 54])
+@pytest.mark.parametrize("frames", [1, 25, 54])
 def test_long_utterances_go_through_in_pieces(codec, expected, frames):
     codec.model.stream_above = frames
     codes = codec.encode([codec.spec.features(expected[f"{index}.wav"].numpy()) for index in UTTERANCES], 8)
@@ -95,3 +96,15 @@ def test_streams_of_several_utterances(codec, expected, chunk):
     for index, audio in enumerate(zip(*decoded, strict=True)):
         np.testing.assert_array_equal(codes[index], expected[f"{index}.codes"].numpy())
         np.testing.assert_allclose(np.concatenate(audio), expected[f"{index}.recon_nq8"].numpy(), rtol=0, atol=2e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_packs_and_streams_on_cuda(expected):
+    codec = codec_on("cuda")
+    wavs = [expected[f"{index}.wav"].numpy() for index in UTTERANCES]
+    packed = codec.encode([codec.spec.features(wav) for wav in wavs], 8)
+    streamed = zip(*codec.encode_stream([[wav[:9000] for wav in wavs], [wav[9000:] for wav in wavs]], 8), strict=True)
+    for index, code, parts, decoded in zip(UTTERANCES, packed, streamed, codec.decode(packed), strict=True):
+        np.testing.assert_array_equal(code, expected[f"{index}.codes"].numpy())
+        np.testing.assert_array_equal(np.concatenate(parts), code)
+        np.testing.assert_allclose(decoded, expected[f"{index}.recon_nq8"].numpy(), rtol=0, atol=1e-5)

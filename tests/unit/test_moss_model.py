@@ -223,12 +223,12 @@ def test_rotation_is_the_published_formula_hours_into_a_recording():
     positions = torch.tensor([0, 1, 360_000, 3_600_000])
     frequencies = torch.exp(torch.arange(4, dtype=torch.float32) * (-np.log(10000.0) * 2 / 8))
     angles = positions.float()[:, None] * frequencies
-    x = torch.randn(4, 1, 8)
+    x = torch.randn(4, 2, 3, 8)
     turned = Rotation(positions, 8, 10000.0)(x)
     for pair in range(4):
-        real, imaginary, angle = x[:, 0, 2 * pair], x[:, 0, 2 * pair + 1], angles[:, pair]
-        assert torch.equal(turned[:, 0, 2 * pair], real * angle.cos() - imaginary * angle.sin())
-        assert torch.equal(turned[:, 0, 2 * pair + 1], real * angle.sin() + imaginary * angle.cos())
+        real, imaginary, angle = x[..., 2 * pair], x[..., 2 * pair + 1], angles[:, None, None, pair]
+        assert torch.equal(turned[..., 2 * pair], real * angle.cos() - imaginary * angle.sin())
+        assert torch.equal(turned[..., 2 * pair + 1], real * angle.sin() + imaginary * angle.cos())
 
 
 def test_the_training_process_keeps_its_settings(tmp_path):

@@ -105,10 +105,10 @@ class Rotation:
         """Positions int64 (N,)."""
         pair = torch.arange(head_dim // 2, dtype=torch.float32, device=positions.device)
         angles = torch.outer(positions.float(), torch.exp(pair * (-math.log(max_period) * 2 / head_dim)))
-        self.cos, self.sin = angles.cos()[:, None], angles.sin()[:, None]  # (N, 1, D/2)
+        self.cos, self.sin = angles.cos()[:, None, None], angles.sin()[:, None, None]  # (N, 1, 1, D/2)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(N, H, D) to (N, H, D), the same dtype."""
+        """Queries and keys (N, 2, H, D) to (N, 2, H, D), the same dtype."""
         real, imaginary = x.float().unflatten(-1, (-1, 2)).unbind(-1)
         turned = (real * self.cos - imaginary * self.sin, real * self.sin + imaginary * self.cos)
         return torch.stack(turned, dim=-1).flatten(-2).to(x.dtype)
@@ -127,10 +127,11 @@ class SelfAttention(nn.Module):
 
     def forward(self, rows: Tensor, rotate: Rotation, passage: Passage, backend: str) -> Tensor:
         """(N, d) to (N, d)."""
-        q, k, v = self.in_projs[0](rows).unflatten(-1, (3, self.heads, -1)).unbind(1)
-        keys, values, key_segments = passage.with_past(self, rotate(k), v, self.rate, self.context)
+        projected = self.in_projs[0](rows).unflatten(-1, (3, self.heads, -1))
+        queries, keys = rotate(projected[:, :2]).unbind(1)
+        keys, values, key_segments = passage.with_past(self, keys, projected[:, 2], self.rate, self.context)
         attended = varlen_attention(
-            rotate(q),
+            queries,
             keys,
             values,
             passage.segments(self.rate),
