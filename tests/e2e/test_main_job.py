@@ -1,0 +1,206 @@
+"""The main job as users run it: manifest to tokens to audio, alone and under torchrun, against known answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+from safetensors.numpy import load_file
+
+import batch_tokenizer as package
+from tests.support.checkpoints import write_mimo_checkpoint
+from tests.support.command import ROOT, batch_tokenizer, contents, environment, failures, output_row, write_manifest
+
+
+def samples_of(path):
+    samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    assert rate == 24000
+    assert soundfile.info(path).subtype == "PCM_16"
+    return samples[:, 0]
+
+
+@pytest.fixture(scope="module")
+def golden(golden_root, tmp_path_factory):
+    """The golden utterances as 32-bit float wav files, and their known answers."""
+    folder = tmp_path_factory.mktemp("golden")
+    expected = load_file(golden_root / "mimo_tiny" / "expected.safetensors")
+    for index in range(10):
+        soundfile.write(folder / f"{index}.wav", expected[f"{index}.wav"], 24000, subtype="FLOAT")
+    return folder, golden_root / "mimo_tiny", expected
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "n_q", "ranks", "order"),
+    [(1, None, None, 1), (3, 8, 2, -1), (64, 3, None, 1)],
+    ids=["alone", "batches of 3, two ranks, reversed", "one batch, 3 codebooks"],
+)
+def test_known_answers_through_the_command_line(golden, tmp_path, batch_size, n_q, ranks, order):
+    wavs, model, expected = golden
+    rows = [output_row(f"u{i}", wavs / f"{i}.wav", tmp_path / "deep/er") for i in range(10)][::order]
+    manifest = write_manifest(tmp_path / "data.jsonl", rows)
+    words = ["--model_path", model, "--data_list", manifest, "--task", "wav2token2wav", "--batch_size", batch_size]
+    words += ["--num_quantizers", n_q] if n_q else []
+    done = batch_tokenizer(*map(str, words), ranks=ranks)
+    assert done.returncode == 0, done.stderr
+    assert "10 rows done, 0 failed" in done.stdout
+    used = n_q or 8
+    for i in range(10):
+        document = json.loads((tmp_path / f"deep/er/u{i}.json").read_text())
+        assert np.array_equal(document["quantized_tokens"], expected[f"{i}.codes"][:, :used])
+        assert document["info"]["num_samples"] == len(expected[f"{i}.wav"])
+        assert document["info"]["sample_rate"] == 24000
+        assert document["info"]["frame_rate"] == 25
+        wav = samples_of(tmp_path / f"deep/er/u{i}.wav")
+        answer = np.clip(expected[f"{i}.recon_nq{used}"], -1, 1)
+        assert len(wav) == len(answer)
+        assert np.abs(wav - answer).max() < 1e-5 + 1 / 32768
+
+
+class TestTasks:
+    """The three tasks on the sample clips with a small random checkpoint of unusual shape."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def workplace(cls, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("tasks")
+        write_mimo_checkpoint(folder / "model", encoder_causal=True, n_mels=80, encoder_attn_window_size=[30, -1])
+        shutil.copytree(ROOT / "sample_data" / "clips", folder / "sample_data" / "clips")
+        shutil.copy(ROOT / "sample_data" / "data.jsonl", folder)
+        return folder
+
+    def run(self, workplace, task, *words, **options):
+        done = batch_tokenizer(
+            "--model_path", "model", "--data_list", "data.jsonl", "--task", task, *words, cwd=workplace, **options
+        )
+        assert done.returncode == 0, done.stderr
+        return done
+
+    def test_two_steps_give_the_files_of_one(self, workplace):
+        out = workplace / "sample_data" / "out"
+        one = self.run(workplace, "wav2token2wav", ranks=2)
+        assert "12 rows done, 0 failed" in one.stdout
+        together = contents(out)
+        assert len(together) == 24
+        shutil.rmtree(out)
+        self.run(workplace, "wav2token", "--batch_size", "1", "--num_workers", "0")
+        self.run(workplace, "token2wav", "--batch_size", "5", "--num_workers", "1")
+        assert contents(out) == together
+
+    def test_fields_of_the_row_are_passed_through(self, workplace):
+        rows = [json.loads(line) for line in (workplace / "data.jsonl").read_text().splitlines()]
+        if not (workplace / rows[0]["quantized_tokens"]).exists():
+            self.run(workplace, "wav2token")
+        for row in rows:
+            info = json.loads((workplace / row["quantized_tokens"]).read_text())["info"]
+            assert {name: info[name] for name in row} == row
+            assert not {"rank", "host", "time", "device"} & info.keys()
+
+
+def test_resamplers_differ_and_reference_is_torchaudios(tmp_path):
+    import torch
+    import torchaudio
+
+    rng = np.random.default_rng(0)
+    soundfile.write(tmp_path / "a.wav", rng.normal(size=(8000, 2)) * 0.2, 16000, subtype="FLOAT")
+    model = write_mimo_checkpoint(tmp_path / "model")
+    tokens = {}
+    for resampler in ("reference", "soxr"):
+        row = output_row("a", tmp_path / "a.wav", tmp_path / resampler)
+        manifest = write_manifest(tmp_path / f"{resampler}.jsonl", [row])
+        done = batch_tokenizer(
+            "--model_path", model, "--data_list", manifest, "--resampler", resampler, "--num_workers", 0
+        )
+        assert done.returncode == 0, done.stderr
+        tokens[resampler] = json.loads((tmp_path / resampler / "a.json").read_text())["quantized_tokens"]
+    channels = torch.from_numpy(soundfile.read(tmp_path / "a.wav", dtype="float32")[0].T.copy())
+    wav = torchaudio.transforms.Resample(16000, 24000)(channels).mean(dim=0)
+    tokenizer = package.load_model(model)
+    mels, lengths = package.padding([package.mel_spectrogram(wav, tokenizer.config)])
+    assert tokenizer.encode(mels, lengths)[0][0].tolist() == tokens["reference"]
+    assert tokens["reference"] != tokens["soxr"]
+
+
+def test_sixteen_bit_runs_say_so(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.random.default_rng(0).normal(size=9000) * 0.2, 24000)
+    manifest = write_manifest(tmp_path / "data.jsonl", [output_row("a", tmp_path / "a.wav", tmp_path / "out")])
+    model = write_mimo_checkpoint(tmp_path / "model")
+    done = batch_tokenizer(
+        "--model_path",
+        model,
+        "--data_list",
+        manifest,
+        "--task",
+        "wav2token2wav",
+        "--dtype",
+        "bfloat16",
+        "--num_workers",
+        0,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "bfloat16" in done.stderr
+    assert json.loads((tmp_path / "out" / "a.json").read_text())["info"]["dtype"] == "bfloat16"
+
+
+def test_console_script_under_torchrun(tmp_path):
+    script = shutil.which("batch_tokenizer", path=os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"])
+    if script is None:
+        pytest.skip("the package is not installed here, so there is no console script")
+    soundfile.write(tmp_path / "a.wav", np.random.default_rng(0).normal(size=9000) * 0.2, 24000)
+    manifest = write_manifest(tmp_path / "data.jsonl", [output_row("a", tmp_path / "a.wav", tmp_path / "out")])
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script,
+         "--data_list", str(manifest)],
+        capture_output=True, text=True, timeout=240, env=environment(),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "a.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ([], "--data_list"),
+        (["--data_list", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--data_list", "data.jsonl", "--task", "wav2wav"], "wav2wav"),
+        (["--data_list", "data.jsonl", "--batch_size", "0"], "--batch_size 0"),
+        (["--data_list", "data.jsonl", "--num_quantizers", "99"], "--num_quantizers 99"),
+        (["--data_list", "data.jsonl", "--model_path", "no/such/model"], "no/such/model"),
+        (["--data_list", "data.jsonl", "--attention", "flash_attn", "--device", "cpu"], "flash_attn"),
+        (["--data_list", "data.jsonl", "--shard", "3"], "--shard 3"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_bad_arguments_end_in_one_line_and_status_two(tmp_path, words, named):
+    soundfile.write(tmp_path / "a.wav", np.zeros(9000), 24000)
+    write_manifest(tmp_path / "data.jsonl", [output_row("a", tmp_path / "a.wav", tmp_path / "out")])
+    done = batch_tokenizer(*words, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert named in done.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.zeros(9000), 24000)
+    manifest = write_manifest(tmp_path / "data.jsonl", [output_row("a", tmp_path / "a.wav", tmp_path / "out")])
+    done = subprocess.run(
+        [sys.executable, "-m", "batch_tokenizer", "--data_list", manifest, "--model_path", "nobody/nothing"],
+        capture_output=True, text=True, timeout=240, env=environment(HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "hf")),
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "nobody/nothing" in done.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_nothing_failed_means_an_empty_failures_file(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.random.default_rng(0).normal(size=9000) * 0.2, 24000)
+    manifest = write_manifest(tmp_path / "data.jsonl", [output_row("a", tmp_path / "a.wav", tmp_path / "out")])
+    done = batch_tokenizer("--data_list", manifest, "--run_dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert failures(tmp_path / "run") == {}
+    assert str(tmp_path / "run" / "failures.jsonl") in done.stdout
