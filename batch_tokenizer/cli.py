@@ -22,7 +22,9 @@ from batch_tokenizer.config import AttentionBackend, Device, Dtype, Resampler, R
 from batch_tokenizer.records import TASKS, RunError
 
 #: Subcommand to the module that has ``add_arguments(parser)`` and ``main(arguments) -> int``, and a line of help.
-COMMANDS: Mapping[str, tuple[str, str]] = {}
+COMMANDS: Mapping[str, tuple[str, str]] = {
+    "status": ("batch_tokenizer.status", "show how far a run is, while it runs and after"),
+}
 
 log = logging.getLogger("batch_tokenizer")
 

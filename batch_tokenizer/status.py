@@ -1,0 +1,178 @@
+"""``batch_tokenizer status RUN_DIR``: how far a run is, from another terminal, while it runs and after.
+
+What enters is the run folder's status files, one a process, rewritten by their processes every few seconds. What leaves
+is text: the job's sums and a line a rank. Nothing is written, and torch is not imported, so the answer comes at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from shutil import get_terminal_size
+
+from batch_tokenizer.records import RunError
+from batch_tokenizer.runtime.progress import JobStatus, RankStatus, read_status
+
+#: Seconds without an update after which a rank that should be at work counts as silent. Ranks of a large job write
+#: every 30 s, and clocks of machines differ a little.
+SILENT_AFTER = 90.0
+
+_CLEAR_SCREEN = "\x1b[H\x1b[J"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.add_argument("run_dir", type=Path, help="the run folder, by default named MANIFEST.TASK.run")
+    parser.add_argument("--watch", type=float, metavar="SECONDS", help="show it again and again, until the run is over")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Prints the status, once or until the run is over. Returns 0.
+
+    Raises:
+        RunError: there is no such run folder, or ``--watch`` is not positive.
+    """
+    run_dir: Path = arguments.run_dir
+    if arguments.watch is not None and not arguments.watch > 0:
+        raise RunError(f"--watch {arguments.watch:g}: must be more than 0 seconds")
+    on_terminal = sys.stdout.isatty()
+    while True:
+        if not run_dir.is_dir():
+            raise RunError(f"run folder {run_dir} does not exist")
+        if not (run_dir / "run.json").exists() and not (run_dir / "status").is_dir():
+            raise RunError(f"{run_dir} is not a run folder: it has neither run.json nor status")
+        job = read_status(run_dir)
+        lines = report(run_dir, job, time.time())
+        if arguments.watch is None:
+            print("\n".join(lines))
+            return 0
+        if on_terminal:
+            height = get_terminal_size().lines - 1
+            if len(lines) > height:
+                lines = [*lines[: height - 1], f"… and {len(lines) - height + 1} more ranks"]
+            print(_CLEAR_SCREEN, end="")
+        print("\n".join(lines), flush=True)
+        if is_over(job):
+            return 0
+        try:
+            time.sleep(arguments.watch)
+        except KeyboardInterrupt:
+            return 0
+
+
+def report(run_dir: Path, job: JobStatus, now: float) -> list[str]:
+    """The status as lines of text.
+
+    Args:
+        now: seconds since 1970, against which a rank's last update is held.
+    """
+    if not job.ranks:
+        return [f"{run_dir}: no process has started yet"]
+    left = max(0, job.rows_total - job.rows_done - job.rows_failed)
+    states = [state_of(rank, now) for rank in job.ranks]
+    unheard = missing_ranks(job)
+    shards = sorted({rank.shard for rank in job.ranks})
+    num_shards = job.ranks[0].num_shards
+    waiting = sorted(set(range(num_shards)) - set(shards))
+
+    counts = {state: states.count(state) for state in dict.fromkeys(states)}
+    if unheard:
+        counts["not heard of"] = len(unheard)
+    num_ranks = len(states) + len(unheard)
+    lines = [
+        f"{run_dir}: " + ", ".join(f"{count} of {num_ranks} ranks {state}" for state, count in counts.items()),
+        f"rows     {job.rows_done:,} done, {job.rows_failed:,} failed, {left:,} left of {job.rows_total:,}"
+        + (f" ({100 * (job.rows_total - left) / job.rows_total:.1f} %)" if job.rows_total else ""),
+        f"audio    {job.audio_seconds / 3600:.2f} h in {_duration(job.elapsed)}, {job.hours_per_hour:.1f} h/h",
+    ]
+    if left and "running" in states and job.seconds_left is not None:
+        lines[-1] += f", about {_duration(job.seconds_left)} left"
+    if job.stage_seconds:
+        stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in job.stage_seconds.items())
+        lines.append(f"seconds  {stages} (over all processes)")
+    if num_shards > 1:
+        lines.append(f"shards   {len(shards)} of {num_shards} have started")
+        if waiting:
+            lines[-1] += f"; not yet: {_ranges(waiting)}"
+    lines += ["", *_table(job, states, unheard, now, with_shards=num_shards > 1)]
+    return lines
+
+
+def state_of(rank: RankStatus, now: float) -> str:
+    """The rank's own word, or ``silent`` if it should be at work and has not said so for ``SILENT_AFTER`` seconds."""
+    if rank.state in ("starting", "running") and now - rank.updated > SILENT_AFTER:
+        return "silent"
+    return rank.state
+
+
+def missing_ranks(job: JobStatus) -> list[tuple[int, int]]:
+    """(shard, rank) of processes that belong to a job of which others have written, and have written nothing."""
+    world_sizes = {rank.shard: rank.world_size for rank in job.ranks}
+    heard = {(rank.shard, rank.rank) for rank in job.ranks}
+    everyone = ((shard, rank) for shard, world_size in sorted(world_sizes.items()) for rank in range(world_size))
+    return [place for place in everyone if place not in heard]
+
+
+def is_over(job: JobStatus) -> bool:
+    """Whether every process of every shard has finished."""
+    return (
+        bool(job.ranks)
+        and all(rank.state == "finished" for rank in job.ranks)
+        and not missing_ranks(job)
+        and len({rank.shard for rank in job.ranks}) == job.ranks[0].num_shards
+    )
+
+
+def _table(
+    job: JobStatus, states: Sequence[str], unheard: Sequence[tuple[int, int]], now: float, *, with_shards: bool
+) -> list[str]:
+    head = ["shard", "rank", "attempt", "host", "device", "state", "rows", "failed", "audio h", "h/h", "last heard"]
+    rows = [
+        [
+            str(rank.shard),
+            str(rank.rank),
+            str(rank.attempt),
+            rank.host,
+            rank.device,
+            state,
+            f"{rank.rows_done:,}",
+            f"{rank.rows_failed:,}",
+            f"{rank.audio_seconds / 3600:.2f}",
+            f"{rank.audio_seconds / rank.elapsed:.1f}" if rank.elapsed > 0 else "-",
+            f"{_duration(max(0.0, now - rank.updated))} ago",
+        ]
+        for rank, state in zip(job.ranks, states, strict=True)
+    ]
+    rows += [[str(shard), str(rank), *["-"] * 3, "not heard of", *["-"] * 5] for shard, rank in unheard]
+    first = 0 if with_shards else 1
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row[first:], widths[first:], strict=True)).rstrip()
+        for row in [head, *rows]
+    ]
+
+
+def _duration(seconds: float) -> str:
+    """Seconds as a person says them: 42 s, 3 min 5 s, 2 h 7 min, 3 d 4 h."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    if whole < 86400:
+        return f"{whole // 3600} h {whole % 3600 // 60} min"
+    return f"{whole // 86400} d {whole % 86400 // 3600} h"
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Rising numbers as a person lists them: 0, 3-7, 9."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and parts[-1][-1] == number - 1:
+            parts[-1] = [parts[-1][0], number]
+        else:
+            parts.append([number])
+    return ", ".join("-".join(map(str, part)) for part in parts)
