@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -406,6 +406,40 @@ def read_ledger(run_dir: Path, manifest: LineIndex, *, idle: Callable[[], None] 
         num_unreadable=num_unreadable,
         _weights=weights,
     )
+
+
+class MatchedEntries(NamedTuple):
+    """Entries of one file that apply to rows of the manifest, as columns of equal length.
+
+    Attributes:
+        attempt: that wrote them.
+        lines: int64, the manifest's lines that they speak of.
+        num_samples, frames: int64 and uint32, as in ``LedgerEntry``.
+    """
+
+    attempt: int
+    lines: npt.NDArray[np.int64]
+    num_samples: npt.NDArray[np.int64]
+    frames: npt.NDArray[np.uint32]
+
+
+def matched_entries(
+    run_dir: Path, manifest: LineIndex, status: Literal["done", "failed", "redo"]
+) -> Iterator[MatchedEntries]:
+    """All entries of one status, overruled ones too, earliest attempt first, some ten thousand lines at a time.
+
+    Raises:
+        RunError: a ledger file cannot be read (exit code 1).
+    """
+    matcher = _Matcher(manifest)
+    try:
+        for block in _blocks(_ledger_files(run_dir), wanted=f'"status":"{status}"'.encode()):
+            entries, _, _ = _parse(block.lines)
+            lines = matcher.match(entries)
+            kept = (lines >= 0) & (entries.priorities == _PRIORITY[status])
+            yield MatchedEntries(block.attempt, lines[kept], entries.num_samples[kept], entries.frames[kept])
+    except OSError as error:
+        raise RunError(f"ledger in {run_dir} cannot be read: {error.strerror}", exit_code=1) from error
 
 
 # ---------------------------------------------------------------------------------------------------------- failures
