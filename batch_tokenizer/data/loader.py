@@ -48,8 +48,8 @@ _ROWS_PER_WORKER = 3
 #: So many processes that die at their start, one after the other, are the machine's trouble and not a row's.
 _DEATHS_IN_SUCCESSION = 3
 
-#: The thread looks at the clock this often while rows are being loaded. If it wakes later than that by as much again,
-#: the whole job was suspended (control-Z, Slurm's gang scheduling), and the time does not count.
+#: The thread looks at the clock this often while rows are being loaded. If it finds that two of these have passed, the
+#: whole job was suspended (control-Z, Slurm's gang scheduling), its workers with it, and the time does not count.
 _SECOND = 1.0
 
 
@@ -197,6 +197,7 @@ class Loader:
         # The thread's own.
         self._row_bytes: float | None = None  # running mean of a row's size
         self._workers_started = 0
+        self._looked = time.monotonic()  # at the clock
         self._start_deaths = 0  # in succession
         self._server_deaths = 0  # in succession
         self._server: subprocess.Popen[bytes] | None = None
@@ -334,12 +335,10 @@ class Loader:
                 self._listen(worker)
             self._assign()
             deadlines = [worker.began + self._row_timeout for worker in self._timed()]
-        before = time.monotonic()
-        patience = min(_SECOND, max(0.0, min(deadlines) - before)) if deadlines else None
+        patience = min(_SECOND, max(0.0, min(deadlines) - time.monotonic())) if deadlines else None
         for key, _ in self._selector.select(patience):
             key.data()
-        if patience is not None:
-            self._cut_off_late_workers(overslept=time.monotonic() - before - patience)
+        self._cut_off_late_workers()
 
     def _on_bell(self) -> None:
         self._bell.recv(4096)
@@ -433,12 +432,14 @@ class Loader:
         """Workers whose time is running: not while they start, nor when they have begun to send an answer."""
         return [worker for worker in self._workers.values() if worker.alive and worker.jobs and worker.arriving is None]
 
-    def _cut_off_late_workers(self, overslept: float) -> None:
+    def _cut_off_late_workers(self) -> None:
+        now = time.monotonic()
+        gap, self._looked = now - self._looked, now
         with self._changed:
             for worker in self._timed():
-                if overslept > _SECOND:
-                    worker.began += overslept
-                if time.monotonic() - worker.began < self._row_timeout:
+                if gap > 2 * _SECOND:
+                    worker.began = min(now, worker.began + gap)
+                if now - worker.began < self._row_timeout:
                     continue
                 job = worker.jobs.popleft()
                 reason = f"took longer than --row_timeout {self._row_timeout:g} s to load; raise it if the file is good"
