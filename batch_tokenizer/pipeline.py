@@ -9,6 +9,7 @@ outputs are published.
 
 from __future__ import annotations
 
+import errno
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +29,7 @@ from batch_tokenizer.config import RunConfig
 from batch_tokenizer.data.batching import Packer, split
 from batch_tokenizer.data.loader import Loader
 from batch_tokenizer.data.loading import RowLoader
-from batch_tokenizer.manifest import Manifest, plan_units
+from batch_tokenizer.manifest import Manifest, in_shard, plan_units
 from batch_tokenizer.records import (
     Batch,
     LedgerEntry,
@@ -55,6 +56,9 @@ log = logging.getLogger(__name__)
 #: Bytes of loaded input, and of results waiting for a writer, that a process holds at most.
 LOADED_BYTES = 1 << 30
 RESULT_BYTES = 1 << 29
+
+#: What a file system says when it takes no row's files, whichever row it is.
+STORAGE_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN)
 
 #: Failures that each process names in its log; all of them are in ``failures.jsonl``.
 FAILURES_LOGGED = 10
@@ -123,6 +127,7 @@ def _run(config: RunConfig, processes: ProcessGroup, stop: StopRequest, started:
         idle=idle,
     ) as folder:
         manifest, status = _open_manifest(config, folder, idle)
+        ours = in_shard(manifest, config.num_shards, config.shard)
         todo = status == RowStatus.PENDING
         if config.retry_failed:
             todo |= status == RowStatus.FAILED
@@ -130,7 +135,7 @@ def _run(config: RunConfig, processes: ProcessGroup, stop: StopRequest, started:
             manifest, world_size=processes.world_size, num_shards=config.num_shards, shard=config.shard, pending=todo
         )
         queue = WorkQueue.open(len(units), processes, folder.attempt_id)
-        log.info("%d rows, %d to do, %d units", len(manifest), np.count_nonzero(todo), len(units))
+        log.info("%d rows, %d to do, %d units", len(manifest), np.count_nonzero(todo & ours), len(units))
 
         def claimed_rows() -> Iterator[ManifestRow | RowFailure]:
             while (unit := queue.claim()) is not None:
@@ -140,9 +145,9 @@ def _run(config: RunConfig, processes: ProcessGroup, stop: StopRequest, started:
             LedgerWriter(folder.ledger_path) as ledger,
             ProgressReporter(
                 folder,
-                rows_total=len(manifest),
-                rows_done_before=int(np.count_nonzero(status == RowStatus.DONE)),
-                rows_failed_before=int(np.count_nonzero((status == RowStatus.FAILED) & ~todo)),
+                rows_total=int(np.count_nonzero(ours & ~manifest.is_blank)),
+                rows_done_before=int(np.count_nonzero(ours & (status == RowStatus.DONE))),
+                rows_failed_before=int(np.count_nonzero(ours & (status == RowStatus.FAILED) & ~todo)),
                 device=str(compute.device),
             ) as progress,
             Loader(
@@ -170,10 +175,10 @@ def _run(config: RunConfig, processes: ProcessGroup, stop: StopRequest, started:
                 raise
             progress.set_state("interrupted" if stop.requested else "finished")
             if processes.is_main:
-                _await_others(folder, stop, config.grace)
-        if processes.is_main:
-            return _conclude(config, folder, manifest, stop, time.monotonic() - started)
-    return _leave(stop) if stop.requested else 0
+                _await_others(folder, stop)
+        if stop.requested:
+            return _leave(stop)
+        return _conclude(config, folder, manifest, time.monotonic() - started) if processes.is_main else 0
 
 
 def _num_quantizers(config: RunConfig, spec: CodecSpec) -> int:
@@ -262,7 +267,7 @@ class Worker:
             min(4, max(2, self.config.num_workers)),
             write=self._timed_write,
             on_done=self._on_done,
-            on_failed=lambda result, error: self._fail(_failure(result.row, error)),
+            on_failed=self._on_unwritten,
             bytes_pending=RESULT_BYTES,
         ) as writers:
             # A sixteenth is left for the gaps between packed utterances.
@@ -382,6 +387,14 @@ class Worker:
         )
         self.progress.row_done(result.num_samples / self.codec.info.sample_rate)
 
+    def _on_unwritten(self, result: TokenizedRow, error: RowError) -> None:
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno in STORAGE_TROUBLE:
+            # Every row after it would fail as well, by the thousand, and none of them is to blame.
+            raise RunError(
+                f"{error.reason}; put that right and start the same command again, finished rows are kept", exit_code=1
+            ) from error
+        self._fail(_failure(result.row, error))
+
     def _fail(self, failure: RowFailure) -> None:
         self.ledger.append(
             LedgerEntry(
@@ -412,10 +425,10 @@ def _leave(stop: StopRequest) -> int:
     return 128 + Signals[name].value
 
 
-def _await_others(folder: RunFolder, stop: StopRequest, grace: float) -> None:
-    """Rank 0 stays until the other ranks have ended too, or show no sign of life."""
+def _await_others(folder: RunFolder, stop: StopRequest) -> None:
+    """Rank 0 stays until the other ranks have ended too, or show no sign of life, or it is asked to stop."""
     news: dict[int, tuple[RankStatus | None, float]] = {}
-    while stop.seconds_since <= grace:
+    while not stop.requested:
         ranks = {status.rank: status for status in read_status(folder.path).ranks if status.attempt == folder.attempt}
         now = time.monotonic()
         waiting = False
@@ -431,7 +444,7 @@ def _await_others(folder: RunFolder, stop: StopRequest, grace: float) -> None:
         time.sleep(0.1)
 
 
-def _conclude(config: RunConfig, folder: RunFolder, manifest: Manifest, stop: StopRequest, wall_seconds: float) -> int:
+def _conclude(config: RunConfig, folder: RunFolder, manifest: Manifest, wall_seconds: float) -> int:
     """Rank 0's last word: failures, summary, exit status."""
     state = read_ledger(folder.path, manifest)
     failures = write_failures(folder.path, manifest, state)
@@ -459,11 +472,8 @@ def _conclude(config: RunConfig, folder: RunFolder, manifest: Manifest, stop: St
         + f"\nfailures: {failures}",
         flush=True,
     )
-    if stop.requested:
-        return _leave(stop)
-    if state.num_pending and config.num_shards == 1:
-        log.error("%d rows are neither done nor failed, as another rank went away; start the same command again",
-                  state.num_pending)  # fmt: skip
+    if left := np.count_nonzero(state.pending & in_shard(manifest, config.num_shards, config.shard)):
+        log.error("%d rows are neither done nor failed, as another rank went away; start the same command again", left)
         return 1
     if state.num_failed and (config.strict or not state.num_done):
         return 1

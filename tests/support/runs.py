@@ -1,0 +1,306 @@
+"""Runs as a user starts them: a corpus of short clips, the command as real processes, and what they left behind.
+
+A ``Corpus`` lies in one place, and every run of it gets a ``Workspace`` of its own: the manifest names its files
+relative to the working directory, so two runs of one corpus must leave the same bytes under the same names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import wave
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from tests.support.checkpoints import write_mimo_checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+TASK = "wav2token2wav"
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0")
+
+
+# -------------------------------------------------------------------------------------------------------------- corpus
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Clips, a manifest that names them as ``wavs/KEY.wav``, and a small random checkpoint."""
+
+    folder: Path
+    keys: tuple[str, ...]
+
+    @property
+    def manifest(self) -> Path:
+        """JSON lines, one a key."""
+        return self.folder / "data.jsonl"
+
+    @property
+    def checkpoint(self) -> Path:
+        """A tiny MiMo."""
+        return self.folder / "checkpoint"
+
+
+def make_corpus(folder: Path, num_rows: int, seconds: tuple[float, float] = (0.1, 0.3), seed: int = 0) -> Corpus:
+    """``num_rows`` clips of noise and tones; every fourth at 16 kHz, the others at the checkpoint's 24 kHz."""
+    generator = np.random.default_rng(seed)
+    (folder / "wavs").mkdir(parents=True)
+    lines = []
+    keys = tuple(f"row{number:05d}" for number in range(num_rows))
+    for number, key in enumerate(keys):
+        rate = 24000 if number % 4 else 16000
+        duration = generator.uniform(*seconds)
+        time_axis = np.arange(int(duration * rate)) / rate
+        tone = np.sin(2 * np.pi * generator.uniform(80, 2000) * time_axis)
+        samples = 0.4 * tone + 0.1 * generator.standard_normal(len(time_axis))
+        with wave.open(str(folder / "wavs" / f"{key}.wav"), "wb") as stream:
+            stream.setnchannels(1)
+            stream.setsampwidth(2)
+            stream.setframerate(rate)
+            stream.writeframes((samples.clip(-1, 1) * 32767).astype("<i2").tobytes())
+        row = {
+            "key": key,
+            "wav": f"wavs/{key}.wav",
+            "quantized_tokens": f"out/{key}.json",
+            "reconstructed_wav": f"out/{key}.wav",
+            "duration": round(duration, 4),
+        }
+        lines.append(json.dumps(row) + "\n")
+    (folder / "data.jsonl").write_text("".join(lines))
+    write_mimo_checkpoint(folder / "checkpoint")
+    return Corpus(folder, keys)
+
+
+# ----------------------------------------------------------------------------------------------------------- workspace
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Where one or several attempts at a corpus run: its manifest, and whatever the runs write."""
+
+    corpus: Corpus
+    folder: Path
+
+    @classmethod
+    def make(cls, corpus: Corpus, folder: Path) -> Workspace:
+        """A new folder with the manifest in it and the clips linked."""
+        folder.mkdir(parents=True)
+        (folder / "wavs").symlink_to(corpus.folder / "wavs")
+        (folder / "data.jsonl").write_bytes(corpus.manifest.read_bytes())
+        return cls(corpus, folder)
+
+    @property
+    def run_dir(self) -> Path:
+        """The run folder that the command chooses by itself."""
+        return self.folder / f"data.{TASK}.run"
+
+    def arguments(self, *more: object) -> list[str]:
+        """The command line after ``-m batch_tokenizer``. Loading is in the ranks unless ``more`` says otherwise: every
+        interpreter costs seconds to start."""
+        fixed: list[object] = [
+            "--data_list", "data.jsonl", "--task", TASK, "--model_path", self.corpus.checkpoint, "--num_workers", 0,
+            "--batch_size", 8, "--prefetch", 1,
+        ]  # fmt: skip
+        return [str(word) for word in (*fixed, *more)]
+
+    def command(self, num_processes: int, *more: object, launcher: Sequence[str] = ()) -> list[str]:
+        """A process alone, or several under torchrun; ``launcher`` are further flags of torchrun."""
+        alone = [sys.executable] if num_processes == 1 and not launcher else []
+        several = [] if alone else [*TORCHRUN, *launcher, f"--nproc_per_node={num_processes}"]
+        return [*(alone or several), "-m", "batch_tokenizer", *self.arguments(*more)]
+
+    def start(self, num_processes: int, *more: object, launcher: Sequence[str] = ()) -> Run:
+        """Start a run and return at once."""
+        return Run.start(self.command(num_processes, *more, launcher=launcher), self.folder)
+
+    def finish(self, num_processes: int, *more: object, launcher: Sequence[str] = (), timeout: float = 120.0) -> Run:
+        """Run to the end, which must be a good one."""
+        with self.start(num_processes, *more, launcher=launcher) as run:
+            assert run.wait(timeout) == 0, run.output()
+        return run
+
+    def outputs(self) -> dict[str, bytes]:
+        """Every file under ``out``, hidden ones too, by its relative path."""
+        out = self.folder / "out"
+        return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+
+    def ledger(self) -> list[dict[str, object]]:
+        """Every whole entry of every ledger file, earliest file first."""
+        entries = []
+        for path in sorted((self.run_dir / "ledger").glob("*.jsonl")):
+            for line in path.read_bytes().split(b"\n"):
+                with contextlib.suppress(ValueError):  # torn by a kill
+                    entries.append(json.loads(line))
+        return entries
+
+    def rows_done(self) -> int:
+        """Rows that the ledger has, while runs are at work."""
+        return len({entry["key"] for entry in self.ledger()})
+
+    def await_rows(self, count: int, run: Run, timeout: float = 60.0) -> None:
+        """Wait until ``count`` rows are in the ledger, while ``run`` is at work."""
+        run.wait_until(lambda: self.rows_done() >= count, timeout, f"{count} rows in the ledger")
+
+    def check_complete(self, expected: Mapping[str, bytes] | None = None, *, redone: bool = False) -> None:
+        """Each row is done exactly once, outputs are those of ``expected`` to the byte, and nothing else lies about.
+
+        Args:
+            redone: rows may have several entries, as after kills, if these say the same.
+        """
+        entries = self.ledger()
+        by_key: dict[object, list[dict[str, object]]] = {}
+        for entry in entries:
+            by_key.setdefault(entry["key"], []).append(entry)
+        assert sorted(map(str, by_key)) == list(self.corpus.keys)
+        for key, group in by_key.items():
+            assert all(entry["status"] == "done" for entry in group), group
+            assert all(entry == group[0] for entry in group), f"entries of {key} disagree: {group}"
+        if not redone:
+            assert len(entries) == len(self.corpus.keys), "a row was done twice"
+        outputs = self.outputs()
+        assert sorted(outputs) == sorted(f"{key}.{kind}" for key in self.corpus.keys for kind in ("json", "wav"))
+        if expected is not None:
+            different = [name for name in outputs if outputs[name] != expected[name]]
+            assert not different, f"{len(different)} files differ from an undisturbed run: {different[:5]}"
+        left = [path.name for path in self.folder.iterdir()]
+        assert set(left) <= {"wavs", "data.jsonl", "out", self.run_dir.name, "log"}, left
+
+
+# --------------------------------------------------------------------------------------------------------------- run
+
+
+@dataclass
+class Run:
+    """A started command with its process tree. A context manager: leaving it kills what is left of the tree."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+    seen: dict[int, psutil.Process] = field(default_factory=dict)
+
+    @classmethod
+    def start(cls, command: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None) -> Run:
+        """Start ``command`` in ``folder``; what it prints goes to files there."""
+        number = len(list((folder / "log").glob("*"))) if (folder / "log").is_dir() else 0
+        (folder / "log").mkdir(exist_ok=True)
+        log = folder / "log" / f"{number:03d}.txt"
+        with log.open("wb") as stream:
+            process = subprocess.Popen(
+                command,
+                cwd=folder,
+                env=run_environment() | dict(environment or {}),
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        return cls(process, log)
+
+    def output(self) -> str:
+        """What the processes have printed so far."""
+        return self.log.read_text(errors="replace")
+
+    def wait(self, timeout: float = 120.0) -> int:
+        """The exit status, as a shell shows it (128 + n for signal n)."""
+        try:
+            status = self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"still running after {timeout} s:\n{self.output()}") from None
+        return status if status >= 0 else 128 - status
+
+    def wait_until(self, condition: Callable[[], bool], timeout: float, what: str) -> None:
+        """Wait for a condition while the run is at work; it must not end before."""
+        deadline = time.monotonic() + timeout
+        while not condition():
+            ended = self.process.poll() is not None
+            assert not ended or condition(), f"ended with {self.process.returncode} before {what}:\n{self.output()}"
+            assert time.monotonic() < deadline, f"no {what} after {timeout} s:\n{self.output()}"
+            time.sleep(0.02)
+
+    def tree(self) -> list[psutil.Process]:
+        """All living processes of the run, the starter first. Orphans count, if they were seen before."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            root = psutil.Process(self.process.pid)
+            for process in [root, *root.children(recursive=True)]:
+                self.seen[process.pid] = process
+        return [process for process in self.seen.values() if _is_alive(process)]
+
+    def ranks(self) -> list[psutil.Process]:
+        """The computing processes."""
+        return [process for process in self.tree() if _is_rank(process)]
+
+    def loader_servers(self) -> list[psutil.Process]:
+        """The processes that fork loader processes."""
+        ranks = {process.pid for process in self.ranks()}
+        return [process for process in self.tree() if _parent(process) in ranks]
+
+    def loaders(self) -> list[psutil.Process]:
+        """The processes that load rows."""
+        servers = {process.pid for process in self.loader_servers()}
+        return [process for process in self.tree() if _parent(process) in servers]
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to the process that was started."""
+        self.process.send_signal(number)
+
+    def kill(self) -> int:
+        """SIGKILL to all processes of the tree at once; returns how many there were."""
+        tree = self.tree()
+        for process in tree:  # no more processes come while the others are being killed
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.suspend()
+        tree = self.tree()
+        for process in tree:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.process.wait(30)
+        psutil.wait_procs(tree, 30)
+        return len(tree)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.kill()
+
+
+def run_environment() -> dict[str, str]:
+    """This environment without a launcher's variables, with the repository on the path of every Python."""
+    launchers = ("SLURM", "TORCHELASTIC", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GROUP_", "ROLE_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(launchers)}
+    return kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def lingering(folder: Path) -> Iterator[psutil.Process]:
+    """Living processes whose working directory is ``folder``: what a run has left behind."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.cwd() == str(folder) and _is_alive(process):
+                yield process
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def _is_rank(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        words = process.cmdline()
+        return "batch_tokenizer" in words and "torch.distributed.run" not in words
+    return False
+
+
+def _parent(process: psutil.Process) -> int:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.ppid()
+    return -1
