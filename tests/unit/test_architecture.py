@@ -1,0 +1,72 @@
+"""Modules import only leftwards: the table of ARCHITECTURE.md, held by reading every import statement."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[2] / "batch_tokenizer"
+
+#: Room to the rooms that it may import. Modules that are not listed are at the top and may import all.
+ROOMS: dict[str, set[str]] = {
+    "records": set(),
+    "config": {"records"},
+    "kernels": set(),
+    "audio": {"records"},
+    "manifest": {"records"},
+    "codecs": {"kernels", "audio", "records"},
+    "data": {"manifest", "audio", "codecs.base", "records"},
+    "runtime": {"records", "config"},
+    "writers": {"records"},
+    "training": {"kernels", "audio", "codecs", "records"},
+    "quality": {"records", "audio"},
+    "report": {"records", "audio", "quality"},
+}
+
+#: Packages that one room alone imports.
+KEPT_IN = {"torchaudio": "audio", "soundfile": "audio", "av": "audio", "soxr": "audio"}
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def room_of(path: Path) -> str:
+    first = path.relative_to(PACKAGE).parts[0]
+    return first.removesuffix(".py")
+
+
+def imported(path: Path) -> list[str]:
+    names = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are written in full"
+            names.append(node.module or "")
+            names += [f"{node.module}.{alias.name}" for alias in node.names if node.module == "batch_tokenizer"]
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_leftwards(path):
+    room = room_of(path)
+    for name in imported(path):
+        top, *rest = name.split(".")
+        if top in KEPT_IN:
+            assert room == KEPT_IN[top], f"only {KEPT_IN[top]} imports {top}"
+        if top != "batch_tokenizer" or not rest or room not in ROOMS or rest[0] in (room, "__version__"):
+            continue
+        allowed = ROOMS[room]
+        assert rest[0] in allowed or ".".join(rest[:2]) in allowed, f"{room} must not import {name}"
+
+
+def test_kernels_import_torch_and_nothing_heavier():
+    for path in (PACKAGE / "kernels").glob("*.py"):
+        for name in imported(path):
+            assert name.split(".")[0] not in {"transformers", "accelerate", "torchaudio", "soundfile"}, path
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_every_file_says_what_it_is_for(path):
+    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
