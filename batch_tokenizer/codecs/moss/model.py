@@ -161,18 +161,22 @@ class MossAudioTokenizer(nn.Module):
         """Steps of at most one pass's frames, shared evenly by the streams that have input left."""
         capacity = self._fixed_capacity()
         longest = self.stream_above if capacity is None else capacity
-        outputs: list[list[Tensor]] = [[empty] for _ in streams]
-        left = list(inputs)
-        while active := [index for index, part in enumerate(left) if len(part)]:
-            rows = max(1, longest // len(active)) * rows_a_frame
-            pieces = [left[index][:rows] for index in active]
-            frames = [-(-len(piece) // rows_a_frame) for piece in pieces]
+        totals = [-(-len(rows) // rows_a_frame) for rows in inputs]
+        outputs = [empty for _ in streams]
+        begun = [0] * len(streams)  # frames
+        while active := [index for index, total in enumerate(totals) if begun[index] < total]:
+            share = max(1, longest // len(active))
+            pieces = [inputs[index][begun[index] * rows_a_frame :][: share * rows_a_frame] for index in active]
+            frames = [min(share, totals[index] - begun[index]) for index in active]
             passage = Passage(frames, self.device, [streams[index] for index in active])
-            for index, output in zip(active, compute(pieces, passage), strict=True):
-                outputs[index].append(output)
-                left[index] = left[index][rows:]
+            for index, count, output in zip(active, frames, compute(pieces, passage), strict=True):
+                scale = len(output) // count
+                if not begun[index]:
+                    outputs[index] = output.new_empty(totals[index] * scale, *output.shape[1:])
+                outputs[index][begun[index] * scale :][: len(output)] = output
+                begun[index] += count
             passage.advance()
-        return [torch.cat(parts) for parts in outputs]
+        return outputs
 
     @torch.no_grad()
     def _encode(self, samples: Sequence[Tensor], passage: Passage, num_quantizers: int) -> list[Tensor]:
