@@ -12,18 +12,20 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 from batch_tokenizer import __version__
-from batch_tokenizer.config import AttentionBackend, Device, Dtype, Resampler, RunConfig
+from batch_tokenizer.config import AttentionBackend, Device, Dtype, Resampler, RunConfig, shard_of_slurm_array
 from batch_tokenizer.records import TASKS, RunError
 
 #: Subcommand to the module that has ``add_arguments(parser)`` and ``main(arguments) -> int``, and a line of help.
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "status": ("batch_tokenizer.status", "show how far a run is, while it runs and after"),
+    "verify": ("batch_tokenizer.verify", "prove that a run is complete and its outputs right"),
 }
 
 log = logging.getLogger("batch_tokenizer")
@@ -55,8 +57,13 @@ def run_parser() -> argparse.ArgumentParser:
     add("--attention", choices=get_args(AttentionBackend), default=default.attention, help="force a backend")
     add("--row_timeout", type=float, default=default.row_timeout, help="seconds to load one row (%(default)s)")
     add("--grace", type=float, default=default.grace, help="seconds to finish what is in flight when stopped")
-    add("--num_shards", type=int, default=default.num_shards, help="independent jobs that share the manifest")
-    add("--shard", type=int, default=default.shard, help="which of them this is, from 0")
+    add("--num_shards", type=int, help="independent jobs that share the manifest (1)")
+    add(
+        "--shard",
+        type=_shard,
+        default=default.shard,
+        help="which of them this is, from 0; slurm: as the job array says",
+    )
     add("--strict", action="store_true", help="exit with status 1 if any row failed")
     add("--retry_failed", action="store_true", help="try rows again that an earlier run recorded as failed")
     add("--overwrite", action="store_true", help="discard a run folder made with other settings")
@@ -73,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if words and words[0] in COMMANDS:
             return _command(words[0], words[1:])
-        config = RunConfig(**vars(run_parser().parse_args(words)))
+        config = _run_config(run_parser().parse_args(words))
         from batch_tokenizer.pipeline import run
 
         return run(config)
@@ -85,6 +92,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _shard(text: str) -> int | Literal["slurm"]:
+    if text == "slurm":
+        return "slurm"
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text}: a number from 0, or slurm")
+    return int(text)
+
+
+def _run_config(arguments: argparse.Namespace) -> RunConfig:
+    """
+    Raises:
+        RunError: a value is out of range.
+    """
+    values = vars(arguments)
+    if values["shard"] == "slurm":
+        values["num_shards"], values["shard"] = shard_of_slurm_array(os.environ, values["num_shards"])
+    elif values["num_shards"] is None:
+        del values["num_shards"]
+    return RunConfig(**values)
+
+
 def _command(name: str, words: Sequence[str]) -> int:
     module_name, about = COMMANDS[name]
     module = importlib.import_module(module_name)
@@ -92,5 +120,3 @@ def _command(name: str, words: Sequence[str]) -> int:
     module.add_arguments(parser)
     status: int = module.main(parser.parse_args(words))
     return status
-
-
