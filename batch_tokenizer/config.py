@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -29,7 +30,7 @@ class RunConfig:
         num_quantizers: codebooks used; None means all that the checkpoint has.
         row_timeout: seconds that loading one row may take before its worker is replaced.
         grace: seconds that work in flight may take after SIGTERM, SIGUSR1 or SIGINT.
-        num_shards, shard: this job does every unit u with u % num_shards == shard.
+        num_shards, shard: the manifest is divided among independent jobs, and this job does part ``shard`` of it.
         strict: exit with status 1 if any row failed.
         retry_failed: do rows again that an earlier run recorded as failed.
         overwrite: discard a run folder that was made with other settings.
@@ -54,7 +55,7 @@ class RunConfig:
     resampler: Resampler = "reference"
     attention: AttentionBackend = "auto"
     row_timeout: float = 120.0
-    grace: float = 30.0
+    grace: float = 20.0  # torchrun and Slurm kill 30 s after their signal
     num_shards: int = 1
     shard: int = 0
     strict: bool = False
@@ -92,3 +93,29 @@ class RunConfig:
     def default_run_dir(self) -> Path:
         """Beside the manifest, one folder a task: ``data.jsonl`` and ``wav2token`` give ``data.wav2token.run``."""
         return self.data_list.with_name(f"{self.data_list.stem}.{self.task}.run")
+
+
+def shard_of_slurm_array(environment: Mapping[str, str], num_shards: int | None = None) -> tuple[int, int]:
+    """(num_shards, shard) of this task of a Slurm job array, for ``--shard slurm``.
+
+    Tasks ``--array=F-L:S`` are shards 0, 1, … of as many as there are tasks. With ``num_shards`` given, a task's own
+    number is its shard, so that single ones of them can be submitted again.
+
+    Raises:
+        RunError: this is no array task, or its numbers are not a range.
+    """
+    try:
+        task, first, step, count = (
+            int(environment[f"SLURM_ARRAY_TASK_{name}"]) for name in ("ID", "MIN", "STEP", "COUNT")
+        )
+    except (KeyError, ValueError) as error:
+        raise RunError("--shard slurm: this is not a task of a Slurm job array (sbatch --array=0-9)") from error
+    if num_shards is not None:
+        return num_shards, task
+    shard, rest = divmod(task - first, max(1, step))
+    if rest or shard >= count:
+        raise RunError(
+            "--shard slurm: the array's task numbers are not a range; submit one such as --array=0-9, "
+            "or say how many shards there are with --num_shards"
+        )
+    return count, shard

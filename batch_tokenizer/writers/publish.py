@@ -1,9 +1,10 @@
 """``publish``: bytes enter, a whole file of them appears at a path, or a ``RowError`` says why not.
 
 The bytes are written beside their place and renamed into it, so that a reader sees the old file, none, or the new one.
-The name they are written under depends on the path alone: what a killed run leaves behind is overwritten and renamed
-away when its row is done again, and no stray file stays. That rests on one writer per path, which the manifest's check
-for outputs named twice and the claiming of rows see to. Files are not synced to the disk one by one: that outlives a
+The name they are written under depends on the path alone: what a killed run leaves behind is removed when its row is
+done again, and no stray file stays. The claiming of rows sees to one writer per path, except where a process outlives
+its job for some seconds and the job that replaced it does the same row. So a writer renames a file only if it is its
+own, and starts over if another one took the name. Files are not synced to the disk one by one: that outlives a
 process's death, as promised, but not the machine's.
 """
 
@@ -50,14 +51,8 @@ def publish(path: str, content: bytes) -> None:
             raise IsADirectoryError(errno.EISDIR, "names a folder")
         _refuse_special(path)
         aside = os.path.join(folder, f".{hashlib.blake2b(encoded_name, digest_size=8).hexdigest()}.part")
-        descriptor = _create(aside, folder)
-        try:
-            _write_all(descriptor, content)
-            os.replace(aside, path)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(aside)
-            raise
+        while not _write_and_rename(aside, path, content):
+            pass
     except OSError as error:
         cause = _CAUSES.get(error.errno or 0, error.strerror)
         raise RowError("write", f"{path}: cannot be written: {cause}") from error
@@ -77,22 +72,38 @@ def _refuse_special(path: str) -> None:
         raise OSError(errno.EINVAL, "it is a pipe, socket or device, not a file")
 
 
-def _create(path: str, folder: str) -> int:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-    try:
-        return os.open(path, flags, 0o666)
-    except FileNotFoundError:
-        os.makedirs(folder, exist_ok=True)
-        return os.open(path, flags, 0o666)
-
-
-def _write_all(descriptor: int, content: bytes) -> None:
-    """Write and close; on a network file system a full disk may show only at the closing."""
+def _write_and_rename(aside: str, path: str, content: bytes) -> bool:
+    """False if another writer of the same path took the file away in the meantime."""
+    descriptor = _create(aside)
     try:
         rest = memoryview(content)
         while rest:
             rest = rest[os.write(descriptor, rest) :]
+        # On a network file system a full disk may show only at a closing. The file itself stays open, so that no other
+        # file can get its number.
+        os.close(os.dup(descriptor))
+        try:
+            if not os.path.samestat(os.stat(aside), os.fstat(descriptor)):
+                return False
+            os.replace(aside, path)
+        except FileNotFoundError:
+            return False
     except BaseException:
-        os.close(descriptor)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(aside)
         raise
-    os.close(descriptor)
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def _create(path: str) -> int:
+    """A new file, in the place of one that a killed run left."""
+    while True:
+        try:
+            return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        except FileNotFoundError:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+        except FileExistsError:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)

@@ -216,3 +216,24 @@ def test_no_permission(tmp_path: Path) -> None:
         pytest.skip("root may write anywhere")
     tmp_path.chmod(0o500)
     assert "no permission" in refusal(tmp_path / "a")
+
+
+def test_two_writers_of_one_path_leave_a_whole_file(tmp_path: Path) -> None:
+    content = b"x" * 300_000
+    errors: list[RowError] = []
+
+    def write() -> None:
+        try:
+            for _ in range(100):
+                publish(str(tmp_path / "a"), content)
+        except RowError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=write) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert (tmp_path / "a").read_bytes() == content
+    assert files_in(tmp_path) == {"a"}
