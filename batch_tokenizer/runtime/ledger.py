@@ -211,9 +211,13 @@ def _columns(items: Sequence[dict[str, Any]]) -> _Entries:
     """Raises KeyError, TypeError, ValueError or OverflowError if any item is not an entry."""
     lines = [item["line"] for item in items]
     digests = [item["digest"] for item in items]
+    keys = [item["key"] for item in items]
     num_samples = [item.get("num_samples", 0) for item in items]
     frames = [item.get("frames", 0) for item in items]
-    if not {*map(type, lines), *map(type, num_samples), *map(type, frames)} <= {int}:
+    if not {*map(type, lines), *map(type, num_samples), *map(type, frames)} <= {int} or not {*map(type, keys)} <= {
+        str,
+        type(None),
+    }:
         raise TypeError
     if not set(map(len, digests)) <= {16}:
         raise ValueError
@@ -224,7 +228,7 @@ def _columns(items: Sequence[dict[str, Any]]) -> _Entries:
         np.array(num_samples, np.int64),
         np.array(frames, np.uint32),
         np.array([item.get("stage") == "manifest" for item in items], np.bool_),
-        [item["key"] for item in items],
+        keys,
     )
 
 
@@ -234,7 +238,6 @@ def _is_entry(line: bytes) -> bool:
         return (
             isinstance(item, dict)
             and _DIGEST.fullmatch(item["digest"]) is not None
-            and (item["key"] is None or isinstance(item["key"], str))
             and len(_columns([item]).lines) == 1
         )
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError):

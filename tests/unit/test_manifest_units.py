@@ -33,7 +33,7 @@ line = st.tuples(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(line, max_size=400), st.integers(1, 9), st.integers(1, 4), st.booleans())
 def test_every_pending_line_lies_in_one_unit(
     lines: list[tuple[int, float, bool]], world_size: int, num_shards: int, resumed: bool
