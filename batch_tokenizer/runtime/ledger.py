@@ -436,7 +436,7 @@ def matched_entries(
     """
     matcher = _Matcher(manifest)
     try:
-        for block in _blocks(_ledger_files(run_dir), wanted=f'"status":"{status}"'.encode()):
+        for block in _blocks(_ledger_files(run_dir), wanted=f'"{status}"'.encode()):
             entries, _, _ = _parse(block.lines)
             lines = matcher.match(entries)
             kept = (lines >= 0) & (entries.priorities == _PRIORITY[status])
