@@ -28,8 +28,15 @@ Window = tuple[int, int]
 
 BACKENDS = ("torch_varlen", "flash_attn", "sdpa", "reference")
 
-#: Queries that share one slice of keys when the window is bounded.
-BLOCK = 256
+
+def block_size(left: int, right: int) -> int:
+    """Queries that share one slice of keys under a window: many enough for the kernel, few enough to waste no keys.
+
+    Depends on the window alone, so that an utterance is always cut at the same places.
+    """
+    if left < 0 or right < 0:
+        return 256
+    return min(512, max(64, 1 << ((left + right) // 2).bit_length()))
 
 
 class BackendUnavailable(Exception):
@@ -65,9 +72,7 @@ def _why_not(backend: str, device: torch.device, dtype: torch.dtype, head_dim: i
     return None
 
 
-def choose_backend(
-    requested: str, device: torch.device, dtype: torch.dtype, head_dim: int
-) -> tuple[str, str]:
+def choose_backend(requested: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str, str]:
     """The backend to use and, in words, why.
 
     Raises:
@@ -149,6 +154,8 @@ def _flash_attn(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segmen
 def _per_segment(q, k, v, queries: Segments, keys: Segments, window: Window, attend) -> Tensor:  # type: ignore[no-untyped-def]
     if len(queries) == 1:
         return attend(q, k, v, window)
+    if q.requires_grad and attend is _sdpa and queries is keys and (queries.lengths == queries.longest).all():
+        return _sdpa_equal_lengths(q, k, v, len(queries), window)
     out = torch.empty_like(q) if not q.requires_grad else None
     parts = []
     for q_start, q_length, k_start, k_length in zip(
@@ -194,17 +201,29 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, window: Window) -> Tensor:
         out = scaled_dot_product_attention(q, k, v)
     elif (left < 0 or left >= num_keys - 1) and right == 0 and shift == 0:
         out = scaled_dot_product_attention(q, k, v, is_causal=True)
-    elif left >= 0 and right >= 0 and shift == 0 and num_queries > 2 * BLOCK:
+    elif left >= 0 and right >= 0 and shift == 0:
         out = _banded(q, k, v, left, right)
     else:
+        block = block_size(left, right)
         out = torch.cat(
             [
-                _one_block(q[:, :, start : start + BLOCK], k, v, start + shift, left, right)
-                for start in range(0, num_queries, BLOCK)
+                _one_block(q[:, :, start : start + block], k, v, start + shift, left, right)
+                for start in range(0, num_queries, block)
             ],
             dim=2,
         )
     return out[0].transpose(0, 1)
+
+
+def _sdpa_equal_lengths(q: Tensor, k: Tensor, v: Tensor, count: int, window: Window) -> Tensor:
+    """``count`` utterances of one length in one call, for training, where crops are short and all of one length.
+
+    Not for inference: a call's shape, and with it the last bits of a result, would depend on what was batched.
+    """
+    q, k, v = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in (q, k, v))  # (count, H, L, D)
+    length = q.shape[2]
+    seen = _visible(length, length, window, q.device)
+    return scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2).flatten(0, 1)
 
 
 def _one_block(q: Tensor, k: Tensor, v: Tensor, first: int, left: int, right: int) -> Tensor:
@@ -223,15 +242,16 @@ def _one_block(q: Tensor, k: Tensor, v: Tensor, first: int, left: int, right: in
 def _banded(q: Tensor, k: Tensor, v: Tensor, left: int, right: int) -> Tensor:
     """A window bounded on both sides, queries and keys of equal number: all blocks in one call, (1, H, L, D) each."""
     _, heads, length, size = q.shape
-    blocks = math.ceil(length / BLOCK)
-    padded = blocks * BLOCK
-    q = pad(q, (0, 0, 0, padded - length)).reshape(heads, blocks, BLOCK, size).transpose(0, 1)
-    span = BLOCK + left + right
+    block = block_size(left, right)
+    blocks = math.ceil(length / block)
+    padded = blocks * block
+    q = pad(q, (0, 0, 0, padded - length)).reshape(heads, blocks, block, size).transpose(0, 1)
+    span = block + left + right
     k, v = (
-        pad(x[0], (0, 0, left, padded - length + right)).unfold(1, span, BLOCK).permute(1, 0, 3, 2) for x in (k, v)
+        pad(x[0], (0, 0, left, padded - length + right)).unfold(1, span, block).permute(1, 0, 3, 2) for x in (k, v)
     )  # (blocks, H, span, D)
-    first = torch.arange(blocks, device=q.device)[:, None, None] * BLOCK
-    i = torch.arange(BLOCK, device=q.device)[None, :, None] + first
+    first = torch.arange(blocks, device=q.device)[:, None, None] * block
+    i = torch.arange(block, device=q.device)[None, :, None] + first
     j = torch.arange(span, device=q.device)[None, None, :] - left + first
     # Padding queries see themselves, so that no row of the softmax is empty.
     seen = (j >= i - left) & (j <= i + right) & (j >= 0) & ((j < length) | (i >= length))
