@@ -281,8 +281,8 @@ def _ledger_files(run_dir: Path) -> list[tuple[int, Path]]:
     return files
 
 
-def _blocks(files: Sequence[tuple[int, Path]], wanted: bytes = b"") -> Iterator[_Block]:
-    """All lines of the ledger, some ten thousand at a time; with ``wanted``, only blocks that have these bytes."""
+def _blocks(files: Sequence[tuple[int, Path]]) -> Iterator[_Block]:
+    """All lines of the ledger, some ten thousand at a time."""
     for number, (attempt, path) in enumerate(files):
         with path.open("rb") as stream:
             position = 0
@@ -296,10 +296,10 @@ def _blocks(files: Sequence[tuple[int, Path]], wanted: bytes = b"") -> Iterator[
                 unfinished = lines.pop()
                 if len(unfinished) > _MAX_LINE:
                     unfinished = unfinished[-_MAX_LINE:]
-                if lines and wanted in block:
+                if lines:
                     ends = begin + np.cumsum(np.fromiter(map(len, lines), np.int64, len(lines)) + 1)
                     yield _Block(attempt, number, np.concatenate(([begin], ends[:-1])), lines)
-            if unfinished and wanted in unfinished:
+            if unfinished:
                 yield _Block(attempt, number, np.array([position - len(unfinished)]), [unfinished])
 
 
@@ -458,8 +458,10 @@ def iter_failures(run_dir: Path, manifest: LineIndex, state: LedgerState) -> Ite
     matcher = _Matcher(manifest)
     places: list[npt.NDArray[np.int64]] = []
     try:
-        for block in _blocks(files, wanted=b'"status":"failed"'):
-            entries, numbers, _ = _parse(block.lines)
+        for block in _blocks(files):
+            candidates = [number for number, line in enumerate(block.lines) if b'"status":"failed"' in line]
+            entries, kept, _ = _parse([block.lines[number] for number in candidates])
+            numbers = [candidates[number] for number in kept]
             lines = matcher.match(entries)
             failed = np.flatnonzero((lines >= 0) & (entries.priorities == _PRIORITY["failed"]))
             weight = block.attempt * _PRIORITIES + _PRIORITY["failed"]
