@@ -435,9 +435,10 @@ def matched_entries(
         RunError: a ledger file cannot be read (exit code 1).
     """
     matcher = _Matcher(manifest)
+    word = f'"{status}"'.encode()
     try:
-        for block in _blocks(_ledger_files(run_dir), wanted=f'"{status}"'.encode()):
-            entries, _, _ = _parse(block.lines)
+        for block in _blocks(_ledger_files(run_dir)):
+            entries, _, _ = _parse([line for line in block.lines if word in line])
             lines = matcher.match(entries)
             kept = (lines >= 0) & (entries.priorities == _PRIORITY[status])
             yield MatchedEntries(block.attempt, lines[kept], entries.num_samples[kept], entries.frames[kept])
