@@ -703,7 +703,12 @@ def plan_units(
             it.
         pending: bool (num_lines,), the lines still to do, the same in every process of the job; None means all that
             are not blank. A unit may enclose lines that are not pending. The caller leaves them out.
+
+    Raises:
+        RunError: ``pending`` was made for another state of the manifest (exit code 1).
     """
+    if pending is not None and len(pending) != manifest.num_lines:
+        raise RunError(f"manifest {manifest.path} is not the same in all processes: is it still growing?", exit_code=1)
     lines = np.flatnonzero(~manifest.is_blank if pending is None else pending)
     blocks = _shard_blocks(manifest, lines, num_shards)
     if blocks is not None:

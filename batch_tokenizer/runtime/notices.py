@@ -40,7 +40,7 @@ class Notices(ABC):
         """Other ranks: the word posted under ``name``, or None after ``timeout`` seconds."""
 
     @abstractmethod
-    def close(self, *, wait_seconds: float) -> None:
+    def close(self, wait_seconds: float, idle: Callable[[], None]) -> None:
         """Rank 0: stop answering, but give ranks that are still starting so long to ask."""
 
 
@@ -61,7 +61,7 @@ class NoNotices(Notices):
         """Nobody answers."""
         return None
 
-    def close(self, *, wait_seconds: float) -> None:
+    def close(self, wait_seconds: float, idle: Callable[[], None]) -> None:
         """Nothing to stop."""
 
 
@@ -123,10 +123,13 @@ class StoreNotices(Notices):
         """See ``Notices``."""
         return self._store.wait(f"{self._prefix}/{name}", timeout, idle)
 
-    def close(self, *, wait_seconds: float) -> None:
+    def close(self, wait_seconds: float, idle: Callable[[], None]) -> None:
         """See ``Notices``. A short run may end in rank 0 before another rank has even loaded its libraries."""
-        if self._thread is not None:
-            self._all_heard.wait(wait_seconds)
+        if self._thread is None:
+            return
+        try:
+            poll(lambda: True if self._all_heard.is_set() else None, wait_seconds, idle)
+        finally:
             self._closed.set()
             self._thread.join()
 
@@ -167,7 +170,7 @@ class FolderNotices(Notices):
 
         return poll(look, timeout, idle)
 
-    def close(self, *, wait_seconds: float) -> None:
+    def close(self, wait_seconds: float, idle: Callable[[], None]) -> None:
         """Nothing to stop."""
 
 

@@ -132,10 +132,13 @@ class JobStatus:
         return ", ".join(words)
 
 
-def read_status(run_dir: Path) -> JobStatus:
-    """The last attempt of every shard, as far as its processes have written. Empty where nothing has started."""
+def read_status(run_dir: Path, attempt: int | None = None) -> JobStatus:
+    """The last attempt of every shard, or the one given, as far as its processes have written.
+
+    Empty where nothing has started. With ``attempt``, only its files are read, which is what to use again and again.
+    """
     latest: dict[tuple[int, int], dict[int, RankStatus]] = {}
-    for path in sorted((run_dir / "status").glob("*.json")):
+    for path in sorted((run_dir / "status").glob("*.json" if attempt is None else f"{attempt:06d}-*.json")):
         if not _FILE_NAME.fullmatch(path.name):
             continue
         try:
@@ -253,11 +256,6 @@ class ProgressReporter:
                 updated=time.time(),
             )
 
-    def _own_shard(self) -> JobStatus:
-        """The ranks of this job in this attempt; jobs of other shards show their own."""
-        mine = (self._fixed["shard"], self._fixed["attempt"])
-        return JobStatus(tuple(rank for rank in read_status(self._run_dir).ranks if (rank.shard, rank.attempt) == mine))
-
     def _publish(self) -> None:
         aside = self._path.with_name(f".{self._path.name}")
         try:
@@ -269,7 +267,7 @@ class ProgressReporter:
                 self._told = True
 
     def _show(self) -> None:
-        job = self._own_shard()
+        job = read_status(self._run_dir, self._fixed["attempt"])
         ended = job.rows_done + job.rows_failed
         if self._bar is not None:
             self._bar.n = ended

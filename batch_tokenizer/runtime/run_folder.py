@@ -135,6 +135,7 @@ class RunFolder:
         self.attempt = 0
         self.attempt_id = ""
         self._notices = notices
+        self._idle = _no_idle
         self._lock = _FileLock(path / f"lock.shard-{shard}-of-{num_shards}")
 
     @classmethod
@@ -169,6 +170,7 @@ class RunFolder:
                 for name in _FOLDERS:
                     (path / name).mkdir(parents=True, exist_ok=True)
             folder = cls(path, processes, num_shards, shard, open_notices(processes, path, path / "attempts"))
+            folder._idle = idle
             if processes.is_main:
                 folder._begin(settings, overwrite, idle)
             else:
@@ -392,8 +394,10 @@ class RunFolder:
 
     def close(self) -> None:
         """Let go of the lock, after ranks that are still starting have had the word; at most a minute."""
-        self._notices.close(wait_seconds=_VISIBLE_SECONDS)
-        self._lock.release()
+        try:
+            self._notices.close(_VISIBLE_SECONDS, self._idle)
+        finally:
+            self._lock.release()
 
     def __enter__(self) -> RunFolder:
         return self
@@ -408,7 +412,7 @@ class RunFolder:
                 self._notices.post(f"{self.attempt_id}.resume", _word(error=str(error)))
             except (OSError, RunError) as second:
                 logger.warning("the other ranks could not be told: %s", second)
-        self._notices.close(wait_seconds=0.0)
+        self._notices.close(0.0, self._idle)
         self._lock.release()
 
 

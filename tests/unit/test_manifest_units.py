@@ -11,12 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batch_tokenizer.manifest import LineState, in_shard, plan_units
+from batch_tokenizer.records import RunError
 
 
 def lines_like(states: list[int], durations: list[float]) -> Any:
     """What ``plan_units`` reads of a manifest."""
     array = np.array(states, np.uint8)
     return SimpleNamespace(
+        path="data.jsonl",
         num_lines=len(array),
         states=array,
         durations=np.array(durations, np.float32),
@@ -105,3 +107,8 @@ def test_finished_stretches_are_not_read() -> None:
     pending[[3, 5, 90_000]] = True
     units = plan_units(good_rows(100_000), world_size=1, pending=pending)
     assert np.max(units.stops - units.starts) <= 64
+
+
+def test_a_manifest_that_grew_since_rank_0_read_it_is_noticed() -> None:
+    with pytest.raises(RunError, match="not the same in all processes"):
+        plan_units(good_rows(10), world_size=1, pending=np.ones(9, bool))
