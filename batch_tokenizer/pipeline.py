@@ -30,6 +30,7 @@ from batch_tokenizer.data.batching import Packer, split
 from batch_tokenizer.data.loader import Loader
 from batch_tokenizer.data.loading import RowLoader
 from batch_tokenizer.manifest import Manifest, in_shard, plan_units
+from batch_tokenizer.plan import dry_run
 from batch_tokenizer.records import (
     Batch,
     LedgerEntry,
@@ -117,6 +118,8 @@ def _run(config: RunConfig, processes: ProcessGroup, stop: StopRequest, started:
         if stop.requested:
             raise Stopped
 
+    if config.dry_run:
+        return dry_run(config, processes, compute, checkpoint, spec, num_quantizers, info, idle)
     with RunFolder.open(
         config.run_dir or config.default_run_dir(),
         {"task": config.task, "num_quantizers": num_quantizers, **info},
@@ -167,7 +170,7 @@ def _run(config: RunConfig, processes: ProcessGroup, stop: StopRequest, started:
                     )  # fmt: skip
                     if config.frame_budget is not None:
                         codec.frame_budget = config.frame_budget
-                    sink = FileSink(config.task, spec.info.sample_rate, info)
+                    sink = FileSink(config.task, spec.info.output_sample_rate, info)
                     worker = Worker(config, codec, num_quantizers, loader, sink.write, ledger, progress, stop)
                     worker.work(claimed_rows())
             except BaseException:

@@ -86,10 +86,10 @@ def report(run_dir: Path, job: JobStatus, now: float) -> list[str]:
         f"{run_dir}: " + ", ".join(f"{count} of {num_ranks} ranks {state}" for state, count in counts.items()),
         f"rows     {job.rows_done:,} done, {job.rows_failed:,} failed, {left:,} left of {job.rows_total:,}"
         + (f" ({100 * (job.rows_total - left) / job.rows_total:.1f} %)" if job.rows_total else ""),
-        f"audio    {job.audio_seconds / 3600:.2f} h in {_duration(job.elapsed)}, {job.hours_per_hour:.1f} h/h",
+        f"audio    {job.audio_seconds / 3600:.2f} h in {spoken_duration(job.elapsed)}, {job.hours_per_hour:.1f} h/h",
     ]
     if left and "running" in states and job.seconds_left is not None:
-        lines[-1] += f", about {_duration(job.seconds_left)} left"
+        lines[-1] += f", about {spoken_duration(job.seconds_left)} left"
     if job.stage_seconds:
         stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in job.stage_seconds.items())
         lines.append(f"seconds  {stages} (over all processes)")
@@ -142,7 +142,7 @@ def _table(
             f"{rank.rows_failed:,}",
             f"{rank.audio_seconds / 3600:.2f}",
             f"{rank.audio_seconds / rank.elapsed:.1f}" if rank.elapsed > 0 else "-",
-            f"{_duration(max(0.0, now - rank.updated))} ago",
+            f"{spoken_duration(max(0.0, now - rank.updated))} ago",
         ]
         for rank, state in zip(job.ranks, states, strict=True)
     ]
@@ -155,7 +155,7 @@ def _table(
     ]
 
 
-def _duration(seconds: float) -> str:
+def spoken_duration(seconds: float) -> str:
     """Seconds as a person says them: 42 s, 3 min 5 s, 2 h 7 min, 3 d 4 h."""
     whole = round(seconds)
     if whole < 60:
@@ -165,6 +165,14 @@ def _duration(seconds: float) -> str:
     if whole < 86400:
         return f"{whole // 3600} h {whole % 3600 // 60} min"
     return f"{whole // 86400} d {whole % 86400 // 3600} h"
+
+
+def seems_at_work(run_dir: Path) -> bool:
+    """Whether a process said within the last ``SILENT_AFTER`` seconds that it works on the run."""
+    now = time.time()
+    return any(
+        rank.state in ("starting", "running") and state_of(rank, now) != "silent" for rank in read_status(run_dir).ranks
+    )
 
 
 def _ranges(numbers: Sequence[int]) -> str:

@@ -43,8 +43,8 @@ from batch_tokenizer.manifest import Manifest
 from batch_tokenizer.records import OUTPUT_FIELDS, TASKS, LedgerEntry, ManifestRow, RunError, Task
 from batch_tokenizer.runtime.ledger import LedgerState, LedgerWriter, RowStatus, matched_entries, read_ledger
 from batch_tokenizer.runtime.processes import ProcessGroup
-from batch_tokenizer.runtime.progress import read_status
 from batch_tokenizer.runtime.run_folder import RunFolder, read_settings
+from batch_tokenizer.status import seems_at_work
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,6 @@ _CHUNK_LINES = 256
 _LEAST_LINES_FOR_PROCESSES = 4 * _CHUNK_LINES
 _TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.part")
 _WAV_HEADER_BYTES = 4096
-_WORKING_AFTER = 60.0
 
 
 # --------------------------------------------------------------------------------------------------------------- files
@@ -481,7 +480,8 @@ def main(arguments: argparse.Namespace) -> int:
             folder = stack.enter_context(RunFolder.open(run_dir, settings, processes=alone))
             ledger = stack.enter_context(LedgerWriter(folder.ledger_path))
         else:
-            _warn_of_work(run_dir)
+            if seems_at_work(run_dir):
+                log.warning("a job seems to be at work on %s: what it has not done yet will be found wanting", run_dir)
         manifest = Manifest.open(arguments.data_list, task, run_dir / "index")
         return _verify(run_dir, manifest, spec, settings, ledger, workers=arguments.workers, show=arguments.show)
 
@@ -519,12 +519,6 @@ def _open_spec(model_path: str | None, settings: Mapping[str, Any], run_dir: Pat
             f"{checkpoint.folder} ({spec.info.fingerprint}): name the run's own with --model_path"
         )
     return spec
-
-
-def _warn_of_work(run_dir: Path) -> None:
-    ranks = read_status(run_dir).ranks
-    if any(rank.state == "running" and time.time() - rank.updated < _WORKING_AFTER for rank in ranks):
-        log.warning("a job seems to be at work on %s: what it has not finished will be found wanting", run_dir)
 
 
 def _verify(

@@ -1,0 +1,463 @@
+"""The plan of a run, for ``--dry_run``: everything that can be checked without doing it, and nothing left behind.
+
+What enters is what a run has before it opens its run folder. What leaves is text: what the run would do, how long it
+would take and how much it would write, by a sample of its rows, and a line for each thing that would fail. The manifest
+is indexed in a temporary folder, which is removed; an earlier run's folder is read only.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from batch_tokenizer import __version__
+from batch_tokenizer.audio.decoding import probe_audio
+from batch_tokenizer.codecs.base import Codec, CodecSpec
+from batch_tokenizer.codecs.checkpoint import Checkpoint
+from batch_tokenizer.codecs.registry import find_family
+from batch_tokenizer.config import RunConfig
+from batch_tokenizer.data.loading import RowLoader
+from batch_tokenizer.manifest import LineState, Manifest, in_shard, plan_units
+from batch_tokenizer.records import OUTPUT_FIELDS, LoadedRow, ManifestRow, RowError, RunError, Task, TokenizedRow
+from batch_tokenizer.runtime.devices import ComputeDevice
+from batch_tokenizer.runtime.ledger import RowStatus, read_ledger
+from batch_tokenizer.runtime.processes import ProcessGroup
+from batch_tokenizer.runtime.run_folder import read_settings
+from batch_tokenizer.status import seems_at_work, spoken_duration
+from batch_tokenizer.writers.token_json import token_json
+from batch_tokenizer.writers.wav_file import wav_bytes
+
+#: Rows of which the input is opened, and of these, rows that are decoded.
+SAMPLE_ROWS, DECODED_ROWS = 32, 8
+
+#: Seconds of audio that are decoded and computed, unless the shortest row has more.
+_TIMED_SECONDS = 20.0
+
+#: Lines of the manifest that are named for each way in which it is wrong.
+_EXAMPLES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """A row that was opened. ``seconds`` is its length of audio, or None where the header does not say."""
+
+    row: ManifestRow
+    seconds: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What the computed rows took, each for a second of their audio.
+
+    Attributes:
+        load: processor time of one loader process.
+        stages: wall time of encode and decode.
+        bytes_written: by output field.
+    """
+
+    load: float
+    stages: Mapping[str, float]
+    bytes_written: Mapping[str, float]
+
+
+def dry_run(
+    config: RunConfig,
+    processes: ProcessGroup,
+    compute: ComputeDevice,
+    checkpoint: Checkpoint,
+    spec: CodecSpec,
+    num_quantizers: int,
+    info: Mapping[str, Any],
+    idle: Callable[[], None],
+) -> int:
+    """Print the plan. Returns 0 if nothing stands against it, otherwise 1; in ranks other than 0, which are silent, 0.
+
+    Args:
+        info: what the run would write into every token file.
+        idle: called between steps; an exception of its ends the dry run.
+
+    Raises:
+        RunError: the manifest cannot be read, or the run folder holds what cannot be read.
+    """
+    if not processes.is_main:
+        return 0
+    run_dir = config.run_dir or config.default_run_dir()
+    trouble: list[str] = []
+    _print(
+        "dry run",
+        f"batch_tokenizer {__version__}, {config.task}, {num_quantizers} of {spec.info.num_codebooks} codebooks",
+    )
+    _print("model", f"{checkpoint.folder} ({spec.info.family}, fingerprint {spec.info.fingerprint})")
+    _print("device", compute.reason.removeprefix("device "))
+    with tempfile.TemporaryDirectory(prefix="batch_tokenizer-") as scratch:
+        manifest = Manifest.open(config.data_list, config.task, scratch, progress=lambda done, total: idle())
+        trouble += _describe_manifest(manifest)
+        settings = {"task": config.task, "num_quantizers": num_quantizers, **info}
+        status, troubles = _earlier_run(config, run_dir, manifest, settings)
+        trouble += troubles
+        todo = (status == RowStatus.PENDING) & in_shard(manifest, config.num_shards, config.shard)
+        if config.retry_failed:
+            todo |= (status == RowStatus.FAILED) & in_shard(manifest, config.num_shards, config.shard)
+        units = plan_units(
+            manifest, world_size=processes.world_size, num_shards=config.num_shards, shard=config.shard, pending=todo
+        )
+        rows = np.flatnonzero(todo & manifest.is_row)
+        of_shard = f" of shard {config.shard} of {config.num_shards}" if config.num_shards > 1 else ""
+        ranks = f"{processes.world_size} ranks ({processes.launcher})"
+        _print("to do", f"{len(rows):,} rows{of_shard} in {len(units):,} units for {ranks}")
+        trouble += _too_long(manifest, rows, spec)
+
+        sample, opened = _open_sample(config, manifest, rows, spec, num_quantizers, trouble, idle)
+        seconds = _estimate_seconds(manifest, rows, opened)
+        loaded = _load_some(config, opened, spec, num_quantizers, trouble, idle)
+    idle()
+    try:
+        codec = find_family(checkpoint).load_codec(
+            checkpoint, spec, task=config.task, device=compute.device, dtype=compute.dtype,
+            attention=config.attention, threads=compute.cores,
+        )  # fmt: skip
+    except RunError as error:
+        trouble.append(str(error))
+        measured = None
+    else:
+        if config.frame_budget is not None:
+            codec.frame_budget = config.frame_budget
+        idle()
+        measured = None
+        if loaded:
+            # A CPU computes one utterance after the other, so there are no batches to fill.
+            fill = compute.device.type != "cpu"
+            measured = _measure(config, codec, loaded, num_quantizers, info, fill=fill)
+    needed: dict[str, float] = {}
+    if measured is None or seconds is None:
+        _print("time", "unknown, as no row of the sample could be computed" if len(rows) else "none: nothing to do")
+    else:
+        _print_time(config, processes, measured, seconds)
+        needed = {field: share * seconds for field, share in measured.bytes_written.items()}
+        _print("bytes", ", ".join(f"{field} {_size(size)}" for field, size in needed.items()))
+    trouble += _check_places(sample, config.task, run_dir, needed)
+
+    print()
+    for line in trouble:
+        print(f"would fail: {line}".encode(errors="backslashreplace").decode())
+    print(
+        f"{len(trouble)} things would fail"
+        if trouble
+        else "nothing would fail, as far as the manifest and a sample of its rows show",
+        flush=True,
+    )
+    return 1 if trouble else 0
+
+
+def _print(name: str, text: str) -> None:
+    print(f"{name:<10} {text}".encode(errors="backslashreplace").decode(), flush=True)
+
+
+# ------------------------------------------------------------------------------------------------ manifest, run folder
+
+
+def _describe_manifest(manifest: Manifest) -> Iterator[str]:
+    """Prints the counts, and yields a line for what is wrong, with the first examples."""
+    counts = {}
+    for state, name in ((LineState.MALFORMED, "malformed"), (LineState.DUPLICATE, "duplicate")):
+        lines = np.flatnonzero(manifest.states == state)
+        counts[name] = len(lines)
+        for line in lines[:_EXAMPLES].tolist():
+            for item in manifest.read(line, line + 1):
+                yield f"line {line + 1}, {item.key or 'without key'}: {getattr(item, 'reason', name)}"
+        if len(lines) > _EXAMPLES:
+            yield f"{len(lines) - _EXAMPLES:,} more {name} lines"
+    _print(
+        "manifest",
+        f"{manifest.path}: {len(manifest):,} rows, " + ", ".join(f"{n:,} {name}" for name, n in counts.items()),
+    )
+
+
+def _earlier_run(
+    config: RunConfig, run_dir: Path, manifest: Manifest, settings: Mapping[str, Any]
+) -> tuple[npt.NDArray[np.uint8], list[str]]:
+    """Each line's status as the run would find it, and what an earlier run's folder has against this one."""
+    fresh = np.where(manifest.is_blank, RowStatus.BLANK, RowStatus.PENDING).astype(np.uint8)
+    if not run_dir.exists():
+        _print("run folder", f"{run_dir}, new")
+        return fresh, []
+    if not run_dir.is_dir():
+        return fresh, [f"run folder {run_dir} is a file: choose another with --run_dir"]
+    trouble = []
+    if seems_at_work(run_dir):
+        trouble.append(f"run folder {run_dir}: a job seems to be at work on it")
+    before = read_settings(run_dir)
+    differences = [
+        f"{name}: run folder has {(before or {}).get(name, 'nothing')}, this run has {settings.get(name, 'nothing')}"
+        for name in dict.fromkeys((*(before or {}), *settings))
+        if before is not None and before.get(name) != settings.get(name)
+    ]
+    if differences and config.overwrite:
+        _print("run folder", f"{run_dir}: discarded, it was made with other settings ({'; '.join(differences)})")
+        return fresh, trouble
+    if differences:
+        return fresh, [
+            *trouble, f"run folder {run_dir} was made with other settings: {'; '.join(differences)}",
+        ]  # fmt: skip
+    state = read_ledger(run_dir, manifest)
+    if state.num_changed:
+        changed = f"{state.num_changed} finished rows changed in the manifest ({', '.join(state.changed_keys)})"
+        if config.overwrite:
+            _print("run folder", f"{run_dir}: discarded, as {changed}")
+            return fresh, trouble
+        trouble.append(f"run folder {run_dir}: {changed}")
+    _print("run folder", f"{run_dir}: resumed, {state.num_done:,} rows are done, {state.num_failed:,} failed")
+    return state.status, trouble
+
+
+def _too_long(manifest: Manifest, rows: npt.NDArray[np.int64], spec: CodecSpec) -> list[str]:
+    if spec.info.max_samples is None or manifest.task == "token2wav":
+        return []
+    most = spec.info.max_samples / spec.info.sample_rate
+    lines = rows[manifest.durations[rows] > most]
+    if not len(lines):
+        return []
+    first = f"the first on line {lines[0] + 1}"
+    return [f"{len(lines):,} rows are by the manifest longer than the {most:g} s that the model takes, {first}"]
+
+
+# -------------------------------------------------------------------------------------------------------------- sample
+
+
+def _open_sample(
+    config: RunConfig,
+    manifest: Manifest,
+    rows: npt.NDArray[np.int64],
+    spec: CodecSpec,
+    num_quantizers: int,
+    trouble: list[str],
+    idle: Callable[[], None],
+) -> tuple[list[ManifestRow], list[Sampled]]:
+    """Rows spread evenly over those to do, and those of them whose input opens."""
+    spread = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), SAMPLE_ROWS)).round().astype(np.int64))
+    sample = [item for line in rows[spread].tolist() for item in manifest.read(line, line + 1)]
+    sampled = [item for item in sample if isinstance(item, ManifestRow)]
+    load = RowLoader(config.task, spec, config.resampler, num_quantizers)
+    opened = []
+    for row in sampled:
+        idle()
+        try:
+            if config.task == "token2wav":
+                seconds: float | None = load(row).num_samples / spec.info.sample_rate
+            else:
+                header = probe_audio(str(row.wav))
+                seconds = None if header.frames is None else header.frames / header.sample_rate
+        except RowError as error:
+            trouble.append(f"line {row.line + 1}, {row.key}: {error}")
+        else:
+            opened.append(Sampled(row, seconds))
+    return sampled, opened
+
+
+def _estimate_seconds(manifest: Manifest, rows: npt.NDArray[np.int64], opened: Sequence[Sampled]) -> float | None:
+    """Prints and returns the audio of all rows to do, or None where nothing tells."""
+    durations = manifest.durations[rows]
+    known = ~np.isnan(durations)
+    seconds = float(durations[known].sum(dtype=np.float64))
+    num_unknown = int(np.count_nonzero(~known))
+    lengths = [sampled.seconds for sampled in opened if sampled.seconds is not None]
+    if num_unknown and not lengths:
+        _print("audio", f"unknown: {num_unknown:,} rows have no duration, and no header of the sample tells")
+        return None
+    if not num_unknown:
+        source = "by the manifest's durations"
+    else:
+        seconds += num_unknown * float(np.mean(lengths))
+        part = f" for the {num_unknown:,} rows without duration" if known.any() else ""
+        source = f"extrapolated from the headers of {len(lengths)} rows{part}"
+    _print("audio", f"{seconds / 3600:,.3f} h, {source}")
+    return seconds
+
+
+def _load_some(
+    config: RunConfig,
+    opened: Sequence[Sampled],
+    spec: CodecSpec,
+    num_quantizers: int,
+    trouble: list[str],
+    idle: Callable[[], None],
+) -> list[LoadedRow]:
+    """Some rows as the codec takes them, decoded in full; not hours of audio, unless even the shortest is that long."""
+    lengths = [sampled.seconds or 0.0 for sampled in opened]
+    chosen: list[Sampled] = []
+    room = _TIMED_SECONDS
+    for sampled, length in zip(opened, lengths, strict=True):
+        if length <= room and len(chosen) < DECODED_ROWS:
+            chosen.append(sampled)
+            room -= length
+    if opened and not chosen:
+        chosen.append(opened[int(np.argmin(lengths))])
+    load = RowLoader(config.task, spec, config.resampler, num_quantizers)
+    loaded: list[LoadedRow] = []
+    for sampled in chosen:
+        idle()
+        try:
+            loaded.append(load(sampled.row))
+        except RowError as error:
+            trouble.append(f"line {sampled.row.line + 1}, {sampled.row.key}: {error}")
+    _print("sample", f"{len(opened)} inputs opened, {len(loaded)} of {len(chosen)} decoded")
+    return loaded
+
+
+def _measure(
+    config: RunConfig,
+    codec: Codec,
+    loaded: Sequence[LoadedRow],
+    num_quantizers: int,
+    info: Mapping[str, Any],
+    *,
+    fill: bool,
+) -> Measured | None:
+    """Compute the loaded rows; None if they do not fit in memory.
+
+    Args:
+        fill: repeat the rows up to half a budget of frames. Where batches have one shape whatever is in them, a few
+            rows would make a second of audio seem dear.
+    """
+    batch = list(loaded)
+    while fill and len(batch) < config.batch_size and 2 * sum(row.frames for row in batch) < codec.frame_budget:
+        batch += loaded
+    stages: dict[str, float] = {}
+    codes: list[Any] = []
+    samples: list[Any] = []
+    try:
+        # One row first, not timed: libraries start up on it.
+        for members in ([min(batch, key=lambda row: row.frames)], batch[: config.batch_size]):
+            codes = [row.codes for row in members]
+            samples = [None] * len(members)
+            if config.task != "token2wav":
+                began = time.perf_counter()
+                features = [row.features for row in members if row.features is not None]
+                codes = codec.encode(features, num_quantizers)
+                stages["encode"] = time.perf_counter() - began
+            if config.task != "wav2token":
+                began = time.perf_counter()
+                samples = codec.decode(codes)
+                stages["decode"] = time.perf_counter() - began
+    except (torch.OutOfMemoryError, MemoryError):
+        codec.release()
+        return None
+    results = [
+        TokenizedRow(row.row, code, wav, row.num_samples)
+        for row, code, wav in zip(batch[: config.batch_size], codes, samples, strict=True)
+    ]
+    seconds = sum(result.num_samples for result in results) / codec.info.sample_rate
+    written = {}
+    if "quantized_tokens" in OUTPUT_FIELDS[config.task]:
+        written["quantized_tokens"] = sum(len(token_json(result, info)) for result in results) / seconds
+    if "reconstructed_wav" in OUTPUT_FIELDS[config.task]:
+        sizes = [
+            len(wav_bytes(result.samples, codec.info.sample_rate)) for result in results if result.samples is not None
+        ]
+        written["reconstructed_wav"] = sum(sizes) / seconds
+    return Measured(
+        load=sum(row.load_seconds for row in loaded)
+        / (sum(row.num_samples for row in loaded) / codec.info.sample_rate),
+        stages={stage: spent / seconds for stage, spent in stages.items()},
+        bytes_written=written,
+    )
+
+
+def _print_time(config: RunConfig, processes: ProcessGroup, measured: Measured, seconds: float) -> None:
+    """Loading goes on beside the model, unless there are no loader processes."""
+    computing = sum(measured.stages.values()) * seconds / processes.world_size
+    loading = measured.load * seconds / processes.world_size / max(1, config.num_workers)
+    total = max(computing, loading) if config.num_workers else computing + loading
+    _print(
+        "time",
+        f"about {spoken_duration(total)}: computing {spoken_duration(computing)}, loading {spoken_duration(loading)} "
+        f"({config.num_workers} loader processes a rank)",
+    )
+    shares = {**measured.stages, "load": measured.load}
+    _print("", "seconds for one of audio: " + ", ".join(f"{name} {share:.5f}" for name, share in shares.items()))
+
+
+# ------------------------------------------------------------------------------------------------------------- outputs
+
+
+def _check_places(
+    sample: Sequence[ManifestRow], task: Task, run_dir: Path, needed: Mapping[str, float]
+) -> Iterator[str]:
+    """Prints where there is how much space; yields a line for each place where the sampled outputs cannot go.
+
+    Args:
+        needed: estimated bytes of all outputs, by output field.
+    """
+    places: dict[Path, str | None] = {}
+    shares: Counter[int] = Counter()
+    spaces: dict[int, tuple[Path, int]] = {}
+    num_existing = 0
+    for field in OUTPUT_FIELDS[task]:
+        for row in sample:
+            path = Path(str(row.fields[field]))
+            if path.is_dir():
+                yield f"line {row.line + 1}, {row.key}: {path}: is a folder, where the output should go"
+                continue
+            num_existing += path.exists()
+            try:
+                ancestor = _existing_ancestor(path)
+                if ancestor not in places:
+                    places[ancestor] = _why_not_writable(ancestor)
+                device = ancestor.stat().st_dev
+                spaces[device] = ancestor, shutil.disk_usage(ancestor).free
+            except OSError as error:
+                yield f"line {row.line + 1}, {row.key}: {path}: cannot be written: {error.strerror}"
+                continue
+            shares[device] += round(needed.get(field, 0.0) / len(sample))
+    ancestor = run_dir if run_dir.is_dir() else _existing_ancestor(run_dir)
+    places.setdefault(ancestor, _why_not_writable(ancestor))
+    for place, reason in places.items():
+        if reason is not None:
+            yield f"{place}: nothing can be written there: {reason}"
+    for device, (place, free) in spaces.items():
+        _print("free space", f"{_size(free)} on the disk of {place}, about {_size(shares[device])} to be written there")
+        if shares[device] > free:
+            yield f"{place}: about {_size(shares[device])} would be written where {_size(free)} are free"
+    if num_existing:
+        _print("outputs", f"{num_existing} of the sample's exist and would be replaced")
+
+
+def _existing_ancestor(path: Path) -> Path:
+    """The folder, or whatever stands in its place, that a path would be created in or below."""
+    for folder in path.parents:
+        try:
+            folder.stat()
+        except FileNotFoundError:
+            continue
+        return folder
+    return Path()
+
+
+def _why_not_writable(folder: Path) -> str | None:
+    try:
+        # Where the system has files without names, this is one: it leaves no trace even if the process is killed.
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except NotADirectoryError:
+        return "it is not a folder"
+    except OSError as error:
+        return error.strerror or str(error)
+
+
+def _size(number: float) -> str:
+    """Bytes as a person says them."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:.1f} TB"
