@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from batch_tokenizer.audio.mel import log_mel
 from batch_tokenizer.codecs.base import Codec, CodecInfo, CodecSpec
 from batch_tokenizer.codecs.checkpoint import Checkpoint
+from batch_tokenizer.codecs.execution import BatchRunner, to_host
 from batch_tokenizer.codecs.mimo.config import MiMoConfig
 from batch_tokenizer.codecs.mimo.model import DEFAULT_CAPACITY, MiMoAudioTokenizer
 from batch_tokenizer.kernels.attention import BackendUnavailable, choose_backend
@@ -133,26 +132,22 @@ def load_codec(
 
 
 class MiMoCodec(Codec):
-    """A MiMo model behind the codec protocol.
-
-    On a CPU, utterances go through the model one by one, ``threads`` of them at a time, each on one thread: the caller
-    sets torch's own thread count to 1, so that results do not depend on how many cores a process was given.
-    """
+    """A MiMo model behind the codec protocol; ``threads`` as in ``BatchRunner``."""
 
     def __init__(self, spec: MiMoSpec, model: MiMoAudioTokenizer, threads: int = 1) -> None:
         self.spec = spec
         self.model = model
         self.frame_budget = DEFAULT_CAPACITY
-        self._threads = ThreadPoolExecutor(threads, "codec") if model.device.type == "cpu" and threads > 1 else None
+        self._run = BatchRunner(model.device, threads)
 
     def encode(self, features: Sequence[npt.NDArray[np.float32]], num_quantizers: int) -> list[npt.NDArray[np.uint16]]:
         mels = [torch.from_numpy(mel) for mel in features]
         codes = self._run(lambda batch: self.model.encode_utterances(batch, num_quantizers), mels, lambda m: m.shape[1])
-        return [part.astype(np.uint16) for part in _to_host(codes, torch.int32)]
+        return [part.astype(np.uint16) for part in to_host(codes, torch.int32)]
 
     def decode(self, codes: Sequence[npt.NDArray[np.uint16]]) -> list[npt.NDArray[np.float32]]:
         tensors = [torch.from_numpy(code.astype(np.int64)) for code in codes]
-        return _to_host(self._run(self.model.decode_utterances, tensors, len), torch.float32)
+        return to_host(self._run(self.model.decode_utterances, tensors, len), torch.float32)
 
     @property
     def frame_budget(self) -> int:
@@ -168,30 +163,6 @@ class MiMoCodec(Codec):
     def release(self) -> None:
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
-
-    def _run(
-        self, compute: Callable[[list[Tensor]], list[Tensor]], batch: list[Tensor], length: Callable[[Tensor], int]
-    ) -> list[Tensor]:
-        """``compute`` over the batch: at once on a device, one by one and longest first on a CPU."""
-        if self._threads is None:
-            with torch.inference_mode():
-                return compute(batch)
-
-        def one(index: int) -> Tensor:
-            with torch.inference_mode():
-                return compute([batch[index]])[0]
-
-        order = sorted(range(len(batch)), key=lambda index: -length(batch[index]))
-        done = dict(zip(order, self._threads.map(one, order), strict=True))
-        return [done[index] for index in range(len(batch))]
-
-
-def _to_host(parts: list[Tensor], dtype: torch.dtype) -> list[npt.NDArray[Any]]:
-    """Device tensors of equal width to numpy arrays, in one transfer where they are on a device."""
-    if all(part.device.type == "cpu" for part in parts):
-        return [part.to(dtype).numpy() for part in parts]
-    host = torch.cat(parts).to(dtype).cpu()
-    return [part.numpy() for part in host.split([len(part) for part in parts])]
 
 
 def _config(checkpoint: Checkpoint) -> MiMoConfig:

@@ -18,10 +18,8 @@ from torch.nn.functional import gelu, linear, pad
 from batch_tokenizer.codecs.mimo.config import MiMoConfig
 from batch_tokenizer.codecs.mimo.layers import TransformerStack, make_norm
 from batch_tokenizer.codecs.mimo.quantizer import ResidualVectorQuantizer
+from batch_tokenizer.kernels.packing import filler_runs
 from batch_tokenizer.kernels.segments import GappedAxis, Segments
-
-#: Filler rows attend among themselves in runs of this many, which bounds their cost.
-FILLER_RUN = 512
 
 
 @dataclass(frozen=True)
@@ -69,12 +67,11 @@ class EncoderLayout:
         mel = GappedAxis.build(starts * stride * pooler, mel_frames, size * stride * pooler, device)
         conv1 = GappedAxis.build(starts * stride * pooler, conv1_lengths, config.num_conv1_frames(mel.size), device)
         filler = 0 if capacity is None else size * pooler - sum(conv2_lengths)
-        runs = [FILLER_RUN] * (filler // FILLER_RUN) + [filler % FILLER_RUN] * (filler % FILLER_RUN > 0)
         return cls(
             mel=mel,
             conv1_valid=conv1.scatter(torch.ones(len(conv1.rows), 1, dtype=torch.bool, device=device)),
             conv2=GappedAxis.build(starts * pooler, conv2_lengths, size * pooler, device),
-            layers=Segments([*conv2_lengths, *runs], device),
+            layers=Segments([*conv2_lengths, *filler_runs(filler)], device),
             tokens=GappedAxis.build(starts, token_lengths, size, device),
         )
 

@@ -17,7 +17,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from batch_tokenizer.codecs.mimo.config import MiMoConfig
 from batch_tokenizer.codecs.mimo.decoder import AudioDecoder
-from batch_tokenizer.codecs.mimo.encoder import FILLER_RUN, AudioEncoder, EncoderLayout
+from batch_tokenizer.codecs.mimo.encoder import AudioEncoder, EncoderLayout
+from batch_tokenizer.codecs.mimo.layers import TransformerStack
+from batch_tokenizer.kernels.packing import filler_runs, packs
 
 Stats = dict[str, Any]
 
@@ -59,8 +61,6 @@ class MiMoAudioTokenizer(nn.Module):
 
     def use_attention(self, backend: str) -> None:
         """Forces an attention backend (``batch_tokenizer.kernels.attention``); ``auto`` chooses the fastest."""
-        from batch_tokenizer.codecs.mimo.layers import TransformerStack
-
         for module in self.modules():
             if isinstance(module, TransformerStack):
                 module.attention = backend
@@ -145,8 +145,7 @@ class MiMoAudioTokenizer(nn.Module):
                 lengths = [len(codes[index]) for index in members]
                 filler = 0 if capacity is None else capacity - len(packed)
                 packed = torch.nn.functional.pad(packed, (0, 0, 0, filler))
-                runs = [FILLER_RUN] * (filler // FILLER_RUN) + [filler % FILLER_RUN] * (filler % FILLER_RUN > 0)
-                wavs, segments = self.decoder(self.encoder.quantizer.decode(packed), lengths + runs)
+                wavs, segments = self.decoder(self.encoder.quantizer.decode(packed), lengths + filler_runs(filler))
                 parts = wavs.split(segments.lengths.tolist())
                 for index, part in zip(members, parts, strict=False):
                     samples[index] = part
@@ -174,18 +173,14 @@ class MiMoAudioTokenizer(nn.Module):
             return
         fixed = int(capacity)
         by_group: dict[int, list[int]] = {}
-        for index in range(len(spans)):
-            by_group.setdefault(groups[index] if groups is not None else 0, []).append(index)
+        for index, group in enumerate(groups if groups is not None else [0] * len(spans)):
+            by_group.setdefault(group, []).append(index)
         for indices in by_group.values():
-            members: list[int] = []
-            used = 0
-            for index in indices:
-                if members and used + spans[index] > fixed:
-                    yield members, -(-used // fixed) * fixed
-                    members, used = [], 0
-                members.append(index)
-                used += spans[index]
-            yield members, -(-used // fixed) * fixed
+            for index in [index for index in indices if spans[index] > fixed]:
+                yield [index], -(-spans[index] // fixed) * fixed
+            fitting = [index for index in indices if spans[index] <= fixed]
+            for members in packs([spans[index] for index in fitting], fixed):
+                yield [fitting[member] for member in members], fixed
 
     def _check_codes(self, codes: Tensor, index: int) -> None:
         frames, used = codes.shape

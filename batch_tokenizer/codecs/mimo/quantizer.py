@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from batch_tokenizer.kernels.codebook import first_equal_rows, nearest_rows
 from batch_tokenizer.kernels.precision import Float32Buffers
 
 
@@ -21,25 +22,15 @@ class Codebook(Float32Buffers):
         self.register_buffer("embed", torch.zeros(size, dim))
 
     def nearest(self, rows: Tensor) -> Tensor:
-        """int64 (N,): for each row (N, d), the codebook row at the least squared distance; of equals, the first.
-
-        |x - e|² = |x|² - 2 (x·e - |e|²/2), so the least distance is the greatest x·e - |e|²/2.
-        """
-        scores = torch.addmm(self.embed.square().sum(dim=1).mul(-0.5), rows, self.embed.t())
-        return self._first_equal()[scores.argmax(dim=1)]
+        """int64 (N,): for each row (N, d), the codebook row at the least squared distance; of equals, the first."""
+        return nearest_rows(rows, self.embed, self._first_equal())
 
     def _first_equal(self) -> Tensor:
-        """int64 (size,): for each row the first row with the same values.
-
-        A matrix product may round two equal columns differently, so that ``argmax`` alone would not keep the first.
-        """
+        """``first_equal_rows`` of the codebook, found again when training or a move has changed it."""
         known = self.__dict__.get("_first")
-        key = (self.embed.data_ptr(), self.embed._version)
-        if known is None or known[0] != key:
-            _, group = torch.unique(self.embed, dim=0, return_inverse=True)
-            order = torch.arange(len(group), device=group.device)
-            first = torch.full_like(order, len(group)).scatter_reduce(0, group, order, "amin")
-            known = self.__dict__["_first"] = (key, first[group])
+        state = (self.embed.data_ptr(), self.embed._version)
+        if known is None or known[0] != state:
+            known = self.__dict__["_first"] = (state, first_equal_rows(self.embed))
         return known[1]
 
 
