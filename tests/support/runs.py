@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -38,10 +39,14 @@ class Corpus:
     folder: Path
     keys: tuple[str, ...]
 
+    def first(self, num_rows: int) -> Corpus:
+        """The same with fewer rows. What becomes of a row does not depend on which others there are."""
+        return Corpus(self.folder, self.keys[:num_rows])
+
     @property
-    def manifest(self) -> Path:
+    def manifest_lines(self) -> list[bytes]:
         """JSON lines, one a key."""
-        return self.folder / "data.jsonl"
+        return (self.folder / "data.jsonl").read_bytes().splitlines(keepends=True)[: len(self.keys)]
 
     @property
     def checkpoint(self) -> Path:
@@ -94,7 +99,7 @@ class Workspace:
         """A new folder with the manifest in it and the clips linked."""
         folder.mkdir(parents=True)
         (folder / "wavs").symlink_to(corpus.folder / "wavs")
-        (folder / "data.jsonl").write_bytes(corpus.manifest.read_bytes())
+        (folder / "data.jsonl").write_bytes(b"".join(corpus.manifest_lines))
         return cls(corpus, folder)
 
     @property
@@ -304,3 +309,67 @@ def _parent(process: psutil.Process) -> int:
     with contextlib.suppress(psutil.NoSuchProcess):
         return process.ppid()
     return -1
+
+
+# ------------------------------------------------------------------------------------------------------------- killing
+
+
+class Killer:
+    """Kills single processes of a run with SIGKILL, each after the run has gone on since the kill before it.
+
+    A row on which two loader processes die is failed, and rightly so. Therefore a second loader process of the same
+    rank dies only after the rank has ended more rows than it can hold: then the row of the first one is behind it.
+    """
+
+    #: More than a rank of ``Workspace.arguments`` holds: eight rows being loaded and up to a batch that is open.
+    ROWS_HELD = 24
+
+    def __init__(self, workspace: Workspace, run: Run, seed: int) -> None:
+        self._workspace = workspace
+        self._run = run
+        self._random = random.Random(seed)
+        self._spared: dict[int, tuple[int, int]] = {}  # rank's process id: (its rank, its rows at the last kill)
+
+    def kill(self, victim: str) -> None:
+        """Kill a ``rank``, a ``loader`` process, a loader's fork ``server`` or torchrun's ``agent``, chosen at random
+        where there are several, in the middle of work."""
+        before = self._workspace.rows_done()
+        self._workspace.await_rows(before + self._random.randint(1, 12), self._run)
+        if victim == "agent":
+            self._run.tree()  # the ranks are nobody's children afterwards
+            self._run.process.kill()
+            self._run.process.wait()
+            return
+        chosen: list[psutil.Process] = []
+
+        def find() -> bool:
+            chosen[:] = {
+                "rank": self._run.ranks,
+                "loader": self._loaders,
+                "server": self._run.loader_servers,
+            }[victim]()
+            return bool(chosen)
+
+        self._run.wait_until(find, 60, f"{victim} to kill")
+        process = self._random.choice(chosen)
+        if victim == "loader":
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank = process.parents()[1]
+                number = int(rank.environ()["RANK"])
+                self._spared[rank.pid] = number, self._rows_of(number)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+    def _loaders(self) -> list[psutil.Process]:
+        found = []
+        for process in self._run.loaders():
+            with contextlib.suppress(psutil.NoSuchProcess, IndexError):
+                number, rows = self._spared.get(process.parents()[1].pid, (0, -self.ROWS_HELD))
+                if self._rows_of(number) >= rows + self.ROWS_HELD:
+                    found.append(process)
+        return found
+
+    def _rows_of(self, rank: int) -> int:
+        """Rows that this rank has ended in all attempts."""
+        ledgers = (self._workspace.run_dir / "ledger").glob(f"*-{rank:05d}.jsonl")
+        return sum(path.read_bytes().count(b"\n") for path in ledgers)

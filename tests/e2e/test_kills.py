@@ -1,0 +1,51 @@
+"""Runs that are killed, as a whole or process by process, and what the next start makes of what they left."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import psutil
+
+from tests.e2e.conftest import Open
+from tests.support.runs import Killer, lingering
+
+
+def test_all_processes_killed_three_times_then_resumed_by_three(
+    open_workspace: Open, undisturbed: Mapping[str, bytes]
+) -> None:
+    workspace = open_workspace(300)
+    for attempt in range(3):
+        before = workspace.rows_done()
+        with workspace.start(2, "--num_workers", 1) as run:
+            workspace.await_rows(before + 40 + 17 * attempt, run)
+            assert run.kill() >= 5  # the agent, two ranks, their loaders
+        assert workspace.rows_done() < 300
+        assert not list(lingering(workspace.folder))
+    run = workspace.finish(3, "--num_workers", 1)
+    assert "resuming: " in run.output()
+    workspace.check_complete(undisturbed, redone=True)
+    attempts = sorted(path.name[:6] for path in (workspace.run_dir / "ledger").iterdir())
+    assert set(attempts) == {"000001", "000002", "000003", "000004"}
+
+
+def test_processes_killed_one_by_one(open_workspace: Open, undisturbed: Mapping[str, bytes]) -> None:
+    """Loader processes are replaced, torchrun restarts ranks, and a new command replaces a killed agent, which may
+    still have ranks that finish what they hold."""
+    workspace = open_workspace(600)
+    kills: list[str] = []
+    for victims in (
+        ("loader", "rank", "loader", "loader", "rank", "server", "loader", "agent"),
+        ("loader", "loader", "rank", "loader", "server", "agent"),
+        ("rank", "loader", "loader", "rank", "loader", "loader"),
+    ):
+        with workspace.start(2, "--num_workers", 1, launcher=["--max_restarts=9"]) as run:
+            killer = Killer(workspace, run, seed=len(kills))
+            for victim in victims:
+                killer.kill(victim)
+                kills.append(victim)
+            if victims[-1] != "agent":
+                assert run.wait() == 0, run.output()
+    assert len(kills) >= 20
+    workspace.check_complete(undisturbed, redone=True)
+    psutil.wait_procs(list(lingering(workspace.folder)), 10)
+    assert not list(lingering(workspace.folder))
