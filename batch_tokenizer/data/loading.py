@@ -66,6 +66,9 @@ class RowLoader:
             raise RowError("load", "the row has no quantized_tokens")
         codes = read_codes(row.quantized_tokens, self.spec.info)
         frames = len(codes)
+        longest = self.spec.info.max_samples
+        if longest is not None and frames > (most := self.spec.num_frames(longest)):
+            raise RowError("load", f"{row.quantized_tokens}: too long, {frames} frames where the model takes {most}")
         if self.num_quantizers is not None:
             codes = np.ascontiguousarray(codes[:, : self.num_quantizers])
         return codes, self.spec.num_output_samples(frames), frames
@@ -97,9 +100,6 @@ def read_codes(path: str, info: CodecInfo) -> npt.NDArray[np.uint16]:
         raise RowError("load", f"{path}: quantized_tokens is {_name(tokens)}, not a list of frames")
     if not tokens:
         raise RowError("load", f"{path}: has no frames")
-    if info.max_samples is not None and len(tokens) * info.samples_per_frame > info.max_samples:
-        most = info.max_samples // info.samples_per_frame
-        raise RowError("load", f"{path}: too long, {len(tokens)} frames where {info.name} takes {most}")
     # numpy takes true for 1 when it stands among integers.
     may_hold_bools = b"true" in content or b"false" in content
     codes = None if may_hold_bools and not _all_integers(tokens) else _as_array(tokens, info)
