@@ -29,7 +29,7 @@ import socket
 import struct
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle
@@ -72,7 +72,7 @@ class Message:
     """A pickled object with its arrays beside it, ready to be written to a socket piece by piece."""
 
     head: bytes
-    buffers: list[memoryview]
+    buffers: Iterable[memoryview]
 
 
 def pack(content: Loaded | Failed | None) -> Message:

@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from batch_tokenizer.codecs.base import CodecInfo, CodecSpec
+from batch_tokenizer.data import worker
+from batch_tokenizer.data.worker import pack
 from batch_tokenizer.records import LoadedRow, ManifestRow, RowError
 
 INFO = CodecInfo(
@@ -57,6 +60,18 @@ def make_row(line: int = 0, **fields: Any) -> ManifestRow:
     )
 
 
+def pack_half(content: worker.Loaded | worker.Failed | None) -> worker.Message:
+    """A message whose sender is killed in the middle of it."""
+    message = pack(content)
+    (first,) = message.buffers
+
+    def buffers() -> Iterator[memoryview]:
+        yield first[: first.nbytes // 2]
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    return worker.Message(message.head, buffers())
+
+
 def misbehave(row: ManifestRow) -> LoadedRow:
     """Load ``samples`` (default 8) samples that equal the row's line, after doing what the row's field ``do`` says."""
     do, marker = row.fields.get("do"), row.fields.get("marker", "")
@@ -65,6 +80,8 @@ def misbehave(row: ManifestRow) -> LoadedRow:
     if do == "die once" and not Path(marker).exists():
         Path(marker).touch()
         os.kill(os.getpid(), signal.SIGKILL)
+    if do == "die at next answer":
+        worker.pack = pack_half
     if do == "crash":
         ctypes.string_at(0)
     if do == "sleep":

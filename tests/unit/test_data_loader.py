@@ -128,6 +128,14 @@ def test_a_worker_killed_once_costs_nothing(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 4
 
 
+def test_a_death_in_the_middle_of_an_answer(caplog: pytest.LogCaptureFixture) -> None:
+    with make_loader() as loader:
+        rows = [make_row(line, samples=10_000, do="die at next answer" if line == 3 else None) for line in range(20)]
+        assert failures(run_rows(loader, rows)) == {}
+        assert "loader process died (signal 9" in caplog.text
+        assert loader._held_bytes == 0
+
+
 def test_random_kills_from_outside_lose_nothing() -> None:
     """Workers and, twice, the server. A row may be hit twice by chance, so the killer waits for progress in between."""
     rows = [make_row(line, do="sleep", seconds=0.005) for line in range(400)]
@@ -169,7 +177,8 @@ def test_a_slow_consumer_is_not_a_slow_row() -> None:
     rows = [make_row(line, samples=500_000) for line in range(4)]
     with make_loader(num_workers=2, bytes_ahead=1_000_000, row_timeout=0.3) as loader:
         loader.submit(rows)
-        time.sleep(1.0)
+        wait_until(lambda: any(worker.held_back for worker in loader._workers.values()))
+        time.sleep(0.6)
         assert failures(take_all(loader)) == {}
 
 
@@ -235,7 +244,7 @@ def test_close_ends_all_processes_within_a_second() -> None:
     assert len(family) == 4
     began = time.monotonic()
     loader.close()
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 2  # a tenth of a second on a machine that has nothing else to do
     wait_until(lambda: not any(process.is_running() and process.status() != "zombie" for process in family))
     assert loader.pending == 0
     assert loader.next() is None
@@ -246,7 +255,7 @@ def test_close_ends_all_processes_within_a_second() -> None:
 def test_close_before_the_server_is_up() -> None:
     began = time.monotonic()
     make_loader().close()
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 2
 
 
 def test_next_wakes_when_the_loading_is_stopped() -> None:
@@ -288,6 +297,18 @@ def test_no_process_outlives_a_killed_parent() -> None:
     assert alive == []
 
 
+def test_no_worker_outlives_its_server() -> None:
+    with make_loader() as loader:
+        loader.submit([make_row(line, do="sleep") for line in range(2)])
+        wait_until(lambda: [worker.alive for worker in loader._workers.values()] == [True, True])
+        (server,) = psutil.Process().children()
+        workers = server.children()
+        assert len(workers) == 2
+        server.kill()
+        _, alive = psutil.wait_procs(workers, timeout=5)
+        assert alive == []
+
+
 def test_signals_to_the_whole_job_blame_no_row() -> None:
     """A launcher signals every process of a job; only the computing process may answer. Here it ignores them."""
     with start_parent(row_timeout=600, seconds=1) as parent:
@@ -298,7 +319,9 @@ def test_signals_to_the_whole_job_blame_no_row() -> None:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
             for process in family:
                 process.send_signal(number)
-        assert [line.partition("(")[0] for line in parent.stdout] == ["LoadedRow"] * 2
+        assert "LoadedRow" in parent.stdout.readline()
+        assert all(process.is_running() and process.status() != "zombie" for process in family)
+        assert "LoadedRow" in parent.stdout.readline()
 
 
 def test_time_in_suspension_does_not_count() -> None:

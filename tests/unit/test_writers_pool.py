@@ -74,14 +74,17 @@ def test_submit_waits_while_too_much_is_pending() -> None:
 
         producer = threading.Thread(target=produce)
         producer.start()
-        for released in range(7):
-            expected = min(6, released + 2) if released < 6 else 7
-            deadline = time.monotonic() + 5
-            while len(submitted) < expected and time.monotonic() < deadline:
-                time.sleep(0.005)
-            time.sleep(0.03)
-            assert len(submitted) == expected
-            gate.release()
+        try:
+            for released in range(7):
+                expected = min(6, released + 2) if released < 6 else 7
+                deadline = time.monotonic() + 5
+                while len(submitted) < expected and time.monotonic() < deadline:
+                    time.sleep(0.005)
+                time.sleep(0.03)
+                assert len(submitted) == expected
+                gate.release()
+        finally:
+            gate.release(100)
         producer.join()
     assert sorted(calls.done) == list(range(7))
 
@@ -90,8 +93,9 @@ def test_drain_gives_up_after_its_timeout() -> None:
     calls, gate = Calls(), threading.Event()
     with calls.pool(lambda row: bool(gate.wait()) and None) as pool:
         pool.submit(result(0))
-        assert not pool.drain(timeout=0.05)
+        drained = pool.drain(timeout=0.05)
         gate.set()
+        assert not drained
         assert pool.drain(timeout=5)
 
 
