@@ -313,12 +313,14 @@ class Checker:
     """Checks the files of rows. Picklable, without codec.
 
     Attributes:
+        sample_rate, output_sample_rate: Hz, of the audio that was encoded, and of what was decoded.
         codebook_sizes: of the codebooks that the run used.
         settings: that every token file of the run must name.
     """
 
     manifest: Manifest
     sample_rate: int
+    output_sample_rate: int
     codebook_sizes: tuple[int, ...]
     settings: Mapping[str, Any]
 
@@ -360,7 +362,8 @@ class Checker:
             path = str(row.fields[name])
             try:
                 if name == "reconstructed_wav":
-                    check_wav(path, sample_rate=self.sample_rate, num_samples=int(chunk.output_samples[number]))
+                    rate = self.output_sample_rate
+                    check_wav(path, sample_rate=rate, num_samples=int(chunk.output_samples[number]))
                 else:
                     check_tokens(
                         path,
@@ -537,6 +540,7 @@ def _verify(
     checker = Checker(
         manifest,
         spec.info.sample_rate,
+        spec.info.output_sample_rate,
         spec.info.codebook_sizes[: settings["num_quantizers"]],
         {name: value for name, value in settings.items() if name not in ("task", "num_quantizers")},
     )

@@ -20,13 +20,14 @@ class CodecInfo:
     """What a checkpoint is, as written into every token file.
 
     Attributes:
-        family: the registry's name of the model family, such as ``mimo``.
+        family: the model family, such as ``mimo`` or ``dac``.
         name: the checkpoint's own name, its folder or hub id without the path before it.
-        sample_rate: Hz, of the audio that goes in and comes out.
+        sample_rate: Hz, of the audio that goes in, and comes out unless ``decoded_sample_rate`` says otherwise.
         samples_per_frame: samples of audio per frame of tokens.
         codebook_sizes: rows of each codebook; its length is the greatest usable ``num_quantizers``.
         fingerprint: hexadecimal digest of configuration and weights; equal fingerprints mean interchangeable tokens.
         max_samples: longest utterance that the model takes in one pass, or None for no limit.
+        decoded_sample_rate: Hz, of the audio that comes out, where that is another; else None.
     """
 
     family: str
@@ -36,6 +37,12 @@ class CodecInfo:
     codebook_sizes: tuple[int, ...]
     fingerprint: str
     max_samples: int | None = None
+    decoded_sample_rate: int | None = None
+
+    @property
+    def output_sample_rate(self) -> int:
+        """Hz, of the audio that comes out."""
+        return self.decoded_sample_rate or self.sample_rate
 
     @property
     def num_codebooks(self) -> int:
@@ -63,7 +70,11 @@ class CodecSpec(ABC):
 
     @abstractmethod
     def num_output_samples(self, num_frames: int) -> int:
-        """Samples that decoding ``num_frames`` >= 1 frames yields."""
+        """Samples that decoding ``num_frames`` >= 1 frames yields, at ``info.output_sample_rate``.
+
+        Raises:
+            RowError: the model cannot decode that many.
+        """
 
 
 class Codec(ABC):

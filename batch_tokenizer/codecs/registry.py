@@ -40,6 +40,7 @@ class Family(Protocol):
 FAMILIES: Mapping[str, str] = {
     "mimo": "batch_tokenizer.codecs.mimo.codec",
     "moss": "batch_tokenizer.codecs.moss.codec",
+    "transformers": "batch_tokenizer.codecs.hf.codec",
 }
 
 

@@ -1,0 +1,292 @@
+"""One adapter for the codecs of transformers: Mimi, EnCodec, DAC, X-Codec, X-Codec 2, Higgs Audio v2, NeuCodec.
+
+The library is imported when a checkpoint of it is opened, which takes seconds, and never in loader workers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from batch_tokenizer.codecs.base import Codec, CodecInfo, CodecSpec
+from batch_tokenizer.codecs.checkpoint import Checkpoint
+from batch_tokenizer.codecs.execution import BatchRunner, to_host
+from batch_tokenizer.codecs.hf.families import KINDS, MOST_SAMPLES, WITHOUT_TOKENS, ModelKind
+from batch_tokenizer.codecs.hf.lengths import Lengths, PaddedConvs
+from batch_tokenizer.records import RunError, Task
+
+log = logging.getLogger(__name__)
+
+#: ``--attention`` to the library's name; ``auto`` leaves the choice to the library.
+_ATTENTION = {"sdpa": "sdpa", "reference": "eager", "flash_attn": "flash_attention_2"}
+
+#: Codes are stored as uint16.
+_LARGEST_CODEBOOK = 1 << 16
+
+
+def recognises(config: Mapping[str, Any]) -> bool:
+    """By ``model_type``. Asks the library itself, if it is installed, only about types that no other family has."""
+    kind = config.get("model_type")
+    return isinstance(kind, str) and (kind in KINDS or kind in WITHOUT_TOKENS or _is_audio_tokenizer(kind))
+
+
+def _is_audio_tokenizer(kind: str) -> bool:
+    try:
+        names = importlib.import_module("transformers.models.auto.modeling_auto").MODEL_FOR_AUDIO_TOKENIZATION_NAMES
+    except (ImportError, AttributeError):  # not installed, or a version without audio tokenizers
+        return False
+    return kind in names
+
+
+@dataclass(frozen=True)
+class HfSpec(CodecSpec):
+    """A checkpoint of transformers without its weights. Features are samples (1, L), L as ``lengths`` says.
+
+    Attributes:
+        kind: its ``model_type``.
+        channels: of the model; the one channel of our audio goes into all of them, and decoded ones are averaged.
+    """
+
+    info: CodecInfo
+    kind: str
+    lengths: Lengths
+    channels: int
+
+    def features(self, samples: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        length = self.lengths.input_length(len(samples))
+        return np.pad(samples, (0, length - len(samples)))[None]
+
+    def num_frames(self, num_samples: int) -> int:
+        return self.lengths.frames(self.lengths.input_length(num_samples))
+
+    def num_output_samples(self, num_frames: int) -> int:
+        return self.lengths.output_samples(num_frames)
+
+
+def open_spec(checkpoint: Checkpoint) -> HfSpec:
+    """Reads the configuration with the library, and samples the weights for the fingerprint.
+
+    Raises:
+        RunError: the library is not installed or does not have this model, the model has no tokens, or
+            ``config.json`` or the weights are not as they should be.
+    """
+    kind_name = str(checkpoint.config.get("model_type"))
+    if kind_name in WITHOUT_TOKENS:
+        raise RunError(f"{checkpoint.folder}: {WITHOUT_TOKENS[kind_name]}, not tokens; it cannot be used here")
+    if kind_name not in KINDS:
+        raise RunError(
+            f"{checkpoint.folder}: transformers knows {kind_name} as an audio tokenizer, but how it is called is not "
+            f"known here; known: {', '.join(KINDS)}"
+        )
+    kind = KINDS[kind_name]
+    config = _read_config(checkpoint, kind)
+    settings = _preprocessor(checkpoint)
+    try:
+        lengths = kind.lengths(config, settings)
+        input_rate, output_rate = kind.sample_rates(config)
+        sizes = kind.codebook_sizes(config)
+        lengths.input_length(1)
+        channels = int(getattr(config, "audio_channels", 1))
+    except RunError as error:
+        raise RunError(f"{checkpoint.folder}: {error}") from error
+    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
+        raise RunError(f"{checkpoint.folder}: config.json is of no usable {kind_name}: {_first_line(error)}") from error
+    if not sizes or max(sizes) > _LARGEST_CODEBOOK:
+        raise RunError(f"{checkpoint.folder}: codebooks must have 1 to {_LARGEST_CODEBOOK} codes; they have {sizes}")
+    if settings.get("sampling_rate", input_rate) != input_rate:
+        raise RunError(
+            f"{checkpoint.folder}: config.json says {input_rate} Hz, preprocessor_config.json "
+            f"{settings['sampling_rate']} Hz"
+        )
+    told = checkpoint
+    if lengths.multiple > 1:  # another file says so, and tokens depend on it
+        told = replace(checkpoint, config={**checkpoint.config, "padded_to_multiple_of": lengths.multiple})
+    info = CodecInfo(
+        family=kind_name,
+        name=checkpoint.name,
+        sample_rate=input_rate,
+        samples_per_frame=lengths.hop,
+        codebook_sizes=sizes,
+        fingerprint=told.fingerprint(),
+        max_samples=MOST_SAMPLES if kind.limited and isinstance(lengths, PaddedConvs) else None,
+        decoded_sample_rate=None if output_rate == input_rate else output_rate,
+    )
+    return HfSpec(info=info, kind=kind_name, lengths=lengths, channels=channels)
+
+
+def load_codec(
+    checkpoint: Checkpoint,
+    spec: HfSpec,
+    *,
+    task: Task,
+    device: torch.device,
+    dtype: torch.dtype,
+    attention: str,
+    threads: int,
+) -> HfCodec:
+    """The whole model, encoder and decoder, whatever the task. See ``registry.Family``."""
+    kind = KINDS[spec.kind]
+    library = _library(checkpoint)
+    _needs(checkpoint, "encoder", task != "token2wav")
+    _needs(checkpoint, "decoder", task != "wav2token")
+    chosen: dict[str, Any] = {}
+    if attention != "auto":
+        if attention not in _ATTENTION:
+            raise RunError(f"--attention {attention}: transformers has no such backend; choose {', '.join(_ATTENTION)}")
+        chosen["attn_implementation"] = _ATTENTION[attention]
+    library.utils.logging.disable_progress_bar()
+    library.utils.logging.set_verbosity_error()
+    try:
+        model, report = _class(library, kind.model_class, checkpoint).from_pretrained(
+            checkpoint.folder, local_files_only=True, dtype=dtype, output_loading_info=True, **chosen
+        )
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError, ImportError) as error:
+        raise RunError(f"{checkpoint.folder}: transformers cannot load it: {_first_line(error)}") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise RunError(f"{checkpoint.folder}: lacks {names}, which config.json implies; download it again")
+    front_end = None
+    if kind.front_end is not None:
+        extractor = _class(library, kind.front_end, checkpoint)
+        if _preprocessor(checkpoint):
+            front_end = extractor.from_pretrained(checkpoint.folder, local_files_only=True)
+        else:
+            front_end = extractor(sampling_rate=spec.info.sample_rate, hop_length=spec.info.samples_per_frame)
+    log.info(
+        "transformers %s: %s, encoder and decoder loaded; utterances go through it one by one, as its padding of "
+        "batches would change tokens",
+        library.__version__,
+        kind.model_class,
+    )
+    if spec.channels > 1:
+        log.info(
+            "the model has %d channels: each gets the mean of the file's, and decoded ones are averaged", spec.channels
+        )
+    if dtype != torch.float32:
+        log.warning(
+            "%s in %s: transformers also looks up codes in that format, so many tokens differ from float32's; "
+            "pass --dtype float32 for the published ones",
+            spec.kind,
+            str(dtype).removeprefix("torch."),
+        )
+    model = model.to(device).eval().requires_grad_(False)
+    return HfCodec(spec, model, front_end, threads)
+
+
+class HfCodec(Codec):
+    """A model of transformers behind the codec protocol, fed one utterance at a time without padding.
+
+    On a CPU ``threads`` utterances are in it side by side, each on one thread.
+    """
+
+    def __init__(self, spec: HfSpec, model: Any, front_end: Any = None, threads: int = 1) -> None:
+        self.spec = spec
+        self.model = model
+        self._kind: ModelKind = KINDS[spec.kind]
+        self._front_end = () if front_end is None else (front_end,)
+        self._run = BatchRunner(model.device, threads)
+
+    def encode(self, features: Sequence[npt.NDArray[np.float32]], num_quantizers: int) -> list[npt.NDArray[np.uint16]]:
+        def compute(batch: list[Tensor]) -> list[Tensor]:
+            return [self._encode(samples, num_quantizers) for samples in batch]
+
+        codes = self._run(compute, [torch.from_numpy(array) for array in features], lambda samples: samples.shape[1])
+        return [part.astype(np.uint16) for part in to_host(codes, torch.int32)]
+
+    def decode(self, codes: Sequence[npt.NDArray[np.uint16]]) -> list[npt.NDArray[np.float32]]:
+        def compute(batch: list[Tensor]) -> list[Tensor]:
+            return [self._decode(code) for code in batch]
+
+        return to_host(
+            self._run(compute, [torch.from_numpy(array.astype(np.int64)) for array in codes], len), torch.float32
+        )
+
+    def release(self) -> None:
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _encode(self, samples: Tensor, num_quantizers: int) -> Tensor:
+        spread = samples.to(self.model.device, self.model.dtype).expand(1, self.spec.channels, -1)
+        codes = self._kind.encode(self.model, spread, num_quantizers, *self._front_end)
+        self._check("frames", len(codes), self.spec.lengths.frames(samples.shape[1]))
+        return codes
+
+    def _decode(self, codes: Tensor) -> Tensor:
+        audio = self._kind.decode(self.model, codes.to(self.model.device)).float()
+        audio = audio.reshape(-1, audio.shape[-1]).mean(0)
+        self._check("samples", len(audio), self.spec.num_output_samples(len(codes)))
+        return audio
+
+    def _check(self, what: str, found: int, expected: int) -> None:
+        if found != expected:
+            raise RunError(
+                f"{self.spec.info.name}: the model made {found} {what} where its configuration implies {expected}; "
+                f"this version of transformers computes {self.spec.kind} in another way than is known here"
+            )
+
+
+def _library(checkpoint: Checkpoint) -> ModuleType:
+    try:
+        return importlib.import_module("transformers")
+    except ImportError as error:
+        raise RunError(
+            f"{checkpoint.folder}: {checkpoint.config.get('model_type')} runs on the transformers library, which cannot "
+            f"be imported ({_first_line(error)}): pip install 'batch_tokenizer[transformers]'"
+        ) from error
+
+
+def _class(library: ModuleType, name: str, checkpoint: Checkpoint) -> Any:
+    try:
+        return getattr(library, name)
+    except (AttributeError, ImportError, RuntimeError) as error:
+        raise RunError(
+            f"{checkpoint.folder}: transformers {library.__version__} has no usable {name} ({_first_line(error)}); "
+            f"install a newer one: pip install -U transformers"
+        ) from error
+
+
+def _read_config(checkpoint: Checkpoint, kind: ModelKind) -> Any:
+    model_class = _class(_library(checkpoint), kind.model_class, checkpoint)
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        return model_class.config_class.from_pretrained(checkpoint.folder, local_files_only=True)
+    except (StrictDataclassError, OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
+        raise RunError(f"{checkpoint.folder}: transformers refuses config.json: {_first_line(error)}") from error
+
+
+def _preprocessor(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """``preprocessor_config.json``, or an empty mapping."""
+    path = checkpoint.folder / "preprocessor_config.json"
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(settings, dict):
+        raise RunError(f"{path}: must hold a JSON object, holds a {type(settings).__name__}")
+    return settings
+
+
+def _needs(checkpoint: Checkpoint, half: str, needed: bool) -> None:
+    """Mimi checkpoints may come without one half."""
+    if needed and checkpoint.config.get("model_type") == "mimi" and checkpoint.config.get(f"{half}_config", {}) is None:
+        raise RunError(f"{checkpoint.folder}: has no {half} ({half}_config is null), which this task needs")
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return re.sub(r"\s+", " ", text.splitlines()[0]) if text else type(error).__name__
