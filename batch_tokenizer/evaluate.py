@@ -1,0 +1,714 @@
+"""``batch_tokenizer evaluate``: originals against reconstructions, an utterance at a time and on average.
+
+    batch_tokenizer evaluate RUN_DIR                          what a run wrote: its wav files and tokens
+    batch_tokenizer evaluate RUN_DIR --num_quantizers 4 8     its tokens, decoded again from their first codebooks
+    batch_tokenizer evaluate --data_list data.jsonl           the manifest's audio through the codec, in memory
+
+What leaves is a folder: ``utterances.jsonl`` (a line an utterance and number of codebooks; also ``.parquet`` where
+pyarrow is installed), ``tokens.jsonl`` (its codes, for counting), ``table.md`` and ``summary.json``. A command that was
+stopped goes on where it was: what has a line is not scored again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import logging
+import os
+import signal
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+import torch
+from tqdm import tqdm
+
+from batch_tokenizer.audio.loading import load_samples
+from batch_tokenizer.codecs.base import Codec, CodecInfo
+from batch_tokenizer.config import Device, Dtype
+from batch_tokenizer.data.loading import read_codes
+from batch_tokenizer.manifest import Manifest
+from batch_tokenizer.quality.aggregates import Group, group, markdown_table
+from batch_tokenizer.quality.codebooks import CodebookUse, bit_rate
+from batch_tokenizer.quality.metrics import METRICS, Scorer
+from batch_tokenizer.quality.recordings import align
+from batch_tokenizer.quality.speakers import SpeakerEncoder
+from batch_tokenizer.reconstruction import check_num_quantizers, decode, encode, open_codec, open_spec
+from batch_tokenizer.records import ManifestRow, RowError, RowFailure, RunError, Task
+from batch_tokenizer.runtime.ledger import RowStatus, read_ledger
+from batch_tokenizer.runtime.run_folder import read_settings
+
+log = logging.getLogger(__name__)
+
+#: Utterances that are loaded, and go through the codec, together.
+_CHUNK = 16
+
+_SEED = 1986
+
+#: Fields of a row that are files, not facts about the utterance.
+_PATH_FIELDS = ("wav", "quantized_tokens", "reconstructed_wav")
+
+#: What ``--metrics`` means when it is not given.
+DEFAULT_METRICS = tuple(METRICS)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    add = parser.add_argument
+    add("run_dir", type=Path, nargs="?", help="a run folder: score what the run made")
+    add("--data_list", type=Path, help="a manifest: put its audio through the codec; with RUN_DIR, the run's manifest")
+    add("--model_path", help="checkpoint folder or hub id; the run's, or the bundled default, when absent")
+    add("--sample", type=int, metavar="N", help="score N utterances, drawn at random; all when absent")
+    add("--by", metavar="FIELD", help="a row of the table for each value of this field of the manifest's rows")
+    add("--num_quantizers", type=int, nargs="+", default=[], metavar="K", help="numbers of codebooks to decode from")
+    add("--metrics", nargs="+", choices=list(METRICS), default=list(DEFAULT_METRICS), metavar="METRIC",
+        help="of " + ", ".join(METRICS))  # fmt: skip
+    add("--speaker_model", default="auto", help="a transformers x-vector model, or resemblyzer; auto: WavLM if cached")
+    add("--workers", type=int, default=_num_cores(), help="processes that score (%(default)s)")
+    add("--device", choices=get_args(Device), default="auto")
+    add("--dtype", choices=get_args(Dtype), default="auto")
+    add("--out", type=Path, metavar="DIR", help="where results go; RUN_DIR/quality or MANIFEST.quality when absent")
+    add("--overwrite", action="store_true", help="discard results in DIR that were made with other settings")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Scores, prints the table and where everything lies. Returns 1 if no utterance could be scored, else 0.
+
+    Raises:
+        RunError: there is nothing to score, or it cannot be scored this way; the message names flag and remedy.
+    """
+    request = Request(
+        run_dir=arguments.run_dir,
+        data_list=arguments.data_list,
+        model_path=arguments.model_path,
+        sample=arguments.sample,
+        by=arguments.by,
+        num_quantizers=tuple(arguments.num_quantizers),
+        metrics=tuple(name for name in METRICS if name in arguments.metrics),
+        speaker_model=arguments.speaker_model,
+        workers=arguments.workers,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        out=arguments.out,
+        overwrite=arguments.overwrite,
+    )
+    result = evaluate(request)
+    print(result.table)
+    for line in result.notes():
+        print(line)
+    print(f"results: {result.folder}")
+    return 0 if result.utterances else 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What to score. Fields are the command's arguments.
+
+    Raises:
+        RunError: a value is out of range, or neither ``run_dir`` nor ``data_list`` is given.
+    """
+
+    run_dir: Path | None = None
+    data_list: Path | None = None
+    model_path: str | None = None
+    sample: int | None = None
+    by: str | None = None
+    num_quantizers: tuple[int, ...] = ()
+    metrics: tuple[str, ...] = DEFAULT_METRICS
+    speaker_model: str = "auto"
+    workers: int = 1
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+    out: Path | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.run_dir is None and self.data_list is None:
+            raise RunError("evaluate needs a run folder or --data_list")
+        if self.sample is not None and self.sample < 1:
+            raise RunError(f"--sample {self.sample}: must be at least 1")
+        if self.workers < 1:
+            raise RunError(f"--workers {self.workers}: must be at least 1")
+
+    @property
+    def folder(self) -> Path:
+        """Where results go."""
+        if self.out is not None:
+            return self.out
+        if self.run_dir is not None:
+            return self.run_dir / "quality"
+        assert self.data_list is not None
+        return self.data_list.with_name(f"{self.data_list.stem}.quality")
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What was found.
+
+    Attributes:
+        folder: where it lies.
+        settings: how it was made.
+        utterances: records of the sample's utterances, as in ``utterances.jsonl``.
+        failed: records of those that could not be scored at all.
+        groups: their averages.
+        codebooks: a row a codebook, see ``CodebookUse.table``.
+        rates: bits a second, frames a second, and so on.
+        table: the averages as text.
+    """
+
+    folder: Path
+    settings: Mapping[str, Any]
+    utterances: Sequence[Mapping[str, Any]]
+    failed: Sequence[Mapping[str, Any]]
+    groups: Sequence[Group]
+    codebooks: Sequence[Mapping[str, Any]]
+    rates: Mapping[str, float]
+    table: str
+
+    def notes(self) -> list[str]:
+        """What else a person should know, a line each."""
+        lines = [f"{name}: {value:,.10g}" for name, value in self.rates.items()]
+        dead = [(row["dead"], row["size"]) for row in self.codebooks if row["dead"] is not None]
+        if self.codebooks:
+            shares = ", ".join(f"{row['perplexity']:.0f}" for row in self.codebooks)
+            lines.append(f"perplexity of codebooks 1 to {len(self.codebooks)}: {shares}")
+        if dead:
+            lines.append(
+                f"codes that did not occur: {sum(one for one, _ in dead):,} of {sum(size for _, size in dead):,}"
+            )
+        for reason, count in Counter(record["failed"] for record in self.failed).most_common(10):
+            lines.append(f"{count} utterances could not be scored: {reason}")
+        return lines
+
+
+# ------------------------------------------------------------------------------------------------------------- sources
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where utterances come from.
+
+    Attributes:
+        manifest: of which ``lines`` (int64) may be scored.
+        run_settings: of the run whose outputs are scored, or None if the codec makes them.
+        num_quantizers: numbers of codebooks to score.
+        sample_rate: Hz, of the comparison.
+        resampler: how originals reach it.
+        codec: decodes (and without a run, encodes); None where the run's own audio is scored.
+        info: of the codec, where its checkpoint is at hand.
+    """
+
+    manifest: Manifest
+    lines: npt.NDArray[np.int64]
+    run_settings: Mapping[str, Any] | None
+    num_quantizers: tuple[int, ...]
+    sample_rate: int
+    frame_rate: float
+    resampler: Any
+    codec: Codec | None
+    info: CodecInfo | None
+    fingerprint: str
+
+
+def find_manifest(run_dir: Path, data_list: Path | None) -> Path:
+    """The manifest of a run folder: as given, as its summary says, or beside it under the name that fits.
+
+    Raises:
+        RunError: it is not to be found.
+    """
+    if data_list is not None:
+        return data_list
+    recorded = read_summary(run_dir).get("data_list")
+    if isinstance(recorded, str) and Path(recorded).is_file():
+        return Path(recorded)
+    parts = run_dir.resolve().name.rsplit(".", 2)
+    if len(parts) == 3:
+        for path in sorted(run_dir.resolve().parent.glob(f"{parts[0]}.json*")):
+            if path.stem == parts[0] and path.is_file():
+                return path
+    raise RunError(f"the manifest of {run_dir} is not beside it: name it with --data_list")
+
+
+def read_summary(run_dir: Path) -> dict[str, Any]:
+    """``summary.json`` of a run folder; empty where the run has not come to its end."""
+    try:
+        summary = json.loads((run_dir / "summary.json").read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return summary if isinstance(summary, dict) else {}
+
+
+def read_run(run_dir: Path) -> dict[str, Any]:
+    """The settings of a run folder.
+
+    Raises:
+        RunError: it is none.
+    """
+    if not run_dir.is_dir():
+        raise RunError(f"run folder {run_dir} does not exist")
+    settings = read_settings(run_dir)
+    if settings is None:
+        raise RunError(f"{run_dir} is not a run folder: it has no run.json")
+    return settings
+
+
+def _source(request: Request) -> Source:
+    if request.run_dir is None:
+        assert request.data_list is not None
+        codec = open_codec(request.model_path, request.device, request.dtype)
+        info = codec.info
+        manifest = Manifest.open(request.data_list, "wav2token", request.folder / "index")
+        return Source(
+            manifest, np.flatnonzero(manifest.is_row), None,
+            check_num_quantizers(request.num_quantizers, info.num_codebooks),
+            info.sample_rate, info.frame_rate, "reference", codec, info, info.fingerprint,
+        )  # fmt: skip
+    run_dir = request.run_dir
+    settings = read_run(run_dir)
+    task: Task = settings["task"]
+    manifest = Manifest.open(find_manifest(run_dir, request.data_list), task, run_dir / "index")
+    lines = np.flatnonzero(read_ledger(run_dir, manifest).status == RowStatus.DONE)
+    recorded = read_summary(run_dir).get("model_path")
+    model_path = request.model_path or (recorded if isinstance(recorded, str) else None)
+    numbers = check_num_quantizers(request.num_quantizers, settings["num_quantizers"])
+    needs_codec = task == "wav2token" or numbers != (settings["num_quantizers"],)
+    codec = open_codec(model_path, request.device, request.dtype) if needs_codec else None
+    known: CodecInfo | None
+    if codec is not None:
+        known = codec.info
+        if known.fingerprint != settings["fingerprint"]:
+            raise RunError(
+                f"{run_dir} was made with fingerprint {settings['fingerprint']}, {known.name} has {known.fingerprint}: "
+                "pass the run's checkpoint with --model_path"
+            )
+    else:
+        known = _info_if_here(model_path, settings["fingerprint"])
+    return Source(
+        manifest, lines, settings, numbers, settings["sample_rate"], settings["frame_rate"], settings["resampler"],
+        codec, known, settings["fingerprint"],
+    )  # fmt: skip
+
+
+def _info_if_here(model_path: str | None, fingerprint: str) -> CodecInfo | None:
+    """The codec's numbers, if its checkpoint is at hand; only the sizes of its codebooks depend on it."""
+    try:
+        info = open_spec(model_path).info
+    except RunError as error:
+        log.warning("sizes of codebooks are not known: %s", error)
+        return None
+    if info.fingerprint != fingerprint:
+        log.warning("sizes of codebooks are not known: pass the run's checkpoint with --model_path")
+        return None
+    return info
+
+
+# ------------------------------------------------------------------------------------------------------------- scoring
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One utterance for a scoring process: where the original is, and what it became.
+
+    Attributes:
+        made: number of codebooks to samples, or to the path of a wav file.
+    """
+
+    record: Mapping[str, Any]
+    wav: str
+    made: Mapping[int, npt.NDArray[np.float32] | str]
+    sample_rate: int
+    resampler: Any
+
+
+_scorer: Scorer | None = None
+
+
+def _start_worker(metrics: Sequence[str], speaker_model: str) -> None:
+    global _scorer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
+    torch.set_num_threads(1)
+    _scorer = Scorer(tuple(metrics), speaker_model)
+
+
+def _score_in_worker(job: Job) -> list[dict[str, Any]]:
+    assert _scorer is not None
+    return score_job(job, _scorer)
+
+
+def score_job(job: Job, scorer: Scorer) -> list[dict[str, Any]]:
+    """The records of one utterance, one a number of codebooks; one with ``failed`` if it cannot be compared."""
+    try:
+        original = load_samples(job.wav, job.sample_rate, job.resampler)
+        made = [
+            load_samples(one, job.sample_rate, "soxr") if isinstance(one, str) else one for one in job.made.values()
+        ]
+        reference, reconstructions = align(original, made, job.sample_rate)
+    except RowError as error:
+        return [{**job.record, "failed": error.reason}]
+    records = []
+    for num_quantizers, reconstruction in zip(job.made, reconstructions, strict=True):
+        scores = scorer.score(reference, reconstruction)
+        records.append(
+            {
+                **job.record,
+                "num_quantizers": num_quantizers,
+                "seconds": round(len(original) / job.sample_rate, 4),
+                "scored_seconds": round(reference.seconds, 4),
+                "scores": {name: round(value, 6) for name, value in scores.values.items()},
+                "not_scored": dict(scores.reasons),
+                "missing": sorted(scores.missing),
+            }
+        )
+    return records
+
+
+def _jobs(
+    source: Source, rows: Iterable[ManifestRow | RowFailure], tokens: _TokenFile
+) -> Iterator[Job | dict[str, Any]]:
+    """Utterances ready to be scored, or the record of one that cannot be."""
+    most = source.num_quantizers[-1]
+    rows = iter(rows)
+    while chunk := list(islice(rows, _CHUNK)):
+        ready: list[tuple[ManifestRow, dict[str, Any], npt.NDArray[np.float32] | npt.NDArray[np.uint16]]] = []
+        for row in chunk:
+            record: dict[str, Any] = {"line": row.line, "digest": row.digest, "key": row.key}
+            if isinstance(row, RowFailure):
+                yield {**record, "failed": row.reason}
+                continue
+            record["row"] = {
+                name: value
+                for name, value in row.fields.items()
+                if name not in (*_PATH_FIELDS, "key") and isinstance(value, str | int | float | bool)
+            }
+            try:
+                ready.append((row, record, _load(source, row)))
+            except RowError as error:
+                yield {**record, "failed": error.reason}
+        if source.run_settings is None:
+            assert source.codec is not None
+            coded: list[Any] = encode(source.codec, [loaded for _, _, loaded in ready], most)  # type: ignore[misc]
+        else:
+            coded = [codes[:, :most] for _, _, codes in ready]
+        yield from _made(source, [(row, record) for row, record, _ in ready], coded, tokens)
+
+
+def _load(source: Source, row: ManifestRow) -> Any:
+    """The row's samples where the codec starts from audio, else its codes."""
+    if row.wav is None:
+        raise RowError("load", "the row has no wav to compare with")
+    if source.run_settings is None:
+        assert source.info is not None
+        return load_samples(row.wav, source.sample_rate, source.resampler, max_samples=source.info.max_samples)
+    if row.quantized_tokens is None:
+        raise RowError("load", "the row has no quantized_tokens")
+    if source.info is not None:
+        return read_codes(row.quantized_tokens, source.info)
+    return _read_unknown_codes(row.quantized_tokens)
+
+
+def _read_unknown_codes(path: str) -> npt.NDArray[np.uint16]:
+    """Codes of a file that the run wrote itself, without the codec that could check them."""
+    try:
+        codes = np.array(orjson.loads(Path(path).read_bytes())["quantized_tokens"], np.uint16)
+    except OSError as error:
+        raise RowError("load", f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        raise RowError("load", f"{path}: is no token file") from error
+    if codes.ndim != 2 or not len(codes):
+        raise RowError("load", f"{path}: has no frames")
+    return codes
+
+
+def _made(
+    source: Source, rows: Sequence[tuple[ManifestRow, dict[str, Any]]], coded: Sequence[Any], tokens: _TokenFile
+) -> Iterator[Job | dict[str, Any]]:
+    made: list[dict[int, Any]] = [{} for _ in rows]
+    failed: dict[int, RowError] = {number: codes for number, codes in enumerate(coded) if isinstance(codes, RowError)}
+    for num_quantizers in source.num_quantizers:
+        good = [number for number in range(len(rows)) if number not in failed]
+        if source.codec is None:
+            for number in good:
+                made[number][num_quantizers] = rows[number][0].reconstructed_wav
+            continue
+        parts = [np.ascontiguousarray(coded[number][:, :num_quantizers]) for number in good]
+        for number, samples in zip(good, decode(source.codec, parts), strict=True):
+            if isinstance(samples, RowError):
+                failed[number] = samples
+            made[number][num_quantizers] = samples
+    for number, (row, record) in enumerate(rows):
+        if number in failed:
+            yield {**record, "failed": failed[number].reason}
+            continue
+        tokens.append(row, coded[number])
+        record["frames"] = len(coded[number])
+        assert row.wav is not None
+        yield Job(record, row.wav, made[number], source.sample_rate, source.resampler)
+
+
+def _results(jobs: Iterator[Job | dict[str, Any]], request: Request, workers: int) -> Iterator[list[dict[str, Any]]]:
+    """Records of each utterance, as they come."""
+    if workers == 1:
+        scorer = Scorer(request.metrics, request.speaker_model)
+        for job in jobs:
+            yield score_job(job, scorer) if isinstance(job, Job) else [job]
+        return
+    pool = ProcessPoolExecutor(
+        workers,
+        mp_context=get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(request.metrics, request.speaker_model),
+    )
+    try:
+        running: set[Future[list[dict[str, Any]]]] = set()
+        for job in jobs:
+            if not isinstance(job, Job):
+                yield [job]
+                continue
+            running.add(pool.submit(_score_in_worker, job))
+            while len(running) >= 2 * workers:
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in done)
+        while running:
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            yield from (future.result() for future in done)
+    except BrokenProcessPool as error:
+        raise RunError(
+            "a scoring process died, perhaps for want of memory: start the same command again with fewer --workers, "
+            "what is scored is kept",
+            exit_code=1,
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+class _TokenFile:
+    """``tokens.jsonl``: the codes of each utterance, so that resuming can count them all."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def append(self, row: ManifestRow, codes: npt.NDArray[np.uint16]) -> None:
+        """Note an utterance's codes (T, K)."""
+        text = base64.b64encode(np.ascontiguousarray(codes, "<u2").tobytes()).decode()
+        _append(self._path, [{"line": row.line, "digest": row.digest, "codebooks": codes.shape[1], "codes": text}])
+
+    def read(self, wanted: set[tuple[int, str]], num_quantizers: int) -> Iterator[npt.NDArray[np.uint16]]:
+        """The codes (T, ``num_quantizers``) of each wanted (line, digest), once; of those that have as many."""
+        left = set(wanted)
+        for record in _read_lines(self._path):
+            place = (record["line"], record["digest"])
+            if place in left and record["codebooks"] >= num_quantizers:
+                left.discard(place)
+                codes = np.frombuffer(base64.b64decode(record["codes"]), "<u2")
+                yield codes.reshape(-1, record["codebooks"])[:, :num_quantizers].astype(np.uint16)
+
+
+def _append(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Whole lines at the end of a file, which may end in half of one."""
+    data = b"".join(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE) for record in records)
+    try:
+        with path.open("ab+") as stream:
+            if stream.tell():
+                stream.seek(-1, os.SEEK_END)
+                data = data if stream.read(1) == b"\n" else b"\n" + data
+            stream.write(data)
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {error.strerror}", exit_code=1) from error
+
+
+def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Records of a file of JSON lines; a line torn by a crash is left out, and so is a file that is not there."""
+    if not path.exists():
+        return
+    with path.open("rb") as stream:
+        for line in stream:
+            try:
+                record = orjson.loads(line)
+            except orjson.JSONDecodeError:
+                continue
+            if isinstance(record, dict):
+                yield record
+
+
+def _agree_on_settings(folder: Path, settings: Mapping[str, Any], overwrite: bool) -> None:
+    path = folder / "settings.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        before = json.loads(path.read_bytes()) if path.exists() else None
+        if before is not None and before != settings:
+            names = [name for name in settings if before.get(name) != settings[name]]
+            if not overwrite:
+                raise RunError(
+                    f"{folder} has results of other settings ({', '.join(names)}): choose another --out, or --overwrite"
+                )
+            for name in ("utterances.jsonl", "tokens.jsonl"):
+                (folder / name).unlink(missing_ok=True)
+        path.write_text(json.dumps(settings, indent=2) + "\n")
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be used: {error}; choose another --out", exit_code=1) from error
+
+
+# ------------------------------------------------------------------------------------------------------------ evaluate
+
+
+def evaluate(request: Request) -> Evaluation:
+    """Scores what has no score yet, and writes the folder's tables.
+
+    Raises:
+        RunError: there is nothing to score, or it cannot be scored this way.
+    """
+    source = _source(request)
+    if not len(source.lines):
+        raise RunError("there is nothing to score: no row is done")
+    folder = request.folder
+    speaker = SpeakerEncoder.choose(request.speaker_model).name
+    settings = {"fingerprint": source.fingerprint, "resampler": source.resampler, "speaker_model": speaker}
+    _agree_on_settings(folder, settings, request.overwrite)
+
+    # A permutation's beginning: a larger sample holds the smaller one, so nothing is scored twice.
+    order = np.random.default_rng(_SEED).permutation(len(source.lines))[: request.sample]
+    chosen = np.sort(source.lines[order])
+    digests = {int(line): f"{int(source.manifest.digests[line]):016x}" for line in chosen}
+    path = folder / "utterances.jsonl"
+    scorer = Scorer(request.metrics, request.speaker_model)
+    scored = _scored(path, digests, scorer)
+    left = [line for line in digests if not all((line, number) in scored for number in source.num_quantizers)]
+    if left:
+        _score_all(source, left, request, folder, path)
+    return _conclude(source, request, folder, settings, digests)
+
+
+def _scored(path: Path, digests: Mapping[int, str], scorer: Scorer) -> dict[tuple[int, int], dict[str, Any]]:
+    """(line, number of codebooks) to the last record that has all metrics asked for, as far as they can run here."""
+    found = {}
+    for record in _read_lines(path):
+        if digests.get(record["line"]) != record["digest"] or "failed" in record:
+            continue
+        outcomes = record["scores"].keys() | record["not_scored"].keys()
+        again = [name for name in scorer.names if name not in outcomes]
+        again += [name for name in record["missing"] if name in scorer.names and scorer.available(name)]
+        if not again:
+            found[record["line"], record["num_quantizers"]] = record
+    return found
+
+
+def _score_all(source: Source, lines: Sequence[int], request: Request, folder: Path, path: Path) -> None:
+    rows = (row for line in lines for row in source.manifest.read(line, line + 1))
+    # Another process takes seconds to start, and a few utterances a second are scored.
+    workers = max(1, min(request.workers, len(lines) // 4))
+    on_terminal = sys.stderr.isatty()
+    log.info("scoring %d utterances with %d processes", len(lines), workers)
+    with tqdm(total=len(lines), unit="utterance", mininterval=0.5 if on_terminal else 30.0) as bar:
+        jobs = _jobs(source, rows, _TokenFile(folder / "tokens.jsonl"))
+        for records in _results(jobs, request, workers):
+            _append(path, records)
+            bar.update()
+
+
+def _conclude(
+    source: Source, request: Request, folder: Path, settings: Mapping[str, Any], digests: Mapping[int, str]
+) -> Evaluation:
+    scored: dict[tuple[int, int], dict[str, Any]] = {}
+    failed: dict[int, dict[str, Any]] = {}
+    for record in _read_lines(folder / "utterances.jsonl"):
+        line = record["line"]
+        if digests.get(line) != record["digest"]:
+            continue
+        if "failed" in record:
+            failed[line] = record
+        elif record["num_quantizers"] in source.num_quantizers:
+            failed.pop(line, None)
+            scored[line, record["num_quantizers"]] = _only(record, request.metrics)
+    utterances = [scored[place] for place in sorted(scored)]
+    groups = group(utterances, request.by)
+    use = CodebookUse(source.info.codebook_sizes if source.info is not None else None)
+    places = {(line, digests[line]) for line, _ in scored}
+    for codes in _TokenFile(folder / "tokens.jsonl").read(places, source.num_quantizers[-1]):
+        use.add(codes)
+    rates = {"frames scored": float(use.frames), "frames a second": source.frame_rate}
+    rates["tokens a second"] = source.frame_rate * source.num_quantizers[-1]
+    if source.info is not None:
+        for number in source.num_quantizers:
+            rates[f"bits a second at {number} codebooks"] = round(
+                bit_rate(source.info.codebook_sizes[:number], source.frame_rate), 1
+            )
+    rates["bits a second that the codes carry (entropy)"] = round(use.entropy_rate(source.frame_rate), 1)
+    table = markdown_table(groups, request.metrics)
+    if "sim" in request.metrics:
+        table += f"SIM: cosine of speaker embeddings by {settings['speaker_model']}\n"
+    table += "±: half the 95 % confidence interval of the mean, by bootstrap over utterances\n"
+    result = Evaluation(folder, settings, utterances, list(failed.values()), groups, use.table(), rates, table)
+    _write_results(result)
+    return result
+
+
+def _only(record: dict[str, Any], metrics: Sequence[str]) -> dict[str, Any]:
+    """The record with the metrics asked for now; an earlier command may have asked for more."""
+    return record | {
+        part: {name: value for name, value in record[part].items() if name in metrics}
+        for part in ("scores", "not_scored")
+    }
+
+
+def _write_results(result: Evaluation) -> None:
+    summary = {
+        "settings": result.settings,
+        "utterances": len(result.utterances),
+        "failed": [{name: record[name] for name in ("line", "key", "failed")} for record in result.failed],
+        "rates": result.rates,
+        "groups": [asdict(one) for one in result.groups],
+        "codebooks": result.codebooks,
+    }
+    folder = result.folder
+    try:
+        (folder / "table.md").write_text(result.table, encoding="utf-8")
+        (folder / "summary.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    except OSError as error:
+        raise RunError(f"{folder} cannot be written: {error.strerror}", exit_code=1) from error
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        return
+    if result.utterances:
+        flat = [_flat(record) for record in result.utterances]
+        names = dict.fromkeys(name for record in flat for name in record)
+        table = pyarrow.table({name: _column(record.get(name) for record in flat) for name in names})
+        pyarrow.parquet.write_table(table, folder / "utterances.parquet")
+
+
+def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
+    fixed = {name: record[name] for name in ("key", "line", "num_quantizers", "seconds", "scored_seconds", "frames")}
+    reasons = "; ".join(f"{METRICS[name].label}: {reason}" for name, reason in record["not_scored"].items())
+    row = {f"row_{name}": value for name, value in record["row"].items()}
+    return {**fixed, **record["scores"], "not_scored": reasons, **row}
+
+
+def _column(values: Iterable[Any]) -> list[Any]:
+    """Values of one type, as a column needs; rows of a manifest may disagree, and then all become text."""
+    column = list(values)
+    kinds = {type(value) for value in column if value is not None}
+    if len(kinds) > 1 and not kinds <= {int, float}:
+        return [None if value is None else str(value) for value in column]
+    return [float(value) for value in column] if kinds == {int, float} and None not in column else column
+
+
+def _num_cores() -> int:
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on this operating system
+        return os.cpu_count() or 1

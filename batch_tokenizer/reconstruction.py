@@ -1,0 +1,106 @@
+"""A codec for a handful of utterances, outside of a run: samples enter, codes and reconstructions leave.
+
+``evaluate``, ``inspect`` and ``report`` use it. Results are those of a run, as a codec's results do not depend on what
+they are computed beside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from batch_tokenizer.codecs.base import Codec, CodecSpec
+from batch_tokenizer.codecs.checkpoint import Checkpoint
+from batch_tokenizer.codecs.registry import find_family
+from batch_tokenizer.config import Device, Dtype
+from batch_tokenizer.records import RowError, RunError, Stage
+from batch_tokenizer.runtime.devices import choose_device
+
+Samples = npt.NDArray[np.float32]
+Codes = npt.NDArray[np.uint16]
+
+
+def open_spec(model_path: str | None) -> CodecSpec:
+    """The checkpoint's spec, without its weights.
+
+    Raises:
+        RunError: it cannot be found or is of no known family.
+    """
+    checkpoint = Checkpoint.open(model_path)
+    return find_family(checkpoint).open_spec(checkpoint)
+
+
+def open_codec(model_path: str | None, device: Device = "auto", dtype: Dtype = "auto") -> Codec:
+    """The checkpoint with its weights on a device.
+
+    Raises:
+        RunError: the checkpoint or the device cannot be used.
+    """
+    compute = choose_device(device, dtype, 0)
+    if compute.device.type == "cpu":
+        torch.set_num_threads(1)
+    checkpoint = Checkpoint.open(model_path)
+    family = find_family(checkpoint)
+    return family.load_codec(
+        checkpoint, family.open_spec(checkpoint), task="wav2token2wav", device=compute.device, dtype=compute.dtype,
+        attention="auto", threads=compute.cores,
+    )  # fmt: skip
+
+
+def check_num_quantizers(wanted: Sequence[int], most: int) -> tuple[int, ...]:
+    """The numbers of codebooks to look at, rising, each once; ``most`` alone where none is wanted.
+
+    Raises:
+        RunError: one of them is out of range.
+    """
+    for number in wanted:
+        if not 1 <= number <= most:
+            raise RunError(f"--num_quantizers {number}: must be between 1 and {most}, the codebooks there are")
+    return tuple(sorted(set(wanted))) or (most,)
+
+
+def encode(codec: Codec, samples: Sequence[Samples], num_quantizers: int) -> list[Codes | RowError]:
+    """Samples (S_i,) at the codec's rate to codes (T_i, ``num_quantizers``) each, or why there are none."""
+    features = [codec.spec.features(one) for one in samples]
+    frames = [codec.spec.num_frames(len(one)) for one in samples]
+    results: list[Codes | RowError] = []
+    for first, last in _chunks(frames, codec.frame_budget):
+        results += _with_care(codec, lambda part: codec.encode(part, num_quantizers), features[first:last], "encode")
+    return results
+
+
+def decode(codec: Codec, codes: Sequence[Codes]) -> list[Samples | RowError]:
+    """Codes (T_i, K_i) to samples (S_i,) each, or why there are none."""
+    results: list[Samples | RowError] = []
+    for first, last in _chunks([len(one) for one in codes], codec.frame_budget):
+        results += _with_care(codec, codec.decode, codes[first:last], "decode")
+    return results
+
+
+def _chunks(frames: Sequence[int], budget: int) -> Iterator[tuple[int, int]]:
+    """Ranges of about ``budget`` frames, of one member at least."""
+    first = total = 0
+    for number, count in enumerate(frames):
+        if number > first and total + count > budget:
+            yield first, number
+            first, total = number, 0
+        total += count
+    if first < len(frames):
+        yield first, len(frames)
+
+
+def _with_care(
+    codec: Codec, compute: Callable[[Sequence[Any]], list[Any]], members: Sequence[Any], stage: Stage
+) -> list[Any]:
+    """The results of ``compute``; of each member alone where all together do not fit in memory."""
+    try:
+        return compute(members)
+    except (torch.OutOfMemoryError, MemoryError):
+        codec.release()
+        if len(members) == 1:
+            return [RowError(stage, "does not fit in memory, even alone")]
+        return [result for member in members for result in _with_care(codec, compute, [member], stage)]
