@@ -19,9 +19,9 @@ from batch_tokenizer.records import RowError, TokenizedRow
 def token_json(result: TokenizedRow, run_info: Mapping[str, Any]) -> bytes:
     """``{"quantized_tokens": [[K ints] x T], "info": {...}}``, UTF-8.
 
-    ``info`` is the manifest's row, then ``run_info`` (codec, fingerprint and so on, the same for all rows of a run), then
-    ``num_samples`` (input samples at the codec's rate), ``num_frames`` (T) and ``num_quantizers`` (K). Fields of the row
-    that have the name of another one there are kept under ``manifest_row``.
+    ``info`` is the manifest's row, then ``run_info`` (codec, fingerprint and so on, the same for all rows of a run),
+    then ``num_samples`` (input samples at the codec's rate), ``num_frames`` (T) and ``num_quantizers`` (K). Fields of
+    the row that have the name of another one there are kept under ``manifest_row``.
 
     Raises:
         RowError: the row's fields are nested too deeply to be written.
