@@ -1,0 +1,60 @@
+"""Being asked to stop: what is in flight is finished, the exit status says which signal it was, the rest is resumed."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Mapping
+
+import pytest
+
+from tests.e2e.conftest import Open
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda number: number.name)
+def test_a_process_alone(open_workspace: Open, undisturbed: Mapping[str, bytes], number: signal.Signals) -> None:
+    workspace = open_workspace(200)
+    with workspace.start(1) as run:
+        workspace.await_rows(20, run)
+        run.signal(number)
+        assert run.wait(30) == 128 + number
+        done = workspace.rows_done()
+    assert run.output().splitlines()[-1].endswith(f"stopped by {number.name}; start the same command again to go on")
+    assert "Traceback" not in run.output()
+    assert 20 <= done < 200
+    # Nothing was cut off: every output that exists is in the ledger, and whole.
+    outputs = workspace.outputs()
+    assert len(outputs) == 2 * done
+    assert all(undisturbed[name] == content for name, content in outputs.items())
+    if number == signal.SIGTERM:
+        resumed = workspace.finish(1)
+        assert f"resuming: {done} rows are done, 0 failed" in resumed.output()
+        workspace.check_complete(undisturbed)
+
+
+def test_before_the_run_has_begun(open_workspace: Open) -> None:
+    """The model is still being loaded when the signal comes."""
+    workspace = open_workspace(200)
+    with workspace.start(1) as run:
+        run.wait_until(lambda: "model " in run.output(), 60, "a line about the model")
+        run.signal(signal.SIGTERM)
+        assert run.wait(30) == 128 + signal.SIGTERM
+    assert "Traceback" not in run.output()
+    assert workspace.rows_done() <= 16
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+def test_torchrun_passes_it_on(open_workspace: Open, undisturbed: Mapping[str, bytes], number: signal.Signals) -> None:
+    """Torchrun itself leaves with its own status; ranks and loader processes end in good order."""
+    workspace = open_workspace(300)
+    handled = "--signals_to_handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+    with workspace.start(2, "--num_workers", 1, launcher=[handled]) as run:
+        workspace.await_rows(40, run)
+        run.signal(number)
+        assert run.wait(40) != 0
+        done = workspace.rows_done()
+    assert run.output().count(f"stopped by {number.name}; start the same command again to go on") == 2
+    assert "forcefully exiting" not in run.output()
+    assert 40 <= done < 300
+    outputs = workspace.outputs()
+    assert len(outputs) == 2 * done
+    assert all(undisturbed[name] == content for name, content in outputs.items())
