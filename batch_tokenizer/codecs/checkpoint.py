@@ -33,6 +33,9 @@ WEIGHT_FILES = (
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
+#: Bytes of weights that are mapped at a time.
+_MAPPED_BYTES = 1 << 27
+
 #: Bytes looked at in each tensor for the fingerprint: this many blocks of this many bytes, evenly spread.
 _BLOCKS, _BLOCK_BYTES = 16, 1024
 
@@ -140,9 +143,18 @@ class Checkpoint:
             RunError: a file is truncated, corrupt or of another format.
         """
         for path in self.weight_files:
-            with _opened(path) as (names, get):
-                for name in names:
-                    yield name.removeprefix(strip), get(name)
+            names: list[str] | None = None
+            while names is None or names:
+                # Mapped pages count as this process's memory until the file is closed: open it anew now and then.
+                with _opened(path) as (stored, get):
+                    names = stored if names is None else names
+                    mapped = 0
+                    while names and mapped < _MAPPED_BYTES:
+                        name = names.pop(0)
+                        tensor = get(name)
+                        mapped += tensor.nbytes
+                        yield name.removeprefix(strip), tensor
+                        del tensor
 
     def names(self, strip: str = "") -> frozenset[str]:
         """Names of all tensors, without reading them."""

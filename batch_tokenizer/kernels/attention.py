@@ -136,6 +136,10 @@ def varlen_attention(
 def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, window: Window) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
+    # Without a window torch takes one kernel or another by the longest utterance of the pack, and a result would depend
+    # on its neighbours. A window that reaches over all keys means the same and keeps to one kernel.
+    if window == (-1, -1):
+        window = (keys.longest, keys.longest)
     out: Tensor = varlen_attn(  # type: ignore[assignment]  # a tensor unless return_aux is given
         q, k, v, queries.offsets, keys.offsets, queries.longest, keys.longest, window_size=window
     )

@@ -382,6 +382,23 @@ class TestLoading:
         with pytest.raises(RunError, match=r"no config\.json"):
             Checkpoint.open(str(tmp_path))
 
+    def test_weights_are_in_memory_once(self, tmp_path):
+        folder = write_mimo_checkpoint(
+            tmp_path / "large", d_model=512, encoder_layers=10, encoder_ffn_dim=2048, decoder_layers=10,
+            decoder_ffn_dim=2048, encoder_attention_heads=8, decoder_attention_heads=8,
+        )  # fmt: skip
+        size = (folder / "model.safetensors").stat().st_size
+        script = f"""
+import resource, torch, batch_tokenizer.api
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+model = batch_tokenizer.load_model({str(folder)!r})
+print(peak() - before)
+"""
+        grown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
+        assert size > 250e6
+        assert int(grown.stdout) < 1.6 * size
+
     def test_a_foreign_checkpoint_is_no_known_family(self, folder):
         (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
         with pytest.raises(RunError, match="llama"):
