@@ -1,0 +1,176 @@
+"""Figures for the page: numbers enter, an inline ``<svg>`` leaves that reads on a light and on a dark ground.
+
+matplotlib draws in one ink that is then replaced by ``currentColor``, so that axes and words take the colour of the
+text around them; marks are in middle tones. Words stay words: a screen reader finds them, and they scale.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from batch_tokenizer.quality.metrics import mel_db
+from batch_tokenizer.quality.recordings import Recording
+from batch_tokenizer.records import RunError
+
+#: Stands for the page's text colour until the figure is finished; no mark has it.
+_INK = "#010203"
+
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#3987c9", "#d97f2c", "#3f9c6b", "#9a6fc4", "#8a8f98"
+_CYCLE = (BLUE, ORANGE, GREEN, PURPLE, GREY)
+
+#: dB of mel magnitude between which spectrograms are coloured.
+_MEL_RANGE = (-80.0, 20.0)
+
+
+def figure(title: str, width: float, height: float, draw: Callable[[Any], None]) -> str:
+    """An ``<svg>`` of ``width`` by ``height`` inches at most.
+
+    Args:
+        title: what it shows, for those who cannot see it.
+        draw: draws into an axes, or into a figure if it takes several: it is given the figure.
+
+    Raises:
+        RunError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise RunError("report needs matplotlib: pip install 'batch_tokenizer[report]'") from error
+    style: dict[str, Any] = {
+        "svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif", "font.size": 9,
+        "text.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": _INK, "xtick.color": _INK, "ytick.color": _INK,
+        "axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.6,
+        "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9, "axes.titlelocation": "left",
+        "axes.prop_cycle": matplotlib.cycler(color=list(_CYCLE)), "legend.frameon": False,
+    }  # fmt: skip
+    with matplotlib.rc_context(style):
+        drawing = Figure(figsize=(width, height), layout="constrained")
+        draw(drawing)
+        stream = io.StringIO()
+        drawing.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return _inline(stream.getvalue(), title)
+
+
+def _inline(svg: str, title: str) -> str:
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    # Names must be unique on a page that has many figures; those of groups refer to nothing.
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
+    prefix = f"f{_number(title):x}"
+    svg = re.sub(r'\bid="', f'id="{prefix}', svg)
+    svg = re.sub(r"url\(#", f"url(#{prefix}", svg)
+    svg = re.sub(r'href="#', f'href="#{prefix}', svg)
+    svg = svg.replace(_INK, "currentColor").replace("'DejaVu Sans', ", "")
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    width = float(re.search(r'viewBox="0 0 ([\d.]+)', svg)[1])  # type: ignore[index]
+    label = html.escape(title)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{label}" style="max-width:{width * 4 / 3:.0f}px"', 1)
+
+
+def _number(text: str) -> int:
+    """The same number for the same text in every process."""
+    return zlib.crc32(text.encode())
+
+
+def histogram(title: str, values: npt.ArrayLike, label: str, *, color: str = BLUE, width: float = 4.4) -> str:
+    """How often values occur; the mean is marked."""
+    numbers = np.asarray(values, np.float64)
+
+    def draw(drawing: Any) -> None:
+        axes = drawing.subplots()
+        spread = float(np.ptp(numbers)) > 0
+        axes.hist(numbers, bins=min(40, max(8, int(np.sqrt(len(numbers)) * 2))) if spread else 1, color=color)
+        axes.axvline(float(numbers.mean()), color=_INK, linewidth=1, linestyle=":")
+        axes.set_title(f"mean {numbers.mean():.4g}, middle {np.median(numbers):.4g}, n = {len(numbers):,}")
+        axes.set_xlabel(label)
+        axes.set_ylabel("utterances")
+        axes.yaxis.get_major_locator().set_params(integer=True)
+
+    return figure(title, width, 2.4, draw)
+
+
+def bars(title: str, values: Mapping[str, float], label: str, *, limits: Mapping[str, float] | None = None) -> str:
+    """A horizontal bar each, with its number; ``limits`` are drawn behind as what could be."""
+    names = list(values)
+    places = range(len(names))
+
+    def draw(drawing: Any) -> None:
+        axes = drawing.subplots()
+        if limits is not None:
+            axes.barh(places, [limits[name] for name in names], color=GREY, alpha=0.25)
+        drawn = axes.barh(places, [values[name] for name in names], color=BLUE)
+        axes.set_yticks(places, names)
+        axes.bar_label(drawn, fmt="{:,.4g}", padding=3, fontsize=8)
+        axes.invert_yaxis()
+        axes.set_xlabel(label)
+        axes.margins(x=0.15)
+
+    return figure(title, 6.4, 0.7 + 0.27 * max(1, len(names)), draw)
+
+
+def lines(title: str, series: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str) -> str:
+    """A line each through its points."""
+
+    def draw(drawing: Any) -> None:
+        axes = drawing.subplots()
+        for name, points in series.items():
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.set_ylim(bottom=0)
+        if 1 < len(series) <= 10:
+            axes.legend(fontsize=8)
+
+    return figure(title, 6.4, 2.8, draw)
+
+
+def recording(title: str, sound: Recording, *, peak: float) -> str:
+    """Waveform above, mel spectrogram below, on one time axis.
+
+    Args:
+        peak: amplitude at which the waveform's axis ends, the same for recordings that are compared.
+    """
+    columns = 500
+    samples = sound.samples
+    edges = np.linspace(0, len(samples), min(columns, len(samples)) + 1).astype(int)[:-1]
+    low, high = np.minimum.reduceat(samples, edges), np.maximum.reduceat(samples, edges)
+    mel = mel_db(sound)
+    step = max(1, mel.shape[1] // 700)
+    mel = mel[:, : mel.shape[1] // step * step].reshape(len(mel), -1, step).mean(axis=2)
+
+    def draw(drawing: Any) -> None:
+        above, below = drawing.subplots(2, 1, sharex=True, height_ratios=[1, 2])
+        above.fill_between(edges / sound.sample_rate, low, high, color=BLUE, linewidth=0.4)
+        above.set_ylim(-peak, peak)
+        above.set_yticks([])
+        above.spines[["left", "bottom"]].set_visible(False)
+        above.tick_params(bottom=False)
+        below.imshow(
+            mel, origin="lower", aspect="auto", cmap="magma", vmin=_MEL_RANGE[0], vmax=_MEL_RANGE[1],
+            extent=(0, sound.seconds, 0, len(mel)), interpolation="nearest",
+        )  # fmt: skip
+        below.set_xlabel("seconds")
+        below.set_ylabel("mel band")
+
+    return figure(title, 5.2, 2.6, draw)
+
+
+def token_matrix(drawing_axes: Any, codes: npt.NDArray[np.uint16], sizes: Sequence[int], frame_rate: float) -> None:
+    """Codes (T, K) as an image in an axes: time to the right, codebooks upward, each code's place in its codebook."""
+    share = codes.T / np.maximum(1, np.array(sizes[: codes.shape[1]])[:, None] - 1)
+    drawing_axes.imshow(
+        share, origin="lower", aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest",
+        extent=(0, len(codes) / frame_rate, 0.5, codes.shape[1] + 0.5),
+    )  # fmt: skip
+    drawing_axes.set_ylabel("codebook")
+    drawing_axes.set_xlabel("seconds")
