@@ -437,7 +437,7 @@ def _existing_ancestor(path: Path) -> Path:
     for folder in path.parents:
         try:
             folder.stat()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             continue
         return folder
     return Path()
