@@ -78,7 +78,8 @@ def random_model(name: str, seed: int = 0, **changes: Any) -> Any:
                 weight.normal_(0, weight[0].numel() ** -0.5)
             if name == "original1" and weight is not None:
                 scale = module.original0
-                scale.copy_(weight.norm(dim=[axis for axis in range(3) if scale.shape[axis] == 1], keepdim=True))
+                axes = [axis for axis in range(3) if scale.shape[axis] == 1]
+                scale.copy_(weight.square().sum(axes, keepdim=True).sqrt())
     return model
 
 

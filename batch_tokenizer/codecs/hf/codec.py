@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 import json
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -23,7 +22,7 @@ from batch_tokenizer.codecs.base import Codec, CodecInfo, CodecSpec
 from batch_tokenizer.codecs.checkpoint import Checkpoint
 from batch_tokenizer.codecs.execution import BatchRunner, to_host
 from batch_tokenizer.codecs.hf.families import KINDS, MOST_SAMPLES, WITHOUT_TOKENS, ModelKind
-from batch_tokenizer.codecs.hf.lengths import Lengths, PaddedConvs
+from batch_tokenizer.codecs.hf.lengths import Chunks, Lengths, PaddedConvs
 from batch_tokenizer.records import RunError, Task
 
 log = logging.getLogger(__name__)
@@ -101,7 +100,7 @@ def open_spec(checkpoint: Checkpoint) -> HfSpec:
     except RunError as error:
         raise RunError(f"{checkpoint.folder}: {error}") from error
     except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
-        raise RunError(f"{checkpoint.folder}: config.json is of no usable {kind_name}: {_first_line(error)}") from error
+        raise RunError(f"{checkpoint.folder}: config.json is of no usable {kind_name}: {_one_line(error)}") from error
     if not sizes or max(sizes) > _LARGEST_CODEBOOK:
         raise RunError(f"{checkpoint.folder}: codebooks must have 1 to {_LARGEST_CODEBOOK} codes; they have {sizes}")
     if settings.get("sampling_rate", input_rate) != input_rate:
@@ -140,6 +139,10 @@ def load_codec(
     library = _library(checkpoint)
     _needs(checkpoint, "encoder", task != "token2wav")
     _needs(checkpoint, "decoder", task != "wav2token")
+    if isinstance(spec.lengths, Chunks) and dtype != torch.float32:
+        raise RunError(
+            f"{checkpoint.folder}: transformers joins this codec's chunks in float32 only; pass --dtype float32"
+        )
     chosen: dict[str, Any] = {}
     if attention != "auto":
         if attention not in _ATTENTION:
@@ -152,7 +155,7 @@ def load_codec(
             checkpoint.folder, local_files_only=True, dtype=dtype, output_loading_info=True, **chosen
         )
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, ImportError) as error:
-        raise RunError(f"{checkpoint.folder}: transformers cannot load it: {_first_line(error)}") from error
+        raise RunError(f"{checkpoint.folder}: transformers cannot load it: {_one_line(error)}") from error
     missing = sorted(report["missing_keys"])
     if missing:
         names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
@@ -190,6 +193,8 @@ class HfCodec(Codec):
 
     On a CPU ``threads`` utterances are in it side by side, each on one thread.
     """
+
+    spec: HfSpec
 
     def __init__(self, spec: HfSpec, model: Any, front_end: Any = None, threads: int = 1) -> None:
         self.spec = spec
@@ -242,8 +247,8 @@ def _library(checkpoint: Checkpoint) -> ModuleType:
         return importlib.import_module("transformers")
     except ImportError as error:
         raise RunError(
-            f"{checkpoint.folder}: {checkpoint.config.get('model_type')} runs on the transformers library, which cannot "
-            f"be imported ({_first_line(error)}): pip install 'batch_tokenizer[transformers]'"
+            f"{checkpoint.folder}: {checkpoint.config.get('model_type')} runs on the transformers library, which is "
+            f"not installed: pip install 'batch_tokenizer[transformers]' ({_one_line(error)})"
         ) from error
 
 
@@ -252,7 +257,7 @@ def _class(library: ModuleType, name: str, checkpoint: Checkpoint) -> Any:
         return getattr(library, name)
     except (AttributeError, ImportError, RuntimeError) as error:
         raise RunError(
-            f"{checkpoint.folder}: transformers {library.__version__} has no usable {name} ({_first_line(error)}); "
+            f"{checkpoint.folder}: transformers {library.__version__} has no usable {name} ({_one_line(error)}); "
             f"install a newer one: pip install -U transformers"
         ) from error
 
@@ -264,7 +269,7 @@ def _read_config(checkpoint: Checkpoint, kind: ModelKind) -> Any:
     try:
         return model_class.config_class.from_pretrained(checkpoint.folder, local_files_only=True)
     except (StrictDataclassError, OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
-        raise RunError(f"{checkpoint.folder}: transformers refuses config.json: {_first_line(error)}") from error
+        raise RunError(f"{checkpoint.folder}: transformers refuses config.json: {_one_line(error)}") from error
 
 
 def _preprocessor(checkpoint: Checkpoint) -> Mapping[str, Any]:
@@ -287,6 +292,6 @@ def _needs(checkpoint: Checkpoint, half: str, needed: bool) -> None:
         raise RunError(f"{checkpoint.folder}: has no {half} ({half}_config is null), which this task needs")
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return re.sub(r"\s+", " ", text.splitlines()[0]) if text else type(error).__name__
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]}…"
