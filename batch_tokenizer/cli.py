@@ -26,6 +26,7 @@ from batch_tokenizer.records import TASKS, RunError
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "status": ("batch_tokenizer.status", "show how far a run is, while it runs and after"),
     "verify": ("batch_tokenizer.verify", "prove that a run is complete and its outputs right"),
+    "codecs": ("batch_tokenizer.codecs_command", "list the families of codecs, or describe a checkpoint"),
 }
 
 log = logging.getLogger("batch_tokenizer")
