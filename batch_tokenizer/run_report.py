@@ -194,7 +194,8 @@ def _what_ran(run: Run) -> str:
     known["manifest"] = f"{run.manifest.path} ({len(run.manifest):,} rows)"
     known["starts of the job"] = len({rank.attempt for rank in run.ranks})
     if states:
-        known["last start"] = f"{sum(rank.attempt == last for rank in run.ranks)} processes, {', '.join(states)}"
+        count = sum(rank.attempt == last for rank in run.ranks)
+        known["last start"] = f"{count} process{'es' if count > 1 else ''}, {', '.join(states)}"
     return page.facts(known)
 
 
@@ -229,7 +230,7 @@ def _progress(run: Run) -> str:
     drawings = {"Hours of audio over time": _over_time(run.ranks)}
     if stages:
         drawings["Where time went"] = figures.bars(
-            "Seconds spent a stage", stages, "seconds, summed over processes, loader workers and threads"
+            "Seconds spent a stage", stages, "seconds, summed over processes and their workers"
         )
     return (
         page.charts(drawings)

@@ -74,7 +74,7 @@ def _inline(svg: str, title: str) -> str:
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
     width = float(re.search(r'viewBox="0 0 ([\d.]+)', svg)[1])  # type: ignore[index]
     label = html.escape(title)
-    return svg.replace("<svg", f'<svg role="img" aria-label="{label}" style="max-width:{width * 4 / 3:.0f}px"', 1)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{label}" style="width:{width * 4 / 3:.0f}px"', 1)
 
 
 def _number(text: str) -> int:
@@ -91,7 +91,7 @@ def histogram(title: str, values: npt.ArrayLike, label: str, *, color: str = BLU
         spread = float(np.ptp(numbers)) > 0
         axes.hist(numbers, bins=min(40, max(8, int(np.sqrt(len(numbers)) * 2))) if spread else 1, color=color)
         axes.axvline(float(numbers.mean()), color=_INK, linewidth=1, linestyle=":")
-        axes.set_title(f"mean {numbers.mean():.4g}, middle {np.median(numbers):.4g}, n = {len(numbers):,}")
+        axes.set_title(f"mean {numbers.mean():.4g}, median {np.median(numbers):.4g}, n = {len(numbers):,}")
         axes.set_xlabel(label)
         axes.set_ylabel("utterances")
         axes.yaxis.get_major_locator().set_params(integer=True)
@@ -115,7 +115,7 @@ def bars(title: str, values: Mapping[str, float], label: str, *, limits: Mapping
         axes.set_xlabel(label)
         axes.margins(x=0.15)
 
-    return figure(title, 6.4, 0.7 + 0.27 * max(1, len(names)), draw)
+    return figure(title, 4.6, 0.7 + 0.27 * max(1, len(names)), draw)
 
 
 def lines(title: str, series: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str) -> str:
@@ -131,7 +131,7 @@ def lines(title: str, series: Mapping[str, Sequence[tuple[float, float]]], x_lab
         if 1 < len(series) <= 10:
             axes.legend(fontsize=8)
 
-    return figure(title, 6.4, 2.8, draw)
+    return figure(title, 4.6, 2.8, draw)
 
 
 def recording(title: str, sound: Recording, *, peak: float) -> str:
@@ -155,22 +155,27 @@ def recording(title: str, sound: Recording, *, peak: float) -> str:
         above.set_yticks([])
         above.spines[["left", "bottom"]].set_visible(False)
         above.tick_params(bottom=False)
-        below.imshow(
-            mel, origin="lower", aspect="auto", cmap="magma", vmin=_MEL_RANGE[0], vmax=_MEL_RANGE[1],
-            extent=(0, sound.seconds, 0, len(mel)), interpolation="nearest",
-        )  # fmt: skip
+        draw_mel(below, mel, sound.seconds)
         below.set_xlabel("seconds")
-        below.set_ylabel("mel band")
 
-    return figure(title, 5.2, 2.6, draw)
+    return figure(title, 4.6, 2.6, draw)
 
 
-def token_matrix(drawing_axes: Any, codes: npt.NDArray[np.uint16], sizes: Sequence[int], frame_rate: float) -> None:
-    """Codes (T, K) as an image in an axes: time to the right, codebooks upward, each code's place in its codebook."""
+def draw_mel(axes: Any, mel: npt.NDArray[np.float32], seconds: float) -> None:
+    """A mel spectrogram (bands, frames) in dB as an image in matplotlib's axes."""
+    axes.imshow(
+        mel, origin="lower", aspect="auto", cmap="magma", vmin=_MEL_RANGE[0], vmax=_MEL_RANGE[1],
+        extent=(0, seconds, 0, len(mel)), interpolation="nearest",
+    )  # fmt: skip
+    axes.set_ylabel("mel band")
+
+
+def token_matrix(axes: Any, codes: npt.NDArray[np.uint16], sizes: Sequence[int], frame_rate: float) -> None:
+    """Codes (T, K) as an image in matplotlib's axes: time to the right, codebooks upward, each code by its place."""
     share = codes.T / np.maximum(1, np.array(sizes[: codes.shape[1]])[:, None] - 1)
-    drawing_axes.imshow(
+    axes.imshow(
         share, origin="lower", aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest",
         extent=(0, len(codes) / frame_rate, 0.5, codes.shape[1] + 0.5),
     )  # fmt: skip
-    drawing_axes.set_ylabel("codebook")
-    drawing_axes.set_xlabel("seconds")
+    axes.set_ylabel("codebook")
+    axes.set_xlabel("seconds")

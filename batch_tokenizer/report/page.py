@@ -56,13 +56,13 @@ tbody td, tbody th { white-space: nowrap; }
 .charts { display: flex; flex-wrap: wrap; gap: 1rem 1.6rem; align-items: flex-start; }
 figure { margin: 0 0 .6rem; flex: 0 1 auto; min-width: 0; }
 figcaption { font-size: .92rem; font-weight: 600; margin-bottom: .2rem; }
-svg { display: block; width: 100%; height: auto; }
+svg { display: block; max-width: 100%; height: auto; }
 svg text { font-family: inherit; }
-figure svg { min-width: min(100%, 17rem); }
 article { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .3rem 1rem 1rem;
   margin: 0 0 1.1rem; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: .4rem 1.4rem; }
 .pair > div { min-width: 0; }
+.pair svg { width: 100% !important; }
 .pair h4 { margin: .4rem 0 .1rem; font-size: .92rem; }
 @media (max-width: 720px) { .pair { grid-template-columns: 1fr; } .facts { grid-template-columns: 1fr; }
   .facts dd { margin-bottom: .45rem; } }

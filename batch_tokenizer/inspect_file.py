@@ -1,0 +1,149 @@
+"""``batch_tokenizer inspect FILE``: one recording through the codec, to see and hear what becomes of it.
+
+What leaves is a folder: ``KEY.json`` (the tokens, as a run writes them), ``KEY.wav`` (the reconstruction), ``KEY.png``
+(both spectrograms and the token matrix); and on the terminal the tokens' beginning and the scores.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from batch_tokenizer import __version__
+from batch_tokenizer.audio.loading import load_samples
+from batch_tokenizer.codecs.base import CodecInfo
+from batch_tokenizer.config import Device, Dtype
+from batch_tokenizer.quality.codebooks import bit_rate
+from batch_tokenizer.quality.metrics import METRICS, Scorer, Scores, mel_db
+from batch_tokenizer.quality.recordings import Recording, align
+from batch_tokenizer.reconstruction import check_num_quantizers, decode, encode, open_codec
+from batch_tokenizer.records import ManifestRow, RowError, RunError, TokenizedRow
+from batch_tokenizer.report.figures import draw_mel, token_matrix
+from batch_tokenizer.writers.publish import publish
+from batch_tokenizer.writers.token_json import token_json
+from batch_tokenizer.writers.wav_file import wav_bytes
+
+_FRAMES_PRINTED = 5
+_CODES_PRINTED = 20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    add = parser.add_argument
+    add("file", type=Path, help="an audio file")
+    add("--model_path", help="checkpoint folder or hub id; the bundled default when absent")
+    add("--num_quantizers", type=int, help="codebooks to use; all when absent")
+    add("--metrics", nargs="+", choices=list(METRICS), default=list(METRICS), metavar="METRIC",
+        help="of " + ", ".join(METRICS))  # fmt: skip
+    add("--speaker_model", default="auto", help="as in evaluate")
+    add("--device", choices=get_args(Device), default="auto")
+    add("--dtype", choices=get_args(Dtype), default="auto")
+    add("--out", type=Path, metavar="DIR", help="where results go; FILE's name with .inspect, here, when absent")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Does it and returns 0.
+
+    Raises:
+        RunError: the file or the checkpoint cannot be used, or the results not be written.
+    """
+    path: Path = arguments.file
+    codec = open_codec(arguments.model_path, arguments.device, arguments.dtype)
+    info = codec.info
+    wanted = () if arguments.num_quantizers is None else (arguments.num_quantizers,)
+    (num_quantizers,) = check_num_quantizers(wanted, info.num_codebooks)
+    out: Path = arguments.out or Path(f"{path.stem}.inspect")
+    try:
+        samples = load_samples(str(path), info.sample_rate, max_samples=info.max_samples)
+        codes = _result(encode(codec, [samples], num_quantizers))
+        made = _result(decode(codec, [codes]))
+        original, (reconstruction,) = align(samples, [made], info.sample_rate)
+        row = ManifestRow(0, "", path.stem, str(path), None, None, {"key": path.stem, "wav": str(path)})
+        about = {
+            "codec": info.family, "fingerprint": info.fingerprint, "sample_rate": info.sample_rate,
+            "frame_rate": info.frame_rate, "resampler": "reference", "version": __version__,
+        }  # fmt: skip
+        publish(str(out / f"{path.stem}.json"), token_json(TokenizedRow(row, codes, made, len(samples)), about))
+        publish(str(out / f"{path.stem}.wav"), wav_bytes(made, info.sample_rate))
+    except RowError as error:
+        raise RunError(error.reason) from error
+    scores = Scorer(tuple(name for name in METRICS if name in arguments.metrics), arguments.speaker_model).score(
+        original, reconstruction
+    )
+    picture = out / f"{path.stem}.png"
+    drawn = _draw(picture, original, reconstruction, codes, info)
+    for line in summary(path, info, codes, len(samples), scores):
+        print(line)
+    print(f"tokens: {out / path.stem}.json\nreconstruction: {out / path.stem}.wav")
+    print(f"picture: {picture}" if drawn else "picture: not drawn; pip install 'batch_tokenizer[report]'")
+    return 0
+
+
+def _result(results: list[Any]) -> Any:
+    """The only result."""
+    (result,) = results
+    if isinstance(result, RowError):
+        raise result
+    return result
+
+
+def summary(path: Path, info: CodecInfo, codes: npt.NDArray[np.uint16], num_samples: int, scores: Scores) -> list[str]:
+    """What there is to say, as lines of text."""
+    frames, used = codes.shape
+    sizes = info.codebook_sizes[:used]
+    lines = [
+        f"{path}: {num_samples / info.sample_rate:.2f} s at {info.sample_rate} Hz",
+        f"model {info.name} ({info.family}, fingerprint {info.fingerprint})",
+        f"{frames} frames of {used} codes, {info.frame_rate:g} frames a second, "
+        f"{bit_rate(sizes, info.frame_rate) / 1000:.2f} kbit/s",
+        "codes (a line a frame, codebook 1 first):",
+    ]
+    for frame in codes[:_FRAMES_PRINTED]:
+        more = " …" if used > _CODES_PRINTED else ""
+        lines.append("  " + " ".join(f"{code:4d}" for code in frame[:_CODES_PRINTED]) + more)
+    if frames > _FRAMES_PRINTED:
+        lines.append(f"  … {frames - _FRAMES_PRINTED} more")
+    lines.append("reconstruction against original:")
+    lines += [f"  {_label(name):<22}{value}" for name, value in _outcomes(scores).items()]
+    return lines
+
+
+def _outcomes(scores: Scores) -> Mapping[str, str]:
+    return {
+        name: f"{scores.values[name]:.{about.decimals}f}" if name in scores.values else scores.reasons[name]
+        for name, about in METRICS.items()
+        if name in scores.values or name in scores.reasons
+    }
+
+
+def _label(name: str) -> str:
+    about = METRICS[name]
+    return f"{about.label} ({about.unit})" if about.unit else about.label
+
+
+def _draw(path: Path, original: Recording, made: Recording, codes: npt.NDArray[np.uint16], info: CodecInfo) -> bool:
+    """The picture; False where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    drawing = Figure(figsize=(10, 7.5), layout="constrained", facecolor="white")
+    above, middle, below = drawing.subplots(3, 1, sharex=True)
+    for axes, title, recording in ((above, "original", original), (middle, "reconstruction", made)):
+        draw_mel(axes, mel_db(recording), recording.seconds)
+        axes.set_title(title, loc="left")
+    token_matrix(below, codes, info.codebook_sizes, info.frame_rate)
+    below.set_title(
+        f"codes: {codes.shape[0]} frames, {codes.shape[1]} codebooks (colour: place in the codebook)", loc="left"
+    )
+    below.set_xlim(0, original.seconds)
+    try:
+        drawing.savefig(path, dpi=110)
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {error.strerror}", exit_code=1) from error
+    return True
