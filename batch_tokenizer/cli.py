@@ -25,6 +25,9 @@ from batch_tokenizer.records import TASKS, RunError
 #: Subcommand to the module that has ``add_arguments(parser)`` and ``main(arguments) -> int``, and a line of help.
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "status": ("batch_tokenizer.status", "show how far a run is, while it runs and after"),
+    "evaluate": ("batch_tokenizer.evaluate", "score reconstructions against originals"),
+    "report": ("batch_tokenizer.run_report", "write a run's page: one HTML file with figures and audio"),
+    "inspect": ("batch_tokenizer.inspect_file", "put one audio file through the codec, and look"),
     "verify": ("batch_tokenizer.verify", "prove that a run is complete and its outputs right"),
     "codecs": ("batch_tokenizer.codecs_command", "list the families of codecs, or describe a checkpoint"),
 }
