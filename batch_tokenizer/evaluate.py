@@ -42,7 +42,7 @@ from batch_tokenizer.manifest import Manifest
 from batch_tokenizer.quality.aggregates import Group, group, markdown_table
 from batch_tokenizer.quality.codebooks import CodebookUse, bit_rate
 from batch_tokenizer.quality.metrics import METRICS, Scorer
-from batch_tokenizer.quality.recordings import align
+from batch_tokenizer.quality.recordings import Recording, align
 from batch_tokenizer.quality.speakers import SpeakerEncoder
 from batch_tokenizer.reconstruction import check_num_quantizers, decode, encode, open_codec, open_spec
 from batch_tokenizer.records import ManifestRow, RowError, RowFailure, RunError, Task
@@ -53,8 +53,6 @@ log = logging.getLogger(__name__)
 
 #: Utterances that are loaded, and go through the codec, together.
 _CHUNK = 16
-
-_SEED = 1986
 
 #: Fields of a row that are files, not facts about the utterance.
 _PATH_FIELDS = ("wav", "quantized_tokens", "reconstructed_wav")
@@ -69,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("run_dir", type=Path, nargs="?", help="a run folder: score what the run made")
     add("--data_list", type=Path, help="a manifest: put its audio through the codec; with RUN_DIR, the run's manifest")
     add("--model_path", help="checkpoint folder or hub id; the run's, or the bundled default, when absent")
-    add("--sample", type=int, metavar="N", help="score N utterances, drawn at random; all when absent")
+    add("--sample", type=int, metavar="N", help="score N utterances, as good as drawn by lot; all when absent")
     add("--by", metavar="FIELD", help="a row of the table for each value of this field of the manifest's rows")
     add("--num_quantizers", type=int, nargs="+", default=[], metavar="K", help="numbers of codebooks to decode from")
     add("--metrics", nargs="+", choices=list(METRICS), default=list(DEFAULT_METRICS), metavar="METRIC",
@@ -263,7 +261,12 @@ def read_run(run_dir: Path) -> dict[str, Any]:
     return settings
 
 
-def _source(request: Request) -> Source:
+def open_source(request: Request) -> Source:
+    """What the request speaks of.
+
+    Raises:
+        RunError: the run folder, the manifest or the checkpoint cannot be used, or do not fit together.
+    """
     if request.run_dir is None:
         assert request.data_list is not None
         codec = open_codec(request.model_path, request.device, request.dtype)
@@ -492,6 +495,33 @@ def _results(jobs: Iterator[Job | dict[str, Any]], request: Request, workers: in
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+def recordings(source: Source, row: ManifestRow) -> tuple[Recording, Recording]:
+    """A row's original and its reconstruction from the most codebooks asked for, to look at and listen to.
+
+    Raises:
+        RowError: one of them cannot be had.
+    """
+    if row.wav is None:
+        raise RowError("load", "the row has no wav to compare with")
+    original = load_samples(row.wav, source.sample_rate, source.resampler)
+    most = source.num_quantizers[-1]
+    made: Any
+    if source.codec is None:
+        if row.reconstructed_wav is None:
+            raise RowError("load", "the row has no reconstructed_wav")
+        made = load_samples(row.reconstructed_wav, source.sample_rate, "soxr")
+    else:
+        loaded = _load(source, row)
+        (codes,) = encode(source.codec, [loaded], most) if source.run_settings is None else [loaded[:, :most]]
+        if isinstance(codes, RowError):
+            raise codes
+        (made,) = decode(source.codec, [np.ascontiguousarray(codes)])
+        if isinstance(made, RowError):
+            raise made
+    reference, (reconstruction,) = align(original, [made], source.sample_rate)
+    return reference, reconstruction
+
+
 # --------------------------------------------------------------------------------------------------------------- files
 
 
@@ -565,13 +595,16 @@ def _agree_on_settings(folder: Path, settings: Mapping[str, Any], overwrite: boo
 # ------------------------------------------------------------------------------------------------------------ evaluate
 
 
-def evaluate(request: Request) -> Evaluation:
+def evaluate(request: Request, source: Source | None = None) -> Evaluation:
     """Scores what has no score yet, and writes the folder's tables.
+
+    Args:
+        source: of this request, where it is open already.
 
     Raises:
         RunError: there is nothing to score, or it cannot be scored this way.
     """
-    source = _source(request)
+    source = source or open_source(request)
     if not len(source.lines):
         raise RunError("there is nothing to score: no row is done")
     folder = request.folder
@@ -579,8 +612,9 @@ def evaluate(request: Request) -> Evaluation:
     settings = {"fingerprint": source.fingerprint, "resampler": source.resampler, "speaker_model": speaker}
     _agree_on_settings(folder, settings, request.overwrite)
 
-    # A permutation's beginning: a larger sample holds the smaller one, so nothing is scored twice.
-    order = np.random.default_rng(_SEED).permutation(len(source.lines))[: request.sample]
+    # By digest, which is as good as chance: a larger sample holds the smaller one, and rows that the run did since
+    # then leave most of it as it was, so little is scored twice.
+    order = np.argsort(source.manifest.digests[source.lines], kind="stable")[: request.sample]
     chosen = np.sort(source.lines[order])
     digests = {int(line): f"{int(source.manifest.digests[line]):016x}" for line in chosen}
     path = folder / "utterances.jsonl"
@@ -590,6 +624,11 @@ def evaluate(request: Request) -> Evaluation:
     if left:
         _score_all(source, left, request, folder, path)
     return _conclude(source, request, folder, settings, digests)
+
+
+def num_scored(folder: Path) -> int:
+    """Utterances that an earlier command scored into ``folder``."""
+    return len({record["digest"] for record in _read_lines(folder / "utterances.jsonl") if "scores" in record})
 
 
 def _scored(path: Path, digests: Mapping[int, str], scorer: Scorer) -> dict[tuple[int, int], dict[str, Any]]:

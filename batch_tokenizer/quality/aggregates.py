@@ -12,6 +12,7 @@ import numpy as np
 from batch_tokenizer.quality.metrics import METRICS
 
 _RESAMPLES = 1000
+_DRAWS_AT_ONCE = 1 << 20
 _SEED = 1986
 
 ALL = "all"
@@ -42,7 +43,13 @@ def estimate(values: Sequence[float]) -> Estimate:
     if len(numbers) < 3:
         return Estimate(mean, None, None, len(numbers))
     generator = np.random.default_rng(_SEED)
-    means = [numbers[generator.integers(len(numbers), size=len(numbers))].mean() for _ in range(_RESAMPLES)]
+    block = max(1, min(_RESAMPLES, _DRAWS_AT_ONCE // len(numbers)))
+    means = np.concatenate(
+        [
+            numbers[generator.integers(len(numbers), size=(min(block, _RESAMPLES - done), len(numbers)))].mean(axis=1)
+            for done in range(0, _RESAMPLES, block)
+        ]
+    )
     low, high = np.percentile(means, [2.5, 97.5])
     return Estimate(mean, float(low), float(high), len(numbers))
 
