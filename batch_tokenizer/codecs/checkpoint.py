@@ -31,6 +31,9 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
 )
 
+#: Where ``Checkpoint.config`` names the ONNX graphs of a folder that has no torch weights.
+GRAPHS_KEY = "onnx_graphs"
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 #: Bytes of weights that are mapped at a time.
@@ -62,7 +65,7 @@ def find_checkpoint(model_path: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model_path, allow_patterns=["*.json", "*.safetensors", "*.bin", "*.onnx*"]))
+        return Path(snapshot_download(model_path, allow_patterns=["*.json", "*.safetensors", "*.bin", "*.onnx*", "*.data"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RunError(
@@ -74,12 +77,12 @@ def find_checkpoint(model_path: str | None) -> Path:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint folder that has a readable ``config.json``.
+    """A checkpoint folder that has a readable ``config.json``, or graphs, beside which it may be absent.
 
     Attributes:
         folder: where it is.
         name: the last part of what the user called it.
-        config: the mapping in ``config.json``.
+        config: the mapping in ``config.json``; of a folder with graphs and no torch weights also their names.
     """
 
     folder: Path
@@ -96,8 +99,10 @@ class Checkpoint:
         folder = find_checkpoint(model_path)
         name = "default" if model_path is None else Path(model_path).expanduser().resolve().name
         path = folder / "config.json"
+        has_weights = any((folder / weights).is_file() for weights in WEIGHT_FILES)
+        graphs = [] if has_weights else sorted(graph.name for graph in folder.glob("*.onnx"))
         try:
-            config = json.loads(path.read_text(encoding="utf-8"))
+            config = json.loads(path.read_text(encoding="utf-8")) if path.exists() or not graphs else {}
         except FileNotFoundError as error:
             raise RunError(f"{folder}: has no config.json, so it is no checkpoint") from error
         except NotADirectoryError as error:
@@ -108,7 +113,7 @@ class Checkpoint:
             raise RunError(f"{path}: is not JSON: {error}") from error
         if not isinstance(config, dict):
             raise RunError(f"{path}: must hold a JSON object, holds a {type(config).__name__}")
-        return cls(folder=folder, name=name, config=config)
+        return cls(folder=folder, name=name, config=config | {GRAPHS_KEY: graphs} if graphs else config)
 
     @cached_property
     def weight_files(self) -> tuple[Path, ...]:

@@ -38,6 +38,7 @@ class Family(Protocol):
 
 #: Family name to module. Modules are imported when a checkpoint is opened, in this order.
 FAMILIES: Mapping[str, str] = {
+    "moss_onnx": "batch_tokenizer.codecs.onnx.codec",
     "mimo": "batch_tokenizer.codecs.mimo.codec",
     "moss": "batch_tokenizer.codecs.moss.codec",
     "transformers": "batch_tokenizer.codecs.hf.codec",

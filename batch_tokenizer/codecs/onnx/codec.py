@@ -1,0 +1,423 @@
+"""ONNX graphs behind the codec protocol: a folder of graphs in, codes and samples out.
+
+Each utterance goes through alone, so a result cannot depend on a batch; on a CPU several go side by side, a thread
+each. Long utterances go through our own step graphs in pieces, exactly and in memory that does not grow. Published
+graphs keep no past: they decode long utterances in pieces with context before each, and refuse to encode very long
+ones, as tokens from pieces would not be those of the whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from batch_tokenizer.codecs.base import Codec, CodecInfo, CodecSpec
+from batch_tokenizer.codecs.checkpoint import GRAPHS_KEY, Checkpoint
+from batch_tokenizer.codecs.onnx.graph_file import GraphFile
+from batch_tokenizer.codecs.onnx.layouts import PREFIX, Layout, Role, by_role
+from batch_tokenizer.codecs.onnx.session import Session
+from batch_tokenizer.records import RunError, Task
+
+log = logging.getLogger(__name__)
+
+Samples = npt.NDArray[np.float32]
+Codes = npt.NDArray[np.uint16]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Layouts = Mapping[Role, Layout]
+
+#: Seconds of audio above which an utterance goes through in pieces.
+PIECES_ABOVE_SECONDS = 60.0
+
+#: Seconds of audio of a piece that goes through a step graph.
+STEP_SECONDS = 10.0
+
+#: Seconds of audio that a published encoder takes: its attention's memory grows with the square of the length.
+LONGEST_SECONDS = 120.0
+
+#: A piece of a published decoder's is as long as what goes through whole, and this part of it is context.
+CONTEXT_SHARE = 1 / 3
+
+_ROLES: Mapping[Task, tuple[Role, ...]] = {
+    "wav2token": ("encoder",),
+    "token2wav": ("decoder",),
+    "wav2token2wav": ("encoder", "decoder"),
+}
+
+
+def recognises(config: Mapping[str, Any]) -> bool:
+    """A folder with graphs and without torch weights."""
+    return GRAPHS_KEY in config
+
+
+@dataclass(frozen=True)
+class OnnxSpec(CodecSpec):
+    """A folder of graphs. Features are the samples themselves, (1, S).
+
+    Attributes:
+        layouts: how to run each graph.
+        faults: why graphs of the folder that are of no known layout are not.
+    """
+
+    info: CodecInfo
+    layouts: Layouts
+    faults: tuple[str, ...] = ()
+
+    def features(self, samples: Samples) -> Samples:
+        return np.asarray(samples, dtype=np.float32)[None]
+
+    def num_frames(self, num_samples: int) -> int:
+        return -(-num_samples // self.info.samples_per_frame)
+
+    def num_output_samples(self, num_frames: int) -> int:
+        return num_frames * self.info.samples_per_frame
+
+
+def open_spec(checkpoint: Checkpoint) -> OnnxSpec:
+    """Reads the graphs, and a sample of their weights for the fingerprint.
+
+    Raises:
+        RunError: no graph is of a known layout, a file that one needs is absent, or a size is not known.
+    """
+    graphs = {name: GraphFile.open(checkpoint.folder / name) for name in checkpoint.config[GRAPHS_KEY]}
+    sizes = _Sizes.read(checkpoint, graphs)
+    layouts, faults = by_role(graphs.values(), sizes.num_codebooks)
+    if not layouts:
+        raise RunError("; ".join(faults))
+    used = {role: graphs[layout.path.name] for role, layout in layouts.items()}
+    for graph in used.values():
+        graph.check_external_files()
+    ours = [layout for layout in layouts.values() if layout.source == "ours"]
+    if ours and len(ours) < len(layouts):
+        raise RunError(f"{checkpoint.folder}: has our own graphs and others; leave one kind in the folder")
+    if ours:
+        info = _our_info(checkpoint, list(used.values()))
+    else:
+        sample_rate, samples_per_frame, codebook_sizes = sizes.complete(layouts, used)
+        digests = [graph.digest().hex() for _, graph in sorted(used.items())]
+        text = json.dumps([sample_rate, samples_per_frame, codebook_sizes, digests])
+        info = CodecInfo(
+            family="moss_onnx",
+            name=checkpoint.name,
+            sample_rate=sample_rate,
+            samples_per_frame=samples_per_frame,
+            codebook_sizes=codebook_sizes,
+            fingerprint=hashlib.sha256(text.encode()).hexdigest()[:32],
+            max_samples=int(LONGEST_SECONDS * sample_rate),
+        )
+    return OnnxSpec(info=info, layouts=layouts, faults=tuple(faults))
+
+
+def load_codec(
+    checkpoint: Checkpoint,
+    spec: CodecSpec,
+    *,
+    task: Task,
+    device: torch.device,
+    dtype: torch.dtype,
+    attention: str,
+    threads: int,
+) -> OnnxCodec:
+    """The graphs that ``task`` needs. See ``registry.Family``. What they compute in, they say themselves."""
+    spec = cast(OnnxSpec, spec)
+    for role in _ROLES[task]:
+        if role not in spec.layouts:
+            reasons = f" ({'; '.join(spec.faults)})" if spec.faults else ""
+            raise RunError(f"{checkpoint.folder}: {task} needs an {role} graph, and there is none{reasons}")
+    if dtype != torch.float32:
+        log.info("the graphs compute in the types that they were exported with; --dtype changes nothing")
+    return OnnxCodec(spec, _ROLES[task], device, threads)
+
+
+class OnnxCodec(Codec):
+    """Graphs in onnxruntime.
+
+    Attributes:
+        pieces_above: token frames; a longer utterance goes through in pieces.
+        step: token frames of a piece that goes through a step graph.
+    """
+
+    def __init__(self, spec: OnnxSpec, roles: Sequence[Role], device: torch.device, threads: int = 1) -> None:
+        self.spec = spec
+        self._device = device
+        # As with torch models, a thread an utterance, so that results do not depend on how many cores there are.
+        self._threads_a_call = 1 if device.type == "cpu" else threads
+        self._pool = ThreadPoolExecutor(threads, "codec") if device.type == "cpu" and threads > 1 else None
+        self._lock = threading.Lock()
+        self._sessions: dict[Role, Session] = {}
+        self._measured = False
+        for role in roles:
+            self._session(role)
+        rate = spec.info.frame_rate
+        self.pieces_above = max(3, int(PIECES_ABOVE_SECONDS * rate))
+        self.step = max(1, int(STEP_SECONDS * rate))
+
+    def encode(self, features: Sequence[Samples], num_quantizers: int) -> list[Codes]:
+        if not 1 <= num_quantizers <= self.info.num_codebooks:
+            raise ValueError(
+                f"{num_quantizers} codebooks asked for: this checkpoint has 1 to {self.info.num_codebooks}"
+            )
+        return self._each(lambda samples: self._encode(samples[0], num_quantizers), features, lambda f: f.shape[1])
+
+    def decode(self, codes: Sequence[Codes]) -> list[Samples]:
+        for index, code in enumerate(codes):
+            self._check_codes(code, f"utterance {index}")
+        return self._each(self._decode, codes, len)
+
+    def seam_error(self, codes: Codes) -> float:
+        """Greatest difference between audio decoded in pieces and in one pass, where a piece begins.
+
+        Args:
+            codes: (T, K), T >= 3; as long as a pass may be.
+        """
+        frames, context = len(codes), int(len(codes) * CONTEXT_SHARE)
+        size = self.info.samples_per_frame
+        whole = self._decode_pass(codes)[(frames - context) * size :]
+        piece = self._decode_pass(codes[frames - 2 * context :])[context * size :]
+        return float(np.abs(whole - piece).max())
+
+    def _each(
+        self, compute: Callable[[Item], Result], items: Sequence[Item], length: Callable[[Item], int]
+    ) -> list[Result]:
+        """``compute`` of each, in order; side by side on a CPU, the longest begun first."""
+        if self._pool is None:
+            return [compute(item) for item in items]
+        order = sorted(range(len(items)), key=lambda index: -length(items[index]))
+        done = dict(zip(order, self._pool.map(compute, [items[index] for index in order]), strict=True))
+        return [done[index] for index in range(len(items))]
+
+    def _session(self, role: Role) -> Session:
+        """The graph's session, loaded when it is first needed: steps are for long utterances only."""
+        with self._lock:
+            if role not in self._sessions:
+                self._sessions[role] = Session(self.spec.layouts[role].path, self._device, self._threads_a_call)
+            return self._sessions[role]
+
+    def _encode(self, samples: Samples, num_quantizers: int) -> Codes:
+        frames = self.spec.num_frames(len(samples))
+        count = np.array(num_quantizers, dtype=np.int64)
+        if frames > self.pieces_above and "encoder_step" in self.spec.layouts:
+            size = self.step * self.info.samples_per_frame
+            pieces = (samples[None, start : start + size] for start in range(0, len(samples), size))
+            codes = np.concatenate(
+                self._in_steps("encoder_step", "audio", pieces, "codes", {"num_quantizers": count}), axis=2
+            )[0].T
+        elif self.spec.layouts["encoder"].source == "ours":
+            feeds = {"audio": samples[None], "lengths": np.array([len(samples)]), "num_quantizers": count}
+            codes = self._session("encoder")(feeds, ["codes"])[0][0][0].T
+        else:
+            codes = self._encode_published(samples, frames, num_quantizers)
+        return self._checked_codes(codes, frames, num_quantizers)
+
+    def _encode_published(self, samples: Samples, frames: int, num_quantizers: int) -> npt.NDArray[np.int64]:
+        """(T, K) of a graph that may not count an utterance's last frame unless it is whole."""
+        layout = self.spec.layouts["encoder"]
+        padded = np.zeros((1, 1, frames * self.info.samples_per_frame), dtype=np.float32)
+        padded[0, 0, : len(samples)] = samples
+        feeds = {"input_values": padded, **self._count(layout, num_quantizers)}
+        codes = self._session("encoder")(feeds, ["audio_codes"])[0][0]
+        if codes.ndim != 3 or codes.shape[layout.axes.index("B")] != 1:
+            raise RunError(f"{layout.path}: gave codes of shape {codes.shape} for one utterance", exit_code=1)
+        by_frame: npt.NDArray[np.int64] = codes.transpose([layout.axes.index(axis) for axis in "BTK"])[0]
+        return by_frame[:frames, :num_quantizers]
+
+    def _checked_codes(self, codes: npt.NDArray[np.int64], frames: int, num_quantizers: int) -> Codes:
+        path = self.spec.layouts["encoder"].path
+        if codes.shape != (frames, num_quantizers):
+            raise RunError(
+                f"{path}: gave {codes.shape[0]} frames of {codes.shape[1]} codebooks where {frames} of {num_quantizers} "
+                f"are due; check sampling_rate and downsample_rate in config.json",
+                exit_code=1,
+            )
+        sizes = np.array(self.info.codebook_sizes[:num_quantizers])
+        if (codes < 0).any() or (codes >= sizes).any():
+            raise RunError(f"{path}: gave a code outside its codebook; check codebook_size in config.json", exit_code=1)
+        return np.ascontiguousarray(codes, dtype=np.uint16)
+
+    def _decode(self, codes: Codes) -> Samples:
+        frames = len(codes)
+        if frames <= self.pieces_above:
+            return self._decode_pass(codes)
+        if "decoder_step" in self.spec.layouts:
+            table = codes.T[None].astype(np.int64)
+            pieces = (table[:, :, start : start + self.step] for start in range(0, frames, self.step))
+            return np.concatenate(self._in_steps("decoder_step", "codes", pieces, "audio", {}), axis=1)[0]
+        if self.spec.layouts["decoder"].source == "ours":
+            return self._decode_pass(codes)  # its memory grows with the length only
+        self._report_seams(codes)
+        context = int(self.pieces_above * CONTEXT_SHARE)
+        fresh, size = self.pieces_above - context, self.info.samples_per_frame
+        parts = [self._decode_pass(codes[: self.pieces_above])]
+        for start in range(self.pieces_above, frames, fresh):
+            parts.append(self._decode_pass(codes[start - context : start + fresh])[context * size :])
+        return np.concatenate(parts)
+
+    def _report_seams(self, codes: Codes) -> None:
+        """Once, on the first utterance that needs pieces: how far they are from one pass."""
+        with self._lock:
+            if self._measured:
+                return
+            self._measured = True
+        error = self.seam_error(codes[: self.pieces_above])
+        rate = self.info.frame_rate
+        log.warning(
+            "utterances above %.0f s are decoded in pieces with %.0f s of context, as these graphs keep no past: where "
+            "pieces join, samples differ from one pass by at most %.1e; graphs of `onnx export` are exact",
+            self.pieces_above / rate,
+            int(self.pieces_above * CONTEXT_SHARE) / rate,
+            error,
+        )
+
+    def _decode_pass(self, codes: Codes) -> Samples:
+        """One run of the decoder over codes (T, K')."""
+        layout, (frames, used) = self.spec.layouts["decoder"], codes.shape
+        if layout.source == "ours":
+            feeds: dict[str, Any] = {"codes": codes.T[None].astype(np.int64), "code_lengths": np.array([frames])}
+        else:
+            wide = codes
+            if layout.fixed_codebooks is not None and used < layout.fixed_codebooks:
+                if "n_quantizers" not in layout.dtypes:
+                    raise RunError(
+                        f"{layout.path}: decodes {layout.fixed_codebooks} codebooks and no fewer, these codes have "
+                        f"{used}; use a graph with that axis free, or `onnx export`"
+                    )
+                wide = np.pad(codes, ((0, 0), (0, layout.fixed_codebooks - used)))
+            by_axis = wide[None].transpose(["BTK".index(axis) for axis in layout.axes])
+            feeds = {"audio_codes": by_axis.astype(layout.dtypes["audio_codes"]), **self._count(layout, used)}
+        audio = self._session("decoder")(feeds, ["audio"])[0][0].reshape(-1)
+        if len(audio) != self.spec.num_output_samples(frames):
+            raise RunError(
+                f"{layout.path}: gave {len(audio)} samples for {frames} frames, {self.spec.num_output_samples(frames)} are "
+                "due; check downsample_rate in config.json, and that the graph is mono",
+                exit_code=1,
+            )
+        return audio.astype(np.float32, copy=False)
+
+    def _count(self, layout: Layout, num_quantizers: int) -> dict[str, npt.NDArray[Any]]:
+        """The input for the number of codebooks, if the graph has one."""
+        if "n_quantizers" not in layout.dtypes:
+            return {}
+        value = np.array(num_quantizers, dtype=layout.dtypes["n_quantizers"])
+        return {"n_quantizers": value.reshape(layout.count_shape)}
+
+    def _in_steps(
+        self, role: Role, name: str, pieces: Any, output: str, more: Mapping[str, npt.NDArray[Any]]
+    ) -> list[npt.NDArray[Any]]:
+        """Outputs of a step graph over the pieces of one utterance; its past stays on the device."""
+        session, layout = self._session(role), self.spec.layouts[role]
+        past = [session.to_device(np.zeros(shape, dtype=np.float32)) for shape in layout.past]
+        present = [f"present_{index}" for index in range(len(past))]
+        results, frames = [], 0
+        for piece in pieces:
+            feeds = {
+                name: np.ascontiguousarray(piece),
+                "frames_before": np.array([frames]),
+                **more,
+                **{f"past_{index}": value for index, value in enumerate(past)},
+            }
+            (result,), past = session(feeds, [output], present)
+            results.append(result)
+            frames += self.step
+        return results
+
+    def _check_codes(self, code: Codes, name: str) -> None:
+        """Graphs take codes that are out of range in silence."""
+        if code.ndim != 2 or not len(code) or not 1 <= code.shape[1] <= self.info.num_codebooks:
+            raise ValueError(
+                f"{name}: codes have shape {code.shape}, must be (T >= 1, 1 to {self.info.num_codebooks})"
+            )
+        if (code < 0).any() or (code >= np.array(self.info.codebook_sizes[: code.shape[1]])).any():
+            raise ValueError(f"{name}: a code is negative or not below its codebook's size")
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """What ``config.json`` beside published graphs says; None where it does not."""
+
+    folder: Any
+    sample_rate: int | None
+    samples_per_frame: int | None
+    num_codebooks: int | None
+    codebook_size: int | None
+
+    @classmethod
+    def read(cls, checkpoint: Checkpoint, graphs: Mapping[str, GraphFile]) -> _Sizes:
+        config = checkpoint.config
+        quantizer = config.get("quantizer_kwargs")
+        quantizer = quantizer if isinstance(quantizer, Mapping) else {}
+        rate = config.get("sampling_rate", config.get("sample_rate"))
+        values = {
+            "sample_rate": ("sampling_rate", rate),
+            "samples_per_frame": ("downsample_rate", config.get("downsample_rate")),
+            "num_codebooks": ("quantizer_kwargs.num_quantizers", quantizer.get("num_quantizers")),
+            "codebook_size": ("quantizer_kwargs.codebook_size", quantizer.get("codebook_size")),
+        }
+        for key, value in values.values():
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise RunError(f"{checkpoint.folder}/config.json: {key} = {value!r}: must be a whole number above 0")
+        return cls(checkpoint.folder, **{name: value for name, (_, value) in values.items()})
+
+    def complete(
+        self, layouts: Layouts, graphs: Mapping[Role, GraphFile]
+    ) -> tuple[int, int, tuple[int, ...]]:
+        """Sample rate, samples per frame and codebook sizes, from here and from the graphs.
+
+        Raises:
+            RunError: one is not known, or they disagree.
+        """
+        books = {self.num_codebooks, *(layout.fixed_codebooks for layout in layouts.values())} - {None}
+        rows = {self.codebook_size} - {None} or {graph.codebook_rows() for graph in graphs.values()} - {None}
+        if len(books) > 1 or len(rows) > 1:
+            raise RunError(f"{self.folder}: its graphs disagree on the codebooks: {books or ''} of {rows or ''}")
+        unknown = [
+            key
+            for key, value in (
+                ("sampling_rate", self.sample_rate),
+                ("downsample_rate", self.samples_per_frame),
+                ("quantizer_kwargs.num_quantizers", books),
+                ("quantizer_kwargs.codebook_size", rows),
+            )
+            if not value
+        ]
+        if unknown or self.sample_rate is None or self.samples_per_frame is None:
+            raise RunError(
+                f"{self.folder}: the graphs do not tell {', '.join(unknown)}; put the config.json of the torch "
+                "checkpoint, or one with these keys, beside them"
+            )
+        (size,), (count,) = rows, books
+        assert size is not None and count is not None
+        if size > 65536:
+            raise RunError(f"{self.folder}: codebooks of {size} rows, at most 65536 can be written")
+        return self.sample_rate, self.samples_per_frame, (size,) * count
+
+
+def _our_info(checkpoint: Checkpoint, graphs: Sequence[GraphFile]) -> CodecInfo:
+    """From our own graphs' metadata. The fingerprint is that of the model exported: the tokens are the same."""
+    described = [
+        {key: graph.metadata.get(f"{PREFIX}{key}") for key in ("sample_rate", "samples_per_frame", "codebook_sizes",
+                                                              "fingerprint")}
+        for graph in graphs
+    ]  # fmt: skip
+    if any(one != described[0] for one in described):
+        raise RunError(f"{checkpoint.folder}: its graphs were exported from different checkpoints; export them again")
+    try:
+        values = {key: json.loads(described[0][key] or "") for key in ("sample_rate", "samples_per_frame")}
+        sizes = tuple(json.loads(described[0]["codebook_sizes"] or ""))
+        fingerprint = described[0]["fingerprint"]
+        if not fingerprint or not all(type(value) is int and value > 0 for value in (*values.values(), *sizes)):
+            raise ValueError
+    except (ValueError, TypeError) as error:
+        raise RunError(f"{graphs[0].path}: its metadata is incomplete; export it again") from error
+    return CodecInfo(
+        family="moss_onnx", name=checkpoint.name, codebook_sizes=sizes, fingerprint=fingerprint, **values
+    )
