@@ -180,7 +180,50 @@ def test_chunks_that_end_inside_their_overlap_cannot_be_decoded() -> None:
         chunks.output_samples(32)
 
 
-def test_published_sizes_of_neucodec() -> None:
+@pytest.mark.parametrize(
+    ("kind", "config", "quantizers", "hop", "frames", "samples"),
+    [
+        ("mimi", {}, 32, 1920, 125, 240_000),
+        ("encodec", {}, 32, 320, 750, 240_000),
+        (
+            "encodec",
+            {
+                "target_bandwidths": [2.2], "sampling_rate": 32000, "upsampling_ratios": [8, 5, 4, 4],
+                "codebook_size": 2048,
+            },
+            4, 640, 500, 320_000,
+        ),
+        ("dac", {"sampling_rate": 44100}, 9, 512, 861, 440_832),
+        ("xcodec", {}, 8, 320, 500, 160_000),
+        (
+            "higgs_audio_v2_tokenizer",
+            {
+                "target_bandwidths": [0.5, 1, 1.5, 2],
+                "acoustic_model_config": {
+                    "model_type": "dac", "downsampling_ratios": [8, 5, 4, 2, 3], "upsampling_ratios": [8, 5, 4, 2, 3],
+                },
+            },
+            8, 960, 250, 240_000,
+        ),
+        ("xcodec2", {}, 1, 320, 501, 160_320),
+        ("neucodec", {}, 1, 320, 500, 240_000),
+    ],
+)  # fmt: skip
+def test_published_sizes(
+    kind: str, config: dict[str, Any], quantizers: int, hop: int, frames: int, samples: int
+) -> None:
+    """Ten seconds of audio, at the sizes of the published checkpoints."""
+    adapter = hf.KINDS[kind]
+    opened = getattr(transformers, adapter.model_class).config_class(**config)
+    lengths = adapter.lengths(opened, {})
+    ten_seconds = 10 * adapter.sample_rates(opened)[0]
+    assert (len(adapter.codebook_sizes(opened)), lengths.hop) == (quantizers, hop)
+    assert lengths.input_length(ten_seconds) == ten_seconds
+    assert lengths.frames(ten_seconds) == frames
+    assert lengths.output_samples(frames) == samples
+
+
+def test_short_inputs_of_neucodec() -> None:
     strides = [Conv(2 * stride, stride, -(-stride // 2)) for stride in (2, 2, 4, 4, 5)]
     lengths = SpectrumAndWaveform(320, 320, tuple(strides), 0, 400, 160, trims=True, output_hop=480)
     assert [lengths.input_length(samples) for samples in (1, 319, 320, 16000)] == [320, 320, 320, 16000]

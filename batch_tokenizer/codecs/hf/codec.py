@@ -95,7 +95,8 @@ def open_spec(checkpoint: Checkpoint) -> HfSpec:
         lengths = kind.lengths(config, settings)
         input_rate, output_rate = kind.sample_rates(config)
         sizes = kind.codebook_sizes(config)
-        lengths.input_length(1)
+        for num_samples in (1, *range(8 * lengths.hop, 9 * lengths.hop)):  # lengths repeat themselves with each frame
+            lengths.input_length(num_samples)
         channels = int(getattr(config, "audio_channels", 1))
     except RunError as error:
         raise RunError(f"{checkpoint.folder}: {error}") from error
