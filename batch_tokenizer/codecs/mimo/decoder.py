@@ -98,7 +98,8 @@ class SpectrumHead(nn.Module):
     def forward(self, rows: Tensor, segments: Segments) -> tuple[Tensor, Segments]:
         """(N, vocoder_dim) to float32 samples on a tight axis."""
         log_magnitude, phase = self.out(rows).float().chunk(2, dim=1)
-        spectrum = torch.polar(log_magnitude.exp().clamp(max=100.0), phase)
+        magnitude = log_magnitude.exp().clamp(max=100.0)
+        spectrum = torch.complex(magnitude * phase.cos(), magnitude * phase.sin())
         return self.istft(spectrum, segments, self.hop, self.trim)
 
 
