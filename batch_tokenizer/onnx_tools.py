@@ -1,15 +1,15 @@
 """The command ``onnx``: export a checkpoint as graphs, check graphs, describe a graph.
 
-    batch_tokenizer onnx export --model_path M --out DIR     graphs of a MOSS checkpoint
-    batch_tokenizer onnx check DIR [--model_path M]          valid, complete, and equal to the checkpoint in PyTorch
-    batch_tokenizer onnx info FILE_OR_DIR                    inputs, outputs, opset, producer, sizes, metadata
+batch_tokenizer onnx export --model_path M --out DIR     graphs of a MOSS checkpoint
+batch_tokenizer onnx check DIR [--model_path M]          valid, complete, and equal to the checkpoint in PyTorch
+batch_tokenizer onnx info FILE_OR_DIR                    inputs, outputs, opset, producer, sizes, metadata
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +128,8 @@ def _check(folder: Path, model_path: str | None) -> int:
         ):  # fmt: skip
             raise RunError(f"{model_path}: has another sample rate, frame or codebooks than the graphs in {folder}")
     report = _Report()
+    sessions: dict[Role, Session] = {role: Session(layout.path, torch.device("cpu"), threads=1) for role, layout in spec.layouts.items()
+                if layout.source == "ours" and role in ("encoder", "decoder")}  # fmt: skip
     waves = _waves(spec.info.sample_rate, spec.info.samples_per_frame)
     features = [spec.features(wave) for wave in waves]
     for count in sorted({spec.info.num_codebooks, max(1, spec.info.num_codebooks // 2), 1}, reverse=True):
@@ -137,8 +139,8 @@ def _check(folder: Path, model_path: str | None) -> int:
         if torch_codec is not None:
             report.codes(f"codes alone, {name}", codes, wanted)
             _decode_alone(report, name, codec, torch_codec, wanted)
-        if spec.layouts["encoder"].source == "ours":
-            _check_batch(report, codec, waves, wanted, count)
+        if sessions:
+            _check_batch(report, sessions, waves, wanted, codec.decode(wanted))
     if "decoder_step" in spec.layouts and "encoder_step" in spec.layouts:
         _check_steps(report, codec)
     elif spec.layouts["decoder"].source != "ours":
@@ -153,7 +155,9 @@ class _Report:
     def __init__(self) -> None:
         self.good = True
 
-    def codes(self, name: str, found: Sequence[npt.NDArray[np.generic]], wanted: Sequence[npt.NDArray[np.generic]]) -> None:
+    def codes(
+        self, name: str, found: Sequence[npt.NDArray[np.generic]], wanted: Sequence[npt.NDArray[np.generic]]
+    ) -> None:
         """The share of codes that are equal."""
         if any(one.shape != other.shape for one, other in zip(found, wanted, strict=True)):
             self._say(name, "numbers of frames differ", False)
@@ -190,32 +194,27 @@ def _decode_alone(
 
 def _check_batch(
     report: _Report,
-    codec: onnx_codec.OnnxCodec,
+    sessions: Mapping[Role, Session],
     waves: Sequence[npt.NDArray[np.float32]],
-    wanted: Sequence[npt.NDArray[np.uint16]],
-    count: int,
+    codes_alone: Sequence[npt.NDArray[np.uint16]],
+    audio_alone: Sequence[npt.NDArray[np.float32]],
 ) -> None:
     """Our graphs fed a padded batch of mixed lengths, as a user of them might."""
-    layouts = codec.spec.layouts
     batch = np.zeros((len(waves), max(map(len, waves))), dtype=np.float32)
     for row, wave in zip(batch, waves, strict=True):
         row[: len(wave)] = wave
+    count = codes_alone[0].shape[1]
     lengths = np.array([len(wave) for wave in waves])
-    encoder, decoder = (_session(layouts, role) for role in ("encoder", "decoder"))
     feeds = {"audio": batch, "lengths": lengths, "num_quantizers": np.array(count)}
-    (codes, frames), _ = encoder(feeds, ["codes", "code_lengths"])
+    (codes, frames), _ = sessions["encoder"](feeds, ["codes", "code_lengths"])
     members = [code[:, :length].T for code, length in zip(codes, frames, strict=True)]
-    report.codes(f"codes in a batch of {len(waves)}, {count} codebooks", members, wanted)
+    report.codes(f"codes in a batch of {len(waves)}, {count} codebooks", members, codes_alone)
     padded = np.zeros_like(codes)
-    for row, code in zip(padded, wanted, strict=True):
+    for row, code in zip(padded, codes_alone, strict=True):
         row[:, : len(code)] = code.T
-    (audio, samples), _ = decoder({"codes": padded, "code_lengths": frames}, ["audio", "lengths"])
+    (audio, samples), _ = sessions["decoder"]({"codes": padded, "code_lengths": frames}, ["audio", "lengths"])
     members = [row[:length] for row, length in zip(audio, samples, strict=True)]
-    report.audio(f"audio in a batch of {len(waves)}, {count} codebooks", members, codec.decode(wanted))
-
-
-def _session(layouts: onnx_codec.Layouts, role: Role) -> Session:
-    return Session(layouts[role].path, torch.device("cpu"), threads=1)
+    report.audio(f"audio in a batch of {len(waves)}, {count} codebooks", members, audio_alone)
 
 
 def _check_steps(report: _Report, codec: onnx_codec.OnnxCodec) -> None:

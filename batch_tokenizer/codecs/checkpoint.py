@@ -34,6 +34,9 @@ WEIGHT_FILES = (
 #: Where ``Checkpoint.config`` names the ONNX graphs of a folder that has no torch weights.
 GRAPHS_KEY = "onnx_graphs"
 
+#: What of a repository is downloaded.
+_DOWNLOADED = ["*.json", "*.safetensors", "*.bin", "*.onnx*", "*.data"]
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 #: Bytes of weights that are mapped at a time.
@@ -65,7 +68,7 @@ def find_checkpoint(model_path: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model_path, allow_patterns=["*.json", "*.safetensors", "*.bin", "*.onnx*", "*.data"]))
+        return Path(snapshot_download(model_path, allow_patterns=_DOWNLOADED))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RunError(

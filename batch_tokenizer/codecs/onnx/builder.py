@@ -16,6 +16,8 @@ import onnx
 from onnx import TensorProto, helper
 from torch import Tensor
 
+from batch_tokenizer import __version__
+
 #: The operator set of every graph.
 OPSET = 18
 
@@ -50,7 +52,7 @@ class WeightFile:
 
 
 class GraphBuilder:
-    """A graph under construction. Values are known by name; each method that computes returns the name of its result."""
+    """A graph under construction. Values are known by name; each method that computes returns its result's name."""
 
     def __init__(self, name: str, weights: WeightFile | None = None) -> None:
         self._name = name
@@ -146,7 +148,11 @@ class GraphBuilder:
             self._nodes, self._name, self._inputs, self._outputs, list(self._initializers.values())
         )
         model = helper.make_model(
-            graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=8, producer_name="batch_tokenizer"
+            graph,
+            opset_imports=[helper.make_opsetid("", OPSET)],
+            ir_version=8,
+            producer_name="batch_tokenizer",
+            producer_version=__version__,
         )
         helper.set_model_props(model, dict(metadata))
         return model

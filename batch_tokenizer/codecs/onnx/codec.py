@@ -147,6 +147,8 @@ class OnnxCodec(Codec):
         step: token frames of a piece that goes through a step graph.
     """
 
+    spec: OnnxSpec
+
     def __init__(self, spec: OnnxSpec, roles: Sequence[Role], device: torch.device, threads: int = 1) -> None:
         self.spec = spec
         self._device = device
@@ -235,8 +237,8 @@ class OnnxCodec(Codec):
         path = self.spec.layouts["encoder"].path
         if codes.shape != (frames, num_quantizers):
             raise RunError(
-                f"{path}: gave {codes.shape[0]} frames of {codes.shape[1]} codebooks where {frames} of {num_quantizers} "
-                f"are due; check sampling_rate and downsample_rate in config.json",
+                f"{path}: gave {codes.shape[0]} frames of {codes.shape[1]} codebooks where {frames} of "
+                f"{num_quantizers} are due; check sampling_rate and downsample_rate in config.json",
                 exit_code=1,
             )
         sizes = np.array(self.info.codebook_sizes[:num_quantizers])
@@ -295,10 +297,11 @@ class OnnxCodec(Codec):
             by_axis = wide[None].transpose(["BTK".index(axis) for axis in layout.axes])
             feeds = {"audio_codes": by_axis.astype(layout.dtypes["audio_codes"]), **self._count(layout, used)}
         audio = self._session("decoder")(feeds, ["audio"])[0][0].reshape(-1)
-        if len(audio) != self.spec.num_output_samples(frames):
+        due = self.spec.num_output_samples(frames)
+        if len(audio) != due:
             raise RunError(
-                f"{layout.path}: gave {len(audio)} samples for {frames} frames, {self.spec.num_output_samples(frames)} are "
-                "due; check downsample_rate in config.json, and that the graph is mono",
+                f"{layout.path}: gave {len(audio)} samples for {frames} frames where {due} are due; "
+                "check downsample_rate in config.json, and that the graph is mono",
                 exit_code=1,
             )
         return audio.astype(np.float32, copy=False)
@@ -333,9 +336,7 @@ class OnnxCodec(Codec):
     def _check_codes(self, code: Codes, name: str) -> None:
         """Graphs take codes that are out of range in silence."""
         if code.ndim != 2 or not len(code) or not 1 <= code.shape[1] <= self.info.num_codebooks:
-            raise ValueError(
-                f"{name}: codes have shape {code.shape}, must be (T >= 1, 1 to {self.info.num_codebooks})"
-            )
+            raise ValueError(f"{name}: codes have shape {code.shape}, must be (T >= 1, 1 to {self.info.num_codebooks})")
         if (code < 0).any() or (code >= np.array(self.info.codebook_sizes[: code.shape[1]])).any():
             raise ValueError(f"{name}: a code is negative or not below its codebook's size")
 
@@ -367,16 +368,14 @@ class _Sizes:
                 raise RunError(f"{checkpoint.folder}/config.json: {key} = {value!r}: must be a whole number above 0")
         return cls(checkpoint.folder, **{name: value for name, (_, value) in values.items()})
 
-    def complete(
-        self, layouts: Layouts, graphs: Mapping[Role, GraphFile]
-    ) -> tuple[int, int, tuple[int, ...]]:
+    def complete(self, layouts: Layouts, graphs: Mapping[Role, GraphFile]) -> tuple[int, int, tuple[int, ...]]:
         """Sample rate, samples per frame and codebook sizes, from here and from the graphs.
 
         Raises:
             RunError: one is not known, or they disagree.
         """
-        books = {self.num_codebooks, *(layout.fixed_codebooks for layout in layouts.values())} - {None}
-        rows = {self.codebook_size} - {None} or {graph.codebook_rows() for graph in graphs.values()} - {None}
+        books = _known(self.num_codebooks, *(layout.fixed_codebooks for layout in layouts.values()))
+        rows = _known(self.codebook_size) or _known(*(graph.codebook_rows() for graph in graphs.values()))
         if len(books) > 1 or len(rows) > 1:
             raise RunError(f"{self.folder}: its graphs disagree on the codebooks: {books or ''} of {rows or ''}")
         unknown = [
@@ -394,11 +393,14 @@ class _Sizes:
                 f"{self.folder}: the graphs do not tell {', '.join(unknown)}; put the config.json of the torch "
                 "checkpoint, or one with these keys, beside them"
             )
-        (size,), (count,) = rows, books
-        assert size is not None and count is not None
+        size, count = rows.pop(), books.pop()
         if size > 65536:
             raise RunError(f"{self.folder}: codebooks of {size} rows, at most 65536 can be written")
         return self.sample_rate, self.samples_per_frame, (size,) * count
+
+
+def _known(*values: int | None) -> set[int]:
+    return {value for value in values if value is not None}
 
 
 def _our_info(checkpoint: Checkpoint, graphs: Sequence[GraphFile]) -> CodecInfo:
@@ -418,6 +420,4 @@ def _our_info(checkpoint: Checkpoint, graphs: Sequence[GraphFile]) -> CodecInfo:
             raise ValueError
     except (ValueError, TypeError) as error:
         raise RunError(f"{graphs[0].path}: its metadata is incomplete; export it again") from error
-    return CodecInfo(
-        family="moss_onnx", name=checkpoint.name, codebook_sizes=sizes, fingerprint=fingerprint, **values
-    )
+    return CodecInfo(family="moss_onnx", name=checkpoint.name, codebook_sizes=sizes, fingerprint=fingerprint, **values)

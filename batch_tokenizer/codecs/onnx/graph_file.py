@@ -76,13 +76,15 @@ class GraphFile:
             import onnx
         except ImportError as error:
             raise RunError(INSTALL) from error
-        from google.protobuf.message import DecodeError
+        from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
         try:
             proto = onnx.load(path, load_external_data=False)
         except (OSError, DecodeError, ValueError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise RunError(f"{path}: cannot be read as an ONNX graph ({reason}); download or export it again") from error
+            raise RunError(
+                f"{path}: cannot be read as an ONNX graph ({reason}); download or export it again"
+            ) from error
         if not proto.graph.output:
             raise RunError(f"{path}: is not an ONNX graph, as it has no outputs; download or export it again")
         return cls(path, proto)
@@ -163,7 +165,8 @@ class GraphFile:
                 )
             if path.stat().st_size < max(ends):
                 raise RunError(
-                    f"{path}: has {path.stat().st_size} bytes where {self.path.name} needs {max(ends)}; download it again"
+                    f"{path}: has {path.stat().st_size} bytes where {self.path.name} needs {max(ends)}; "
+                    "download it again"
                 )
 
     def digest(self) -> bytes:

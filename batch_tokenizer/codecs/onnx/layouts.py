@@ -129,7 +129,8 @@ def _ours(graph: GraphFile, role: str) -> Layout:
     version = graph.metadata.get(f"{PREFIX}format")
     if version != FORMAT or role not in _ROLES:
         raise RunError(
-            f"{graph.path}: was exported as {role}, format {version}; this version reads format {FORMAT}. Export it again"
+            f"{graph.path}: was exported as {role}, format {version}; this version reads format {FORMAT}. "
+            "Export it again"
         )
     pasts = [port.shape or () for port in graph.inputs if port.name.startswith("past_")]
     return Layout(
@@ -153,7 +154,7 @@ def _published(graph: GraphFile, signature: _Signature, num_codebooks: int | Non
                 raise RunError(f"{graph.path}: {waves}: must be mono and take one utterance, (B, 1, S)")
     axes = _axes(graph, codes, num_codebooks)
     counts = [port.shape for port in graph.inputs if port.name == "n_quantizers"]
-    size = None if codes.shape is None else codes.shape[axes.index("K")]
+    size = "?" if codes.shape is None else codes.shape[axes.index("K")]
     return Layout(
         source=signature.source,
         role=signature.role,
@@ -197,9 +198,7 @@ def _may_be(meaning: str, size: int | str, num_codebooks: int | None) -> bool:
 def our_metadata(role: Role, *, info: Mapping[str, object], codes: str) -> dict[str, str]:
     """``metadata_props`` of our own graphs."""
     values = {"format": FORMAT, "role": role, "codes": codes, **info}
-    return {
-        f"{PREFIX}{key}": value if isinstance(value, str) else json.dumps(value) for key, value in values.items()
-    }
+    return {f"{PREFIX}{key}": value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
 
 
 def by_role(graphs: Iterable[GraphFile], num_codebooks: int | None) -> tuple[dict[Role, Layout], list[str]]:

@@ -85,9 +85,7 @@ def decoder_graph(
     if lengths is not None:
         samples = builder.op("Mul", lengths, builder.integer(model.config.downsample_rate))
         heard = builder.op("Less", builder.arange(builder.size(audio, 1)), builder.unsqueeze(samples, 1))
-        builder.output(
-            "audio", builder.op("Where", heard, audio, builder.number(0.0)), "float32", ("batch", "samples")
-        )
+        builder.output("audio", builder.op("Where", heard, audio, builder.number(0.0)), "float32", ("batch", "samples"))
         builder.output("lengths", samples, "int64", ("batch",))
     else:
         builder.output("audio", audio, "float32", ("batch", "samples"))
@@ -105,7 +103,8 @@ class _Stages:
         transformers = [module.stage for module in stages if isinstance(module, Transformer)]
         self._shapes = [_past_shape(stage) for stage in transformers]
         self._past = [
-            builder.input(f"past_{index}", "float32", shape) for index, shape in enumerate(self._shapes if before else ())
+            builder.input(f"past_{index}", "float32", shape)
+            for index, shape in enumerate(self._shapes if before else ())
         ]
         self._present: list[str] = []
 
@@ -173,7 +172,7 @@ class _TransformerStage:
         builder, name = self._builder, self._name
         places = self._places(x)
         x = _linear(builder, f"{name}input_proj", self._module.input_proj, x)
-        for index, layer in enumerate(self._module.transformer.layers):  # type: ignore[arg-type, union-attr]
+        for index, layer in enumerate(self._module.transformer.layers):  # type: ignore[arg-type]
             x = self._layer(x, layer, f"{name}{index}.", index, places)
         return _linear(builder, f"{name}output_proj", self._module.output_proj, x)
 
@@ -194,7 +193,9 @@ class _TransformerStage:
         query, key = torch.arange(BLOCK)[:, None], torch.arange(span)[None]
         window = torch.where((key >= query) & (key <= query + past), 0.0, -math.inf)
         never = builder.number(-math.inf)
-        bias = builder.op("Where", begun, builder.weight(f"window_{span}", window), never)  # (B, blocks, 1, BLOCK, span)
+        bias = builder.op(
+            "Where", begun, builder.weight(f"window_{span}", window), never
+        )  # (B, blocks, 1, BLOCK, span)
         pair = torch.arange(stage.d_model // stage.num_heads // 2, dtype=torch.float32)
         speed = torch.exp(pair * (-math.log(stage.max_period) * 2 / (2 * len(pair))))
         places = builder.unsqueeze(builder.op("Cast", positions, to=onnx.TensorProto.FLOAT), 2)
@@ -218,9 +219,7 @@ class _TransformerStage:
         projected = builder.reshape(projected, 0, 0, 3, heads, head_dim // 2, 2)
         rotating, values = builder.split_op("Split", 2, projected, builder.integers(2, 1), axis=2)
         real, imaginary = builder.split_op("Split", 2, rotating, builder.integers(1, 1), axis=5)
-        turned_real = builder.op(
-            "Sub", builder.op("Mul", real, places.cos), builder.op("Mul", imaginary, places.sin)
-        )
+        turned_real = builder.op("Sub", builder.op("Mul", real, places.cos), builder.op("Mul", imaginary, places.sin))
         turned_imaginary = builder.op(
             "Add", builder.op("Mul", real, places.sin), builder.op("Mul", imaginary, places.cos)
         )

@@ -51,7 +51,7 @@ class Session:
             RunError: onnxruntime is not installed, cannot load the graph, or lacks a provider that was asked for.
         """
         try:
-            import onnxruntime
+            import onnxruntime  # type: ignore[import-untyped]
         except ImportError as error:
             raise RunError(INSTALL) from error
         self._onnxruntime = onnxruntime
@@ -78,7 +78,7 @@ class Session:
             self._session = onnxruntime.InferenceSession(
                 str(path), options, providers=chosen, provider_options=settings
             )
-        except Exception as error:  # noqa: BLE001 - onnxruntime's errors have no common type of their own
+        except Exception as error:  # onnxruntime's errors have no common type of their own
             raise RunError(f"{path}: onnxruntime cannot load it: {_first_line(error)}") from error
         loaded = self._session.get_providers()
         if chosen[0] not in loaded:
