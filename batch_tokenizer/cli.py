@@ -19,7 +19,15 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from batch_tokenizer import __version__
-from batch_tokenizer.config import AttentionBackend, Device, Dtype, Resampler, RunConfig, shard_of_slurm_array
+from batch_tokenizer.config import (
+    AttentionBackend,
+    Device,
+    Dtype,
+    Resampler,
+    RunConfig,
+    StopMetric,
+    shard_of_slurm_array,
+)
 from batch_tokenizer.records import TASKS, RunError
 
 #: Subcommand to the module that has ``add_arguments(parser)`` and ``main(arguments) -> int``, and a line of help.
@@ -72,6 +80,10 @@ def run_parser() -> argparse.ArgumentParser:
     add("--strict", action="store_true", help="exit with status 1 if any row failed")
     add("--retry_failed", action="store_true", help="try rows again that an earlier run recorded as failed")
     add("--overwrite", action="store_true", help="discard a run folder made with other settings")
+    add("--evaluate_every", type=int, default=default.evaluate_every, metavar="N",
+        help="score one of N rows of a rank while the run goes (wav2token2wav only)")  # fmt: skip
+    add("--stop_below", type=_threshold, action="append", default=[], metavar="METRIC=VALUE",
+        help="stop when the mean of the last scores is below: " + ", ".join(get_args(StopMetric)))  # fmt: skip
     add("--dry_run", action="store_true", help="check everything, print the plan and stop")
     return parser
 
@@ -116,6 +128,15 @@ def _run_config(arguments: argparse.Namespace) -> RunConfig:
     elif values["num_shards"] is None:
         del values["num_shards"]
     return RunConfig(**values)
+
+
+def _threshold(text: str) -> tuple[str, float]:
+    """``METRIC=VALUE``."""
+    name, _, value = text.partition("=")
+    try:
+        return name, float(value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not METRIC=VALUE") from error
 
 
 def _command(name: str, words: Sequence[str]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -12,6 +12,7 @@ from batch_tokenizer.records import TASKS, RunError, Task
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Resampler = Literal["reference", "soxr"]
+StopMetric = Literal["stoi", "si_sdr", "level_change"]
 AttentionBackend = Literal["auto", "torch_varlen", "flash_attn", "sdpa", "reference"]
 
 
@@ -34,6 +35,8 @@ class RunConfig:
         strict: exit with status 1 if any row failed.
         retry_failed: do rows again that an earlier run recorded as failed.
         overwrite: discard a run folder that was made with other settings.
+        evaluate_every: in ``wav2token2wav``, score one of so many rows of a rank while the run goes; 0 scores none.
+        stop_below: (metric, value): stop the run when the mean of the last scores is below the value.
         dry_run: print the plan and stop.
 
     Raises:
@@ -61,6 +64,8 @@ class RunConfig:
     strict: bool = False
     retry_failed: bool = False
     overwrite: bool = False
+    evaluate_every: int = 0
+    stop_below: Sequence[tuple[str, float]] = ()
     dry_run: bool = False
 
     def __post_init__(self) -> None:
@@ -81,12 +86,20 @@ class RunConfig:
             ("shard", self.shard, 0),
             ("row_timeout", self.row_timeout, 0.1),
             ("grace", self.grace, 0.0),
+            ("evaluate_every", self.evaluate_every, 0),
         ):
             if number < least:
                 raise RunError(f"--{flag} {number}: must be at least {least}")
         for flag, optional in (("num_quantizers", self.num_quantizers), ("frame_budget", self.frame_budget)):
             if optional is not None and optional < 1:
                 raise RunError(f"--{flag} {optional}: must be at least 1")
+        if self.evaluate_every and self.task != "wav2token2wav":
+            raise RunError(f"--evaluate_every needs --task wav2token2wav: {self.task} has nothing to compare")
+        if self.stop_below and not self.evaluate_every:
+            raise RunError("--stop_below needs --evaluate_every N, which scores rows while the run goes")
+        for metric, _ in self.stop_below:
+            if metric not in get_args(StopMetric):
+                raise RunError(f"--stop_below {metric}: choose one of {', '.join(get_args(StopMetric))}")
         if self.shard >= self.num_shards:
             raise RunError(f"--shard {self.shard}: must be below --num_shards {self.num_shards}")
 

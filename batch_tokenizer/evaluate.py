@@ -44,7 +44,7 @@ from batch_tokenizer.quality.codebooks import CodebookUse, bit_rate
 from batch_tokenizer.quality.metrics import METRICS, Scorer
 from batch_tokenizer.quality.recordings import Recording, align
 from batch_tokenizer.quality.speakers import SpeakerEncoder
-from batch_tokenizer.reconstruction import check_num_quantizers, decode, encode, open_codec, open_spec
+from batch_tokenizer.reconstruction import at_input_rate, check_num_quantizers, decode, encode, open_codec, open_spec
 from batch_tokenizer.records import ManifestRow, RowError, RowFailure, RunError, Task
 from batch_tokenizer.runtime.ledger import RowStatus, read_ledger
 from batch_tokenizer.runtime.run_folder import read_settings
@@ -269,13 +269,13 @@ def open_source(request: Request) -> Source:
     """
     if request.run_dir is None:
         assert request.data_list is not None
-        codec = open_codec(request.model_path, request.device, request.dtype)
-        info = codec.info
+        encoder = open_codec(request.model_path, request.device, request.dtype)
+        info = encoder.info
         manifest = Manifest.open(request.data_list, "wav2token", request.folder / "index")
         return Source(
             manifest, np.flatnonzero(manifest.is_row), None,
             check_num_quantizers(request.num_quantizers, info.num_codebooks),
-            info.sample_rate, info.frame_rate, "reference", codec, info, info.fingerprint,
+            info.sample_rate, info.frame_rate, "reference", encoder, info, info.fingerprint,
         )  # fmt: skip
     run_dir = request.run_dir
     settings = read_run(run_dir)
@@ -448,7 +448,8 @@ def _made(
         for number, samples in zip(good, decode(source.codec, parts), strict=True):
             if isinstance(samples, RowError):
                 failed[number] = samples
-            made[number][num_quantizers] = samples
+            else:
+                made[number][num_quantizers] = at_input_rate(source.codec.info, samples)
     for number, (row, record) in enumerate(rows):
         if number in failed:
             yield {**record, "failed": failed[number].reason}
@@ -518,6 +519,7 @@ def recordings(source: Source, row: ManifestRow) -> tuple[Recording, Recording]:
         (made,) = decode(source.codec, [np.ascontiguousarray(codes)])
         if isinstance(made, RowError):
             raise made
+        made = at_input_rate(source.codec.info, made)
     reference, (reconstruction,) = align(original, [made], source.sample_rate)
     return reference, reconstruction
 

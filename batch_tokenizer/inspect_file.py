@@ -21,7 +21,7 @@ from batch_tokenizer.config import Device, Dtype
 from batch_tokenizer.quality.codebooks import bit_rate
 from batch_tokenizer.quality.metrics import METRICS, Scorer, Scores, mel_db
 from batch_tokenizer.quality.recordings import Recording, align
-from batch_tokenizer.reconstruction import check_num_quantizers, decode, encode, open_codec
+from batch_tokenizer.reconstruction import at_input_rate, check_num_quantizers, decode, encode, open_codec
 from batch_tokenizer.records import ManifestRow, RowError, RunError, TokenizedRow
 from batch_tokenizer.report.figures import draw_mel, token_matrix
 from batch_tokenizer.writers.publish import publish
@@ -62,14 +62,14 @@ def main(arguments: argparse.Namespace) -> int:
         samples = load_samples(str(path), info.sample_rate, max_samples=info.max_samples)
         codes = _result(encode(codec, [samples], num_quantizers))
         made = _result(decode(codec, [codes]))
-        original, (reconstruction,) = align(samples, [made], info.sample_rate)
+        original, (reconstruction,) = align(samples, [at_input_rate(info, made)], info.sample_rate)
         row = ManifestRow(0, "", path.stem, str(path), None, None, {"key": path.stem, "wav": str(path)})
         about = {
             "codec": info.family, "fingerprint": info.fingerprint, "sample_rate": info.sample_rate,
             "frame_rate": info.frame_rate, "resampler": "reference", "version": __version__,
         }  # fmt: skip
         publish(str(out / f"{path.stem}.json"), token_json(TokenizedRow(row, codes, made, len(samples)), about))
-        publish(str(out / f"{path.stem}.wav"), wav_bytes(made, info.sample_rate))
+        publish(str(out / f"{path.stem}.wav"), wav_bytes(made, info.output_sample_rate))
     except RowError as error:
         raise RunError(error.reason) from error
     scores = Scorer(tuple(name for name in METRICS if name in arguments.metrics), arguments.speaker_model).score(

@@ -13,6 +13,7 @@ import errno
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from signal import Signals
 from typing import Any, TypeVar
@@ -31,6 +32,7 @@ from batch_tokenizer.data.loader import Loader
 from batch_tokenizer.data.loading import RowLoader
 from batch_tokenizer.manifest import Manifest, in_shard, plan_units
 from batch_tokenizer.plan import dry_run
+from batch_tokenizer.quality.live import LiveQuality
 from batch_tokenizer.records import (
     Batch,
     LedgerEntry,
@@ -171,8 +173,13 @@ def _run(config: RunConfig, processes: ProcessGroup, stop: StopRequest, started:
                     if config.frame_budget is not None:
                         codec.frame_budget = config.frame_budget
                     sink = FileSink(config.task, spec.info.output_sample_rate, info)
-                    worker = Worker(config, codec, num_quantizers, loader, sink.write, ledger, progress, stop)
-                    worker.work(claimed_rows())
+                    with _live_quality(config, spec) as quality:
+                        worker = Worker(
+                            config, codec, num_quantizers, loader, sink.write, ledger, progress, stop, quality
+                        )
+                        worker.work(claimed_rows())
+                        if quality is not None:
+                            quality.close(1.0 if stop.requested else 10.0)
             except BaseException:
                 progress.set_state("interrupted")
                 raise
@@ -189,6 +196,15 @@ def _num_quantizers(config: RunConfig, spec: CodecSpec) -> int:
     if config.num_quantizers is not None and config.num_quantizers > most:
         raise RunError(f"--num_quantizers {config.num_quantizers}: this checkpoint has {most} codebooks")
     return config.num_quantizers or most
+
+
+def _live_quality(config: RunConfig, spec: CodecSpec) -> AbstractContextManager[LiveQuality | None]:
+    if not config.evaluate_every:
+        return nullcontext()
+    info = spec.info
+    return LiveQuality(
+        config.evaluate_every, dict(config.stop_below), info.sample_rate, info.output_sample_rate, config.resampler
+    )
 
 
 def _run_info(config: RunConfig, spec: CodecSpec, compute: ComputeDevice) -> dict[str, Any]:
@@ -262,6 +278,7 @@ class Worker:
     ledger: LedgerWriter
     progress: ProgressReporter
     stop: StopRequest
+    quality: LiveQuality | None = None
     failures_logged: int = 0
 
     def work(self, rows: Iterator[ManifestRow | RowFailure]) -> None:
@@ -293,6 +310,8 @@ class Worker:
         ahead = self.config.batch_size * self.config.prefetch
         source: Iterator[ManifestRow | RowFailure] | None = rows
         while True:
+            if self.quality is not None:
+                self.quality.check()
             while source is not None and self.loader.pending < ahead and not self.stop.requested:
                 item = next(source, None)
                 if item is None:
@@ -389,6 +408,8 @@ class Worker:
             )
         )
         self.progress.row_done(result.num_samples / self.codec.info.sample_rate)
+        if self.quality is not None:
+            self.quality.offer(result)
 
     def _on_unwritten(self, result: TokenizedRow, error: RowError) -> None:
         if isinstance(error.__cause__, OSError) and error.__cause__.errno in STORAGE_TROUBLE:
@@ -465,6 +486,8 @@ def _conclude(config: RunConfig, folder: RunFolder, manifest: Manifest, wall_sec
         "rtf_per_stage": rates,
         "world_size": folder.processes.world_size,
         "failures": str(failures),
+        "data_list": str(config.data_list.resolve()),
+        "model_path": config.model_path,
     }
     folder.write_summary(summary)
     print(

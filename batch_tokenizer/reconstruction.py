@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from batch_tokenizer.codecs.base import Codec, CodecSpec
+from batch_tokenizer.audio.resampling import resample
+from batch_tokenizer.codecs.base import Codec, CodecInfo, CodecSpec
 from batch_tokenizer.codecs.checkpoint import Checkpoint
 from batch_tokenizer.codecs.registry import find_family
 from batch_tokenizer.config import Device, Dtype
@@ -74,11 +75,16 @@ def encode(codec: Codec, samples: Sequence[Samples], num_quantizers: int) -> lis
 
 
 def decode(codec: Codec, codes: Sequence[Codes]) -> list[Samples | RowError]:
-    """Codes (T_i, K_i) to samples (S_i,) each, or why there are none."""
+    """Codes (T_i, K_i) to samples (S_i,) each at the codec's ``output_sample_rate``, or why there are none."""
     results: list[Samples | RowError] = []
     for first, last in _chunks([len(one) for one in codes], codec.frame_budget):
         results += _with_care(codec, codec.decode, codes[first:last], "decode")
     return results
+
+
+def at_input_rate(info: CodecInfo, samples: Samples) -> Samples:
+    """Decoded samples (S,) at the rate of what was encoded, where the two are compared."""
+    return resample(samples[None], info.output_sample_rate, info.sample_rate, "soxr")[0]
 
 
 def _chunks(frames: Sequence[int], budget: int) -> Iterator[tuple[int, int]]:

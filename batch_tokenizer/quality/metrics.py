@@ -23,6 +23,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -222,12 +223,16 @@ def _sim(scorer: Scorer, original: Recording, made: Recording) -> float:
     _need_sound(original)
     embeddings = []
     for side, recording in (("original", original), ("reconstruction", made)):
-        embedding = recording.derived("speaker", lambda recording=recording: encoder(recording.at(16000)))
+        embedding = recording.derived("speaker", partial(_embedding, encoder, recording))
         if embedding is None:
             raise NotScored(f"too little speech in the {side}")
         embeddings.append(embedding)
     left, right = embeddings
     return float(left @ right / max(float(np.linalg.norm(left) * np.linalg.norm(right)), 1e-12))
+
+
+def _embedding(encoder: SpeakerModel, recording: Recording) -> npt.NDArray[np.float32] | None:
+    return encoder(recording.at(16000))
 
 
 def _si_sdr(scorer: Scorer, original: Recording, made: Recording) -> float:
@@ -247,9 +252,7 @@ def _si_sdr(scorer: Scorer, original: Recording, made: Recording) -> float:
 
 
 def _mel_distance(scorer: Scorer, original: Recording, made: Recording) -> float:
-    left, right = (
-        recording.derived("mel", lambda recording=recording: mel_db(recording)) for recording in (original, made)
-    )
+    left, right = (one.derived("mel", partial(mel_db, one)) for one in (original, made))
     return float(np.mean(np.abs(left - right)))
 
 

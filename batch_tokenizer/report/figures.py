@@ -42,15 +42,16 @@ def figure(title: str, width: float, height: float, draw: Callable[[Any], None])
     """
     try:
         import matplotlib
+        from cycler import cycler
         from matplotlib.figure import Figure
     except ImportError as error:
         raise RunError("report needs matplotlib: pip install 'batch_tokenizer[report]'") from error
-    style: dict[str, Any] = {
+    style: Any = {
         "svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif", "font.size": 9,
         "text.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": _INK, "xtick.color": _INK, "ytick.color": _INK,
         "axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.6,
         "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9, "axes.titlelocation": "left",
-        "axes.prop_cycle": matplotlib.cycler(color=list(_CYCLE)), "legend.frameon": False,
+        "axes.prop_cycle": cycler(color=list(_CYCLE)), "legend.frameon": False,
     }  # fmt: skip
     with matplotlib.rc_context(style):
         drawing = Figure(figsize=(width, height), layout="constrained")

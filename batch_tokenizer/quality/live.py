@@ -1,0 +1,135 @@
+"""``LiveQuality``: looks at some rows while a run goes, so that a wrong sample rate, a clipped corpus or a broken
+checkpoint shows in its first minute.
+
+Rows that were written are offered from any thread; a few are scored in one thread beside the run, with metrics that
+cost little, and a line is logged for each. Offering never waits: what comes while a row is being scored is passed over.
+Trouble with scoring is told and ends the scoring, not the run; only a threshold that somebody asked for ends a run.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections import deque
+from collections.abc import Mapping
+from types import TracebackType
+
+from batch_tokenizer.audio.loading import load_samples
+from batch_tokenizer.audio.resampling import Resampler, resample
+from batch_tokenizer.quality.metrics import CHEAP_METRICS, METRICS, Scorer, Scores
+from batch_tokenizer.quality.recordings import align
+from batch_tokenizer.records import RowError, RunError, TokenizedRow
+
+log = logging.getLogger(__name__)
+
+#: A threshold is held against the mean of this many last scores, once there are at least so many.
+_LAST = 8
+_LEAST = 3
+
+
+class LiveQuality:
+    """Scores one of ``every`` rows of this process. A context manager; leaving it waits for nothing.
+
+    Args:
+        stop_below: metric to the mean below which the run stops.
+        sample_rate: of the comparison, Hz.
+        output_rate: of the rows' samples, Hz.
+        resampler: how originals reach ``sample_rate``.
+    """
+
+    def __init__(
+        self, every: int, stop_below: Mapping[str, float], sample_rate: int, output_rate: int, resampler: Resampler
+    ) -> None:
+        self._every = every
+        self._stop_below = stop_below
+        self._sample_rate = sample_rate
+        self._output_rate = output_rate
+        self._resampler: Resampler = resampler
+        self._seen = 0
+        self._lock = threading.Lock()
+        self._rows: queue.Queue[TokenizedRow | None] = queue.Queue(maxsize=1)
+        self._recent: dict[str, deque[float]] = {name: deque(maxlen=_LAST) for name in stop_below}
+        self._verdict: str | None = None
+        self._thread = threading.Thread(target=self._work, name="quality", daemon=True)
+
+    def offer(self, result: TokenizedRow) -> None:
+        """A row that is done. It is scored if it is its turn and nothing is being scored."""
+        with self._lock:
+            turn = self._seen % self._every == 0
+            self._seen += 1
+        if turn and result.samples is not None and result.row.wav is not None:
+            try:
+                self._rows.put_nowait(result)
+            except queue.Full:
+                log.debug("row %s is not scored: the one before it still is", result.row.key)
+
+    def check(self) -> None:
+        """
+        Raises:
+            RunError: a threshold was crossed (exit code 1).
+        """
+        if self._verdict is not None:
+            raise RunError(self._verdict, exit_code=1)
+
+    def close(self, seconds: float) -> None:
+        """End the scoring, after what is being scored is, or ``seconds`` have passed."""
+        if not self._thread.is_alive():
+            return
+        try:
+            self._rows.put(None, timeout=seconds)
+        except queue.Full:
+            return
+        self._thread.join(seconds)
+
+    def __enter__(self) -> LiveQuality:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(0.0)
+
+    def _work(self) -> None:
+        scorer = Scorer(CHEAP_METRICS)
+        while (result := self._rows.get()) is not None:
+            try:
+                self._score(scorer, result)
+            except RowError as error:
+                log.warning("quality of row %s: %s", result.row.key, error.reason)
+            except Exception:
+                log.exception("quality is not looked at any more; the run goes on")
+                return
+
+    def _score(self, scorer: Scorer, result: TokenizedRow) -> None:
+        assert result.row.wav is not None
+        assert result.samples is not None
+        original = load_samples(result.row.wav, self._sample_rate, self._resampler)
+        made = resample(result.samples[None], self._output_rate, self._sample_rate, "soxr")[0]
+        reference, (reconstruction,) = align(original, [made], self._sample_rate)
+        scores = scorer.score(reference, reconstruction)
+        log.info("quality of row %s: %s", result.row.key, in_words(scores))
+        for name, least in self._stop_below.items():
+            if name not in scores.values:
+                continue
+            recent = self._recent[name]
+            recent.append(scores.values[name])
+            mean = sum(recent) / len(recent)
+            if len(recent) >= _LEAST and mean < least and self._verdict is None:
+                self._verdict = (
+                    f"--stop_below {name}={least:g}: {METRICS[name].label} is {mean:.3g} on average over the last "
+                    f"{len(recent)} rows scored, up to {result.row.key}; look at the audio, finished rows are kept"
+                )
+
+
+def in_words(scores: Scores) -> str:
+    """The scores in one line."""
+    parts = []
+    for name, about in METRICS.items():
+        if name in scores.values:
+            unit = f" {about.unit}" if about.unit else ""
+            parts.append(f"{about.label} {scores.values[name]:.{about.decimals}f}{unit}")
+        elif name in scores.reasons:
+            parts.append(f"{about.label} {scores.reasons[name]}")
+    return ", ".join(parts)
