@@ -133,7 +133,9 @@ def load_codec(
     for role in _ROLES[task]:
         if role not in spec.layouts:
             reasons = f" ({'; '.join(spec.faults)})" if spec.faults else ""
-            raise RunError(f"{checkpoint.folder}: {task} needs an {role} graph, and there is none{reasons}")
+            raise RunError(
+                f"{checkpoint.folder}: {task} needs a graph with the role {role}, and there is none{reasons}"
+            )
     if dtype != torch.float32:
         log.info("the graphs compute in the types that they were exported with; --dtype changes nothing")
     return OnnxCodec(spec, _ROLES[task], device, threads)

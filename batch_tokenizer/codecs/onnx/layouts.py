@@ -40,6 +40,10 @@ _HINTS = {
 }
 
 
+class UnknownLayout(RunError):
+    """A graph whose inputs and outputs are those of no known layout."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """How to run one graph. Picklable.
@@ -111,7 +115,8 @@ def recognise(graph: GraphFile, num_codebooks: int | None) -> Layout:
         num_codebooks: codebooks of the codec, where that is known from elsewhere.
 
     Raises:
-        RunError: it fits none, or its sizes contradict the one that its names and types fit.
+        UnknownLayout: it fits none.
+        RunError: its sizes contradict the one that its names and types fit.
     """
     role = graph.metadata.get(f"{PREFIX}role")
     if role is not None:
@@ -122,7 +127,7 @@ def recognise(graph: GraphFile, num_codebooks: int | None) -> Layout:
         if fault is None:
             return _published(graph, signature, num_codebooks)
         faults.append(f"{signature.source} {signature.role}: {fault}")
-    raise RunError(f"{graph.path}: is of no known layout; it is {graph}. {'; '.join(faults)}")
+    raise UnknownLayout(f"{graph.path}: is of no known layout; it is {graph}. {'; '.join(faults)}")
 
 
 def _ours(graph: GraphFile, role: str) -> Layout:
@@ -205,18 +210,20 @@ def by_role(graphs: Iterable[GraphFile], num_codebooks: int | None) -> tuple[dic
     """The layouts of a folder's graphs by role, and why graphs that fit none do not.
 
     Raises:
-        RunError: two graphs have one role.
+        RunError: two graphs have one role, or one's sizes contradict its layout.
     """
     layouts: dict[Role, Layout] = {}
     faults = []
     for graph in graphs:
         try:
             layout = recognise(graph, num_codebooks)
-        except RunError as error:
+        except UnknownLayout as error:
             faults.append(str(error))
             continue
         if layout.role in layouts:
             other = layouts[layout.role].path.name
-            raise RunError(f"{graph.path}: is an {layout.role}, and so is {other}; leave one of them in the folder")
+            raise RunError(
+                f"{graph.path}: has the role {layout.role}, and so has {other}; leave one of them in the folder"
+            )
         layouts[layout.role] = layout
     return layouts, faults
