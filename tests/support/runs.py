@@ -98,6 +98,7 @@ class Workspace:
     def make(cls, corpus: Corpus, folder: Path) -> Workspace:
         """A new folder with the manifest in it and the clips linked."""
         folder.mkdir(parents=True)
+        (folder / "log").mkdir()
         (folder / "wavs").symlink_to(corpus.folder / "wavs")
         (folder / "data.jsonl").write_bytes(b"".join(corpus.manifest_lines))
         return cls(corpus, folder)
@@ -175,8 +176,8 @@ class Workspace:
         if expected is not None:
             different = [name for name in outputs if outputs[name] != expected[name]]
             assert not different, f"{len(different)} files differ from an undisturbed run: {different[:5]}"
-        left = [path.name for path in self.folder.iterdir()]
-        assert set(left) <= {"wavs", "data.jsonl", "out", self.run_dir.name, "log"}, left
+        left = {path.name for path in self.folder.iterdir()}
+        assert left == {"wavs", "data.jsonl", "out", self.run_dir.name, "log"}
 
 
 # --------------------------------------------------------------------------------------------------------------- run
@@ -193,9 +194,7 @@ class Run:
     @classmethod
     def start(cls, command: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None) -> Run:
         """Start ``command`` in ``folder``; what it prints goes to files there."""
-        number = len(list((folder / "log").glob("*"))) if (folder / "log").is_dir() else 0
-        (folder / "log").mkdir(exist_ok=True)
-        log = folder / "log" / f"{number:03d}.txt"
+        log = folder / "log" / f"{len(list((folder / 'log').iterdir())):03d}.txt"
         with log.open("wb") as stream:
             process = subprocess.Popen(
                 command,

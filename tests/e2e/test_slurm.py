@@ -1,0 +1,134 @@
+"""The scripts in ``launch/`` on a real Slurm of two nodes: requeued, robbed of a node, warned, and as an array."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+import pytest
+
+from tests.e2e.conftest import Open
+from tests.e2e.slurm.cluster import Cluster
+from tests.support.runs import ROOT, Workspace, run_environment
+
+ENVIRONMENT = {"VENV": sys.prefix, "MASTER_ADDR": "localhost"}  # node0 and node1 are names that only Slurm knows
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    if (reason := Cluster.why_not()) is not None:
+        pytest.skip(reason)
+    with Cluster() as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def _idle_nodes(cluster: Cluster) -> Iterator[None]:
+    yield
+    cluster.command("scancel", "--user=root")
+    cluster.command("scontrol", "update", "NodeName=node[0-1]", "State=RESUME")
+    wait_until(cluster.is_idle, 60, cluster.log)
+
+
+def wait_until(condition: Callable[[], bool], timeout: float, log: Callable[[], str]) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, log()
+        time.sleep(0.05)
+
+
+class Job:
+    """``launch/slurm.sbatch`` submitted for a workspace."""
+
+    def __init__(self, cluster: Cluster, workspace: Workspace, *flags: str) -> None:
+        self.cluster = cluster
+        self.workspace = workspace
+        script = str(ROOT / "launch" / "slurm.sbatch")
+        words = ("sbatch", "--parsable", "--output=log/slurm.txt", *flags, script, *workspace.arguments())
+        self.id = cluster.command(*words, environment=run_environment() | ENVIRONMENT, cwd=workspace.folder)
+        assert self.id.isdecimal(), self.id
+
+    def output(self) -> str:
+        path = self.workspace.folder / "log" / "slurm.txt"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def await_rows(self, count: int) -> None:
+        wait_until(lambda: self.workspace.rows_done() >= count, 120, self.output)
+
+    def finish(self, restarts: int) -> None:
+        assert self.cluster.wait(self.id) == "COMPLETED", self.output()
+        assert self.cluster.job(self.id)["Restarts"] == str(restarts), self.output()
+
+
+def test_two_nodes_requeued_by_hand(cluster: Cluster, open_workspace: Open, undisturbed: Mapping[str, bytes]) -> None:
+    workspace = open_workspace(600)
+    job = Job(cluster, workspace, "--nodes=2")
+    job.await_rows(40)
+    assert cluster.command("scontrol", "requeue", job.id) == ""
+    cluster.start_now(job.id)
+    assert workspace.rows_done() < 600
+    job.finish(restarts=1)
+    workspace.check_complete(undisturbed, redone=True)
+    ledgers = {path.name for path in (workspace.run_dir / "ledger").iterdir()}
+    assert ledgers == {f"{attempt:06d}-{rank:05d}.jsonl" for attempt in (1, 2) for rank in (0, 1)}
+
+
+def test_a_node_goes_down(cluster: Cluster, open_workspace: Open, undisturbed: Mapping[str, bytes]) -> None:
+    workspace = open_workspace(600)
+    job = Job(cluster, workspace, "--nodes=2")
+    job.await_rows(40)
+    assert cluster.command("scontrol", "update", "NodeName=node1", "State=DOWN", "Reason=test") == ""
+    wait_until(lambda: cluster.job(job.id)["JobState"] == "PENDING", 60, cluster.log)
+    assert workspace.rows_done() < 600
+    # It may go on with fewer nodes.
+    assert cluster.command("scontrol", "update", f"JobId={job.id}", "NumNodes=1", "NumTasks=1") == ""
+    cluster.start_now(job.id)
+    job.finish(restarts=1)
+    assert cluster.job(job.id)["NodeList"] == "node0"
+    workspace.check_complete(undisturbed, redone=True)
+
+
+def test_warned_before_the_time_limit(cluster: Cluster, open_workspace: Open, undisturbed: Mapping[str, bytes]) -> None:
+    """SIGUSR1 to the batch script alone is what ``--signal=B:USR1`` sends, at a moment that suits the test."""
+    workspace = open_workspace(400)
+    job = Job(cluster, workspace)
+    job.await_rows(40)
+    assert cluster.command("scancel", "--batch", "--signal=USR1", job.id) == ""
+    cluster.start_now(job.id)
+    done = workspace.rows_done()
+    assert 40 <= done < 400
+    assert "warned by Slurm" in job.output()
+    assert "stopped by SIGUSR1; start the same command again to go on" in job.output()
+    outputs = workspace.outputs()
+    assert len(outputs) == 2 * done
+    assert outputs.items() <= undisturbed.items()
+    job.finish(restarts=1)
+    assert f"resuming: {done} rows are done, 0 failed" in job.output()
+    workspace.check_complete(undisturbed)  # nothing was done twice
+
+
+def test_array_then_verify(cluster: Cluster, open_workspace: Open, undisturbed: Mapping[str, bytes]) -> None:
+    workspace = open_workspace(300)
+    words = ["bash", str(ROOT / "launch" / "slurm_array.sbatch"), "--array=0-1", "--output=log/%A-%a.txt", "--"]
+    said = cluster.command(
+        *words, *workspace.arguments(), environment=run_environment() | ENVIRONMENT, cwd=workspace.folder
+    )
+    array, verify = (word.split()[-1] for word in said.split(","))
+    assert cluster.wait(verify) == "COMPLETED", said
+    proof = workspace.folder / f"batch_tokenizer-{verify}-verify.log"
+    assert "300" in proof.read_text()
+    proof.unlink()
+    workspace.check_complete(undisturbed)
+    for task in (0, 1):
+        output = (workspace.folder / "log" / f"{array}-{task}.txt").read_text()
+        assert "300 rows, 1" in output, output
+
+
+def test_plain_srun(cluster: Cluster, open_workspace: Open, undisturbed: Mapping[str, bytes]) -> None:
+    workspace = open_workspace(200)
+    words = ["srun", "--ntasks=2", sys.executable, "-m", "batch_tokenizer", *workspace.arguments()]
+    said = cluster.command(*words, environment=run_environment(), cwd=workspace.folder)
+    assert "200 rows done, 0 failed" in said
+    workspace.check_complete(undisturbed)
+    assert len(list((workspace.run_dir / "ledger").iterdir())) == 2
