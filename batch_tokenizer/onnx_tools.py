@@ -128,8 +128,7 @@ def _check(folder: Path, model_path: str | None) -> int:
         ):  # fmt: skip
             raise RunError(f"{model_path}: has another sample rate, frame or codebooks than the graphs in {folder}")
     report = _Report()
-    sessions: dict[Role, Session] = {role: Session(layout.path, torch.device("cpu"), threads=1) for role, layout in spec.layouts.items()
-                if layout.source == "ours" and role in ("encoder", "decoder")}  # fmt: skip
+    sessions = _our_sessions(spec)
     waves = _waves(spec.info.sample_rate, spec.info.samples_per_frame)
     features = [spec.features(wave) for wave in waves]
     for count in sorted({spec.info.num_codebooks, max(1, spec.info.num_codebooks // 2), 1}, reverse=True):
@@ -190,6 +189,13 @@ def _decode_alone(
         if codes[0].shape[1] == codec.info.num_codebooks:
             raise
         print(f"audio alone, {name}: not possible: {error}")
+
+
+def _our_sessions(spec: onnx_codec.OnnxSpec) -> dict[Role, Session]:
+    """Our whole-utterance graphs, to be fed as they are; none of others."""
+    roles: tuple[Role, Role] = ("encoder", "decoder")
+    layouts = [spec.layouts[role] for role in roles if spec.layouts[role].source == "ours"]
+    return {layout.role: Session(layout.path, torch.device("cpu"), threads=1) for layout in layouts}
 
 
 def _check_batch(

@@ -147,7 +147,9 @@ def write_official(ours: Path, folder: Path, *, books: int, frame: int, config: 
         constants={"one": [1], "zero": [0]},
     )
     for name, model in (("encoder", encoder), ("decoder", decoder)):
-        onnx.save(model, folder / f"{name}.onnx", save_as_external_data=True, location=f"{name}.data", size_threshold=256)
+        onnx.save(
+            model, folder / f"{name}.onnx", save_as_external_data=True, location=f"{name}.data", size_threshold=256
+        )
     return _configured(folder, config)
 
 
