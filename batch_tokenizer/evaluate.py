@@ -12,7 +12,6 @@ stopped goes on where it was: what has a line is not scored again.
 from __future__ import annotations
 
 import argparse
-import base64
 import json
 import logging
 import os
@@ -43,6 +42,7 @@ from batch_tokenizer.quality.aggregates import Group, group, markdown_table
 from batch_tokenizer.quality.codebooks import CodebookUse, bit_rate
 from batch_tokenizer.quality.metrics import METRICS, Scorer
 from batch_tokenizer.quality.recordings import Recording, align
+from batch_tokenizer.quality.results import ResultsFolder
 from batch_tokenizer.quality.speakers import SpeakerEncoder
 from batch_tokenizer.reconstruction import at_input_rate, check_num_quantizers, decode, encode, open_codec, open_spec
 from batch_tokenizer.records import ManifestRow, RowError, RowFailure, RunError, Task
@@ -53,6 +53,9 @@ log = logging.getLogger(__name__)
 
 #: Utterances that are loaded, and go through the codec, together.
 _CHUNK = 16
+
+#: A scoring process must have as many to do, to be worth its start.
+_UTTERANCES_PER_WORKER = 4
 
 #: Fields of a row that are files, not facts about the utterance.
 _PATH_FIELDS = ("wav", "quantized_tokens", "reconstructed_wav")
@@ -187,6 +190,10 @@ class Evaluation:
             )
         for reason, count in Counter(record["failed"] for record in self.failed).most_common(10):
             lines.append(f"{count} utterances could not be scored: {reason}")
+        if self.failed and not self.utterances:
+            lines.append(
+                "paths in a manifest are relative to the working directory: start this where the run was started"
+            )
         return lines
 
 
@@ -377,7 +384,7 @@ def score_job(job: Job, scorer: Scorer) -> list[dict[str, Any]]:
 
 
 def _jobs(
-    source: Source, rows: Iterable[ManifestRow | RowFailure], tokens: _TokenFile
+    source: Source, rows: Iterable[ManifestRow | RowFailure], results: ResultsFolder
 ) -> Iterator[Job | dict[str, Any]]:
     """Utterances ready to be scored, or the record of one that cannot be."""
     most = source.num_quantizers[-1]
@@ -403,7 +410,7 @@ def _jobs(
             coded: list[Any] = encode(source.codec, [loaded for _, _, loaded in ready], most)  # type: ignore[misc]
         else:
             coded = [codes[:, :most] for _, _, codes in ready]
-        yield from _made(source, [(row, record) for row, record, _ in ready], coded, tokens)
+        yield from _made(source, [(row, record) for row, record, _ in ready], coded, results)
 
 
 def _load(source: Source, row: ManifestRow) -> Any:
@@ -434,7 +441,7 @@ def _read_unknown_codes(path: str) -> npt.NDArray[np.uint16]:
 
 
 def _made(
-    source: Source, rows: Sequence[tuple[ManifestRow, dict[str, Any]]], coded: Sequence[Any], tokens: _TokenFile
+    source: Source, rows: Sequence[tuple[ManifestRow, dict[str, Any]]], coded: Sequence[Any], results: ResultsFolder
 ) -> Iterator[Job | dict[str, Any]]:
     made: list[dict[int, Any]] = [{} for _ in rows]
     failed: dict[int, RowError] = {number: codes for number, codes in enumerate(coded) if isinstance(codes, RowError)}
@@ -454,7 +461,7 @@ def _made(
         if number in failed:
             yield {**record, "failed": failed[number].reason}
             continue
-        tokens.append(row, coded[number])
+        results.append_codes(row.line, row.digest, coded[number])
         record["frames"] = len(coded[number])
         assert row.wav is not None
         yield Job(record, row.wav, made[number], source.sample_rate, source.resampler)
@@ -524,76 +531,6 @@ def recordings(source: Source, row: ManifestRow) -> tuple[Recording, Recording]:
     return reference, reconstruction
 
 
-# --------------------------------------------------------------------------------------------------------------- files
-
-
-class _TokenFile:
-    """``tokens.jsonl``: the codes of each utterance, so that resuming can count them all."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def append(self, row: ManifestRow, codes: npt.NDArray[np.uint16]) -> None:
-        """Note an utterance's codes (T, K)."""
-        text = base64.b64encode(np.ascontiguousarray(codes, "<u2").tobytes()).decode()
-        _append(self._path, [{"line": row.line, "digest": row.digest, "codebooks": codes.shape[1], "codes": text}])
-
-    def read(self, wanted: set[tuple[int, str]], num_quantizers: int) -> Iterator[npt.NDArray[np.uint16]]:
-        """The codes (T, ``num_quantizers``) of each wanted (line, digest), once; of those that have as many."""
-        left = set(wanted)
-        for record in _read_lines(self._path):
-            place = (record["line"], record["digest"])
-            if place in left and record["codebooks"] >= num_quantizers:
-                left.discard(place)
-                codes = np.frombuffer(base64.b64decode(record["codes"]), "<u2")
-                yield codes.reshape(-1, record["codebooks"])[:, :num_quantizers].astype(np.uint16)
-
-
-def _append(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Whole lines at the end of a file, which may end in half of one."""
-    data = b"".join(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE) for record in records)
-    try:
-        with path.open("ab+") as stream:
-            if stream.tell():
-                stream.seek(-1, os.SEEK_END)
-                data = data if stream.read(1) == b"\n" else b"\n" + data
-            stream.write(data)
-    except OSError as error:
-        raise RunError(f"{path} cannot be written: {error.strerror}", exit_code=1) from error
-
-
-def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Records of a file of JSON lines; a line torn by a crash is left out, and so is a file that is not there."""
-    if not path.exists():
-        return
-    with path.open("rb") as stream:
-        for line in stream:
-            try:
-                record = orjson.loads(line)
-            except orjson.JSONDecodeError:
-                continue
-            if isinstance(record, dict):
-                yield record
-
-
-def _agree_on_settings(folder: Path, settings: Mapping[str, Any], overwrite: bool) -> None:
-    path = folder / "settings.json"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        before = json.loads(path.read_bytes()) if path.exists() else None
-        if before is not None and before != settings:
-            names = [name for name in settings if before.get(name) != settings[name]]
-            if not overwrite:
-                raise RunError(
-                    f"{folder} has results of other settings ({', '.join(names)}): choose another --out, or --overwrite"
-                )
-            for name in ("utterances.jsonl", "tokens.jsonl"):
-                (folder / name).unlink(missing_ok=True)
-        path.write_text(json.dumps(settings, indent=2) + "\n")
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} cannot be used: {error}; choose another --out", exit_code=1) from error
-
-
 # ------------------------------------------------------------------------------------------------------------ evaluate
 
 
@@ -612,31 +549,33 @@ def evaluate(request: Request, source: Source | None = None) -> Evaluation:
     folder = request.folder
     speaker = SpeakerEncoder.choose(request.speaker_model).name
     settings = {"fingerprint": source.fingerprint, "resampler": source.resampler, "speaker_model": speaker}
-    _agree_on_settings(folder, settings, request.overwrite)
+    results = ResultsFolder(folder)
+    results.open(settings, overwrite=request.overwrite)
 
     # By digest, which is as good as chance: a larger sample holds the smaller one, and rows that the run did since
     # then leave most of it as it was, so little is scored twice.
     order = np.argsort(source.manifest.digests[source.lines], kind="stable")[: request.sample]
     chosen = np.sort(source.lines[order])
     digests = {int(line): f"{int(source.manifest.digests[line]):016x}" for line in chosen}
-    path = folder / "utterances.jsonl"
     scorer = Scorer(request.metrics, request.speaker_model)
-    scored = _scored(path, digests, scorer)
+    scored = _scored(results, digests, scorer)
     left = [line for line in digests if not all((line, number) in scored for number in source.num_quantizers)]
     if left:
-        _score_all(source, left, request, folder, path)
-    return _conclude(source, request, folder, settings, digests)
+        _score_all(source, left, request, results)
+    return _conclude(source, request, results, settings, digests)
 
 
 def num_scored(folder: Path) -> int:
     """Utterances that an earlier command scored into ``folder``."""
-    return len({record["digest"] for record in _read_lines(folder / "utterances.jsonl") if "scores" in record})
+    return len({record["digest"] for record in ResultsFolder(folder).records() if "scores" in record})
 
 
-def _scored(path: Path, digests: Mapping[int, str], scorer: Scorer) -> dict[tuple[int, int], dict[str, Any]]:
+def _scored(
+    results: ResultsFolder, digests: Mapping[int, str], scorer: Scorer
+) -> dict[tuple[int, int], dict[str, Any]]:
     """(line, number of codebooks) to the last record that has all metrics asked for, as far as they can run here."""
     found = {}
-    for record in _read_lines(path):
+    for record in results.records():
         if digests.get(record["line"]) != record["digest"] or "failed" in record:
             continue
         outcomes = record["scores"].keys() | record["not_scored"].keys()
@@ -647,25 +586,25 @@ def _scored(path: Path, digests: Mapping[int, str], scorer: Scorer) -> dict[tupl
     return found
 
 
-def _score_all(source: Source, lines: Sequence[int], request: Request, folder: Path, path: Path) -> None:
+def _score_all(source: Source, lines: Sequence[int], request: Request, results: ResultsFolder) -> None:
     rows = (row for line in lines for row in source.manifest.read(line, line + 1))
     # Another process takes seconds to start, and a few utterances a second are scored.
-    workers = max(1, min(request.workers, len(lines) // 4))
+    workers = max(1, min(request.workers, len(lines) // _UTTERANCES_PER_WORKER))
     on_terminal = sys.stderr.isatty()
     log.info("scoring %d utterances with %d processes", len(lines), workers)
     with tqdm(total=len(lines), unit="utterance", mininterval=0.5 if on_terminal else 30.0) as bar:
-        jobs = _jobs(source, rows, _TokenFile(folder / "tokens.jsonl"))
+        jobs = _jobs(source, rows, results)
         for records in _results(jobs, request, workers):
-            _append(path, records)
+            results.append(records)
             bar.update()
 
 
 def _conclude(
-    source: Source, request: Request, folder: Path, settings: Mapping[str, Any], digests: Mapping[int, str]
+    source: Source, request: Request, results: ResultsFolder, settings: Mapping[str, Any], digests: Mapping[int, str]
 ) -> Evaluation:
     scored: dict[tuple[int, int], dict[str, Any]] = {}
     failed: dict[int, dict[str, Any]] = {}
-    for record in _read_lines(folder / "utterances.jsonl"):
+    for record in results.records():
         line = record["line"]
         if digests.get(line) != record["digest"]:
             continue
@@ -678,7 +617,7 @@ def _conclude(
     groups = group(utterances, request.by)
     use = CodebookUse(source.info.codebook_sizes if source.info is not None else None)
     places = {(line, digests[line]) for line, _ in scored}
-    for codes in _TokenFile(folder / "tokens.jsonl").read(places, source.num_quantizers[-1]):
+    for codes in results.codes(places, source.num_quantizers[-1]):
         use.add(codes)
     rates = {"frames scored": float(use.frames), "frames a second": source.frame_rate}
     rates["tokens a second"] = source.frame_rate * source.num_quantizers[-1]
@@ -692,8 +631,16 @@ def _conclude(
     if "sim" in request.metrics:
         table += f"SIM: cosine of speaker embeddings by {settings['speaker_model']}\n"
     table += "±: half the 95 % confidence interval of the mean, by bootstrap over utterances\n"
-    result = Evaluation(folder, settings, utterances, list(failed.values()), groups, use.table(), rates, table)
-    _write_results(result)
+    result = Evaluation(results.path, settings, utterances, list(failed.values()), groups, use.table(), rates, table)
+    summary = {
+        "settings": settings,
+        "utterances": len(utterances),
+        "failed": [{name: record[name] for name in ("line", "key", "failed")} for record in result.failed],
+        "rates": rates,
+        "groups": [asdict(one) for one in groups],
+        "codebooks": result.codebooks,
+    }
+    results.write_tables(table, summary, utterances)
     return result
 
 
@@ -703,49 +650,6 @@ def _only(record: dict[str, Any], metrics: Sequence[str]) -> dict[str, Any]:
         part: {name: value for name, value in record[part].items() if name in metrics}
         for part in ("scores", "not_scored")
     }
-
-
-def _write_results(result: Evaluation) -> None:
-    summary = {
-        "settings": result.settings,
-        "utterances": len(result.utterances),
-        "failed": [{name: record[name] for name in ("line", "key", "failed")} for record in result.failed],
-        "rates": result.rates,
-        "groups": [asdict(one) for one in result.groups],
-        "codebooks": result.codebooks,
-    }
-    folder = result.folder
-    try:
-        (folder / "table.md").write_text(result.table, encoding="utf-8")
-        (folder / "summary.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    except OSError as error:
-        raise RunError(f"{folder} cannot be written: {error.strerror}", exit_code=1) from error
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        return
-    if result.utterances:
-        flat = [_flat(record) for record in result.utterances]
-        names = dict.fromkeys(name for record in flat for name in record)
-        table = pyarrow.table({name: _column(record.get(name) for record in flat) for name in names})
-        pyarrow.parquet.write_table(table, folder / "utterances.parquet")
-
-
-def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
-    fixed = {name: record[name] for name in ("key", "line", "num_quantizers", "seconds", "scored_seconds", "frames")}
-    reasons = "; ".join(f"{METRICS[name].label}: {reason}" for name, reason in record["not_scored"].items())
-    row = {f"row_{name}": value for name, value in record["row"].items()}
-    return {**fixed, **record["scores"], "not_scored": reasons, **row}
-
-
-def _column(values: Iterable[Any]) -> list[Any]:
-    """Values of one type, as a column needs; rows of a manifest may disagree, and then all become text."""
-    column = list(values)
-    kinds = {type(value) for value in column if value is not None}
-    if len(kinds) > 1 and not kinds <= {int, float}:
-        return [None if value is None else str(value) for value in column]
-    return [float(value) for value in column] if kinds == {int, float} and None not in column else column
 
 
 def _num_cores() -> int:

@@ -122,7 +122,8 @@ def test_a_torn_line_is_scored_again_and_parquet_holds_the_same(workplace, tmp_p
     }
 
 
-def test_fewer_codebooks_are_decoded_again_and_scoring_runs_in_processes(workplace, tmp_path):
+def test_fewer_codebooks_are_decoded_again_and_scoring_runs_in_processes(workplace, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "_UTTERANCES_PER_WORKER", 2)
     out = str(tmp_path / "scores")
     words = ["evaluate", RUN_DIR, "--num_quantizers", "2", "5", "--metrics", "si_sdr", "--out", out]
     assert main([*words, "--model_path", "model", "--workers", "2"]) == 0
