@@ -1,0 +1,307 @@
+"""Training end to end on a tiny model and synthetic audio: it learns, it resumes, and what it exports runs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from batch_tokenizer.codecs.checkpoint import Checkpoint
+from batch_tokenizer.codecs.mimo.codec import load_model, open_spec
+from batch_tokenizer.codecs.mimo.config import MiMoConfig
+from batch_tokenizer.kernels.segments import Segments
+from batch_tokenizer.records import RunError
+from batch_tokenizer.training.__main__ import main
+from batch_tokenizer.training.crops import Audio, Crops, Numbers, crop_length, mel_of, read_manifest
+from batch_tokenizer.training.losses import RESOLUTIONS, SpectralLoss
+from batch_tokenizer.training.recipe import SMALL, Recipe, Trainer, load_held_out, make_model, train
+from tests.support.checkpoints import TINY
+
+CONFIG: dict[str, Any] = {
+    **TINY,
+    "num_quantizers": 3,
+    "codebook_size": [16, 8],
+    "encoder_attn_window_size": [8, 8],
+    "decoder_attn_window_size": [8, 0],
+}
+
+
+def tone(seconds: float, pitch: float) -> np.ndarray:
+    t = np.arange(int(seconds * 24000)) / 24000
+    wave = sum(np.sin(2 * math.pi * pitch * k * t) / k for k in (1, 2, 3))
+    return (0.2 * wave * (1 + np.sin(2 * math.pi * 3 * t))).astype(np.float32) / 2
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tones")
+    lines = []
+    for index, seconds in enumerate((0.2, 0.7, 1.5)):
+        path = folder / f"{index}.wav"
+        soundfile.write(path, tone(seconds, 120 + 60 * index), 24000)
+        lines.append(json.dumps({"key": str(index), "wav": str(path), "duration": seconds}))
+    (folder / "manifest.jsonl").write_text("\n".join(lines) + "\n")
+    return folder / "manifest.jsonl"
+
+
+def tiny(manifest: Path, out: Path, **changes: Any) -> Recipe:
+    values: dict[str, Any] = {
+        "data": manifest, "out": out, "config": CONFIG, "steps": 30, "batch_size": 4, "token_frames": 8,
+        "learning_rate": 5e-3, "warmup": 3, "quantize_from": 8, "num_workers": 0, "log_every": 5, "save_every": 1e9,
+    }  # fmt: skip
+    return Recipe(**{**values, **changes})
+
+
+def read_log(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def test_it_learns_and_its_export_runs(manifest: Path, tmp_path: Path) -> None:
+    trainer = train(tiny(manifest, tmp_path, held_out=manifest))
+    lines = read_log(tmp_path)
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == 6
+    assert losses[-1] < 0.75 * losses[0]
+    assert lines[-1]["held_out"].keys() == {"mel_3", "perplexity"}
+    assert len(lines[-1]["held_out"]["perplexity"]) == 3
+
+    checkpoint = Checkpoint.open(str(tmp_path / "checkpoint"))
+    spec = open_spec(checkpoint)
+    model = load_model(checkpoint, device=torch.device("cpu"))
+    samples = tone(0.8, 200)
+    codes = model.encode_utterances([torch.from_numpy(spec.features(samples))])[0]
+    assert codes.shape == (spec.num_frames(len(samples)), 3)
+    (made,) = model.decode_utterances([codes])
+    assert len(made) == spec.num_output_samples(len(codes))
+    assert made.isfinite().all()
+    # Half precision on disk: parameters lose some digits, codebooks and the window none.
+    for name, tensor in trainer.model.state_dict().items():
+        loaded = model.state_dict()[name]
+        assert loaded.dtype == torch.float32, name
+        exact = "embed" in name.split(".")[-1] or name.endswith("istft.window")
+        assert torch.equal(loaded, tensor) if exact else torch.allclose(loaded, tensor, rtol=2e-3, atol=1e-4), name
+
+
+def test_what_is_trained_is_what_runs(manifest: Path, tmp_path: Path) -> None:
+    """Crops in one batch through ``reconstruct`` against each alone through the published interface."""
+    trainer = Trainer(tiny(manifest, tmp_path))
+    trainer.codebooks.start(torch.randn(200, CONFIG["d_model"]))
+    trainer.codebooks.eval()
+    audio = Audio(read_manifest(manifest), 24000, 0)
+    crops = Crops(audio, trainer.config, 8, seed=1)
+    mels = torch.stack([torch.from_numpy(crops[index][1]) for index in range(3)])
+    used = torch.tensor([3, 1, 2])
+    made, _ = trainer.reconstruct(mels, used)
+    codes = trainer.model.encode_utterances(list(mels))
+    for index, number in enumerate(used.tolist()):
+        (alone,) = trainer.model.decode_utterances([codes[index][:, :number]])
+        assert torch.allclose(made[index], alone, atol=1e-4)
+
+
+def test_every_parameter_gets_a_gradient(manifest: Path, tmp_path: Path) -> None:
+    trainer = Trainer(tiny(manifest, tmp_path, quantize_from=1))
+    crops = Crops(Audio(read_manifest(manifest), 24000, 0), trainer.config, 8, seed=1)
+    parts = [torch.stack([torch.from_numpy(crops[index][part]) for index in range(4)]) for part in range(3)]
+    for _ in range(2):
+        trainer.train_step(*parts)
+    assert bool(trainer.codebooks.ready)
+    without = [name for name, p in trainer.model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert without == []
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(manifest: Path, tmp_path: Path) -> None:
+    whole = train(tiny(manifest, tmp_path / "whole", steps=14, quantize_from=4))
+    calls = iter(range(100))
+    part = train(tiny(manifest, tmp_path / "part", steps=14, quantize_from=4), stop=lambda: next(calls) == 7)
+    assert part.step == 7
+    assert (tmp_path / "part" / "checkpoint" / "model.safetensors").exists()
+    part = train(tiny(manifest, tmp_path / "part", steps=14, quantize_from=4))
+    assert part.step == 14
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.allclose(tensor, part.model.state_dict()[name], atol=1e-5), name
+    # A run that is over stays as it is.
+    again = train(tiny(manifest, tmp_path / "part", steps=14, quantize_from=4))
+    assert again.step == 14
+
+
+def test_a_state_of_another_shape_is_refused(manifest: Path, tmp_path: Path) -> None:
+    train(tiny(manifest, tmp_path, steps=1))
+    with pytest.raises(RunError, match="another config"):
+        train(tiny(manifest, tmp_path, config={**CONFIG, "decoder_layers": 1}))
+
+
+def test_unequal_strides_are_refused(manifest: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="decoder_stride_size"):
+        train(tiny(manifest, tmp_path, config={**CONFIG, "decoder_stride_size": 1}))
+
+
+def test_the_learning_rate_rises_then_falls_with_steps_or_minutes(manifest: Path, tmp_path: Path) -> None:
+    trainer = Trainer(tiny(manifest, tmp_path, steps=100, minutes=10, warmup=10, learning_rate=1.0))
+    rates = []
+    for step in range(101):
+        trainer.step = step
+        rates.append(trainer.learning_rate())
+    peak = rates.index(max(rates))
+    assert 8 <= peak <= 12
+    assert rates[0] < 0.11
+    assert rates[100] == pytest.approx(0.01)
+    assert all(a >= b for a, b in zip(rates[peak:], rates[peak + 1 :], strict=False))
+    trainer.step, trainer.seconds = 20, 600.0
+    assert trainer.progress == 1
+    assert trainer.learning_rate() == pytest.approx(0.01)
+
+
+def test_any_number_of_codebooks_is_drawn_and_all_of_them_most(manifest: Path, tmp_path: Path) -> None:
+    trainer = Trainer(tiny(manifest, tmp_path))
+    counts: Counter[int] = Counter()
+    for step in range(200):
+        trainer.step = step
+        counts.update(trainer._draw_used(4).tolist())
+    assert set(counts) == {1, 2, 3}
+    assert counts[3] > 1.5 * (counts[1] + counts[2])
+
+
+def test_group_norms_start_as_all_but_linear() -> None:
+    """Twice the signal comes out twice, so that loudness survives and an utterance's length does not matter."""
+    config = MiMoConfig.from_json(CONFIG)
+    decoder = make_model(config, 3).decoder
+    assert decoder is not None
+    rows = 0.3 * torch.randn(12, config.d_model)
+    lengths = Segments([12])
+    with torch.no_grad():
+        none, _ = decoder.dconv1(torch.zeros_like(rows), lengths)
+        once, _ = decoder.dconv1(rows, lengths)
+        twice, _ = decoder.dconv1(2 * rows, lengths)
+    assert torch.allclose(none, torch.zeros_like(none), atol=1e-3)
+    assert ((twice - 2 * once).norm() / twice.norm()) < 0.1
+
+
+def test_frames_start_symmetric_about_their_centre() -> None:
+    config = MiMoConfig.from_json(CONFIG)
+    decoder = make_model(config, 3).decoder
+    assert decoder is not None
+    log_magnitude, phase = decoder.vocoder.head.out.bias.detach().chunk(2)
+    frame = torch.fft.irfft(torch.polar(log_magnitude.exp(), phase))
+    assert int(frame.abs().argmax()) == config.nfft // 2
+
+
+@given(frames=st.integers(1, 300), stride=st.sampled_from([1, 2]), pooler=st.sampled_from([1, 2, 3]))
+def test_a_crop_fills_its_token_frames(frames: int, stride: int, pooler: int) -> None:
+    config = MiMoConfig.from_json(
+        {**CONFIG, "stride_size": stride, "avg_pooler": pooler, "decoder_stride_size": stride}
+    )
+    length = crop_length(config, frames)
+    if length <= config.nfft // 2:
+        return
+    assert config.num_token_frames(config.num_mel_frames(length)) == frames
+    assert config.num_token_frames(config.num_mel_frames(length + config.hop_length)) == frames + 1
+    assert config.num_output_samples(frames) >= length
+
+
+def test_crops_are_a_function_of_their_number(manifest: Path) -> None:
+    config = MiMoConfig.from_json(CONFIG)
+    files = read_manifest(manifest)
+    first, second = (Crops(Audio(files, 24000, room), config, 8, seed=5) for room in (0, 1 << 30))
+    for index in (3, 0, 3, 7):
+        for ours, theirs in zip(first[index], second[index], strict=True):
+            assert np.array_equal(ours, theirs)
+    samples, mel, target = first[3]
+    assert samples.shape == (crop_length(config, 8),)
+    assert samples.dtype == mel.dtype == np.float32
+    assert np.array_equal(mel, mel_of(samples, config))
+    assert np.array_equal(target[:, :20], mel_of(samples[config.hop_length // 2 :], config)[:, :20])
+    assert not np.array_equal(samples, first[4][0])
+    assert not np.array_equal(samples, Crops(Audio(files, 24000, 0), config, 8, seed=6)[3][0])
+    assert max(np.abs(first[index][0]).max() for index in range(20)) <= 0.99
+
+
+def test_batches_number_crops_without_gap_or_repeat() -> None:
+    numbers = iter(Numbers(2, 3))
+    assert [next(numbers), next(numbers)] == [[6, 7, 8], [9, 10, 11]]
+
+
+def test_a_file_that_cannot_be_read_is_left_out(
+    manifest: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad = tmp_path / "bad.wav"
+    bad.write_bytes(b"not audio")
+    audio = Audio([*read_manifest(manifest), (str(bad), 500.0)], 24000, 0)
+    rng = np.random.default_rng(0)
+    assert all(len(audio.draw(rng)) for _ in range(5))
+    assert [record.message for record in caplog.records if "bad.wav" in record.message][1:] == []
+    with pytest.raises(RunError, match="no file of the training manifest"):
+        Audio([(str(bad), 1.0)], 24000, 0).draw(rng)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("", "no rows"), ("{}\n", "line 1"), ('{"wav": 3}\n', "line 1"), ("nonsense\n", "JSON"), ("[1]\n", "line 1")],
+)
+def test_a_bad_manifest_is_named(text: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_text(text)
+    with pytest.raises(RunError, match=said):
+        read_manifest(path)
+
+
+def test_held_out_audio_must_be_readable(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_text(json.dumps({"wav": str(tmp_path / "absent.wav"), "duration": 3}) + "\n")
+    with pytest.raises(RunError, match="half a second"):
+        load_held_out(path, MiMoConfig.from_json(CONFIG))
+
+
+def test_the_loss_is_nought_for_a_copy_and_grows_with_noise() -> None:
+    torch.manual_seed(0)
+    loss = SpectralLoss(24000)
+    original = torch.from_numpy(tone(0.5, 150))[None]
+    noise = torch.randn_like(original)
+    values = [float(loss(original + level * noise, original)[0]) for level in (0.0, 0.001, 0.01, 0.1)]
+    assert values[0] == 0
+    assert values == sorted(values)
+    assert values[1] > 0.01
+    silence = torch.zeros_like(original).requires_grad_()
+    loss(silence, original)[0].backward()
+    assert silence.grad is not None
+    assert silence.grad.isfinite().all()
+
+
+def test_resolutions_in_turn_are_the_whole_loss_on_average() -> None:
+    torch.manual_seed(0)
+    loss = SpectralLoss(24000)
+    original = torch.from_numpy(tone(0.5, 150))[None]
+    made = original + 0.01 * torch.randn_like(original)
+    count = len(RESOLUTIONS) * (len(RESOLUTIONS) - 1)
+    in_turn = [float(loss(made, original, number)[0]) for number in range(count)]
+    assert np.mean(in_turn) == pytest.approx(float(loss(made, original)[0]), rel=1e-4)
+
+
+def test_the_shape_of_the_default_is_a_valid_config() -> None:
+    config = MiMoConfig.from_json(dict(SMALL))
+    assert config.sampling_rate / config.samples_per_frame == 25
+    assert config.num_quantizers == 20
+
+
+def test_the_command_trains_and_names_what_is_wrong(
+    manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(CONFIG))
+    flags = ["--out", str(tmp_path / "run"), "--config", str(config), "--num_workers", "0", "--device", "cpu"]
+    flags += ["--batch_size", "2", "--token_frames", "8"]
+    assert main(["--data", str(manifest), "--steps", "2", *flags]) == 0
+    assert (tmp_path / "run" / "checkpoint" / "config.json").exists()
+    assert main(["--data", str(tmp_path / "absent.jsonl"), *flags]) == 2
+    assert "absent.jsonl: cannot be read" in capsys.readouterr().err
+    config.write_text("[]")
+    assert main(["--data", str(manifest), *flags]) == 2
+    assert "JSON object" in capsys.readouterr().err
