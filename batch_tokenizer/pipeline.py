@@ -25,12 +25,12 @@ import torch
 from batch_tokenizer import __version__
 from batch_tokenizer.codecs.base import Codec, CodecSpec
 from batch_tokenizer.codecs.checkpoint import Checkpoint
-from batch_tokenizer.codecs.registry import find_family
+from batch_tokenizer.codecs.registry import Family, find_family
 from batch_tokenizer.config import RunConfig
 from batch_tokenizer.data.batching import Packer, split
 from batch_tokenizer.data.loader import Loader
 from batch_tokenizer.data.loading import RowLoader
-from batch_tokenizer.manifest import Manifest, in_shard, plan_units
+from batch_tokenizer.manifest import Manifest, Units, in_shard, plan_units
 from batch_tokenizer.plan import dry_run
 from batch_tokenizer.quality.live import LiveQuality
 from batch_tokenizer.records import (
@@ -97,40 +97,102 @@ def run(config: RunConfig) -> int:
             return _leave(stop)
 
 
-def _run(config: RunConfig, processes: ProcessGroup, stop: StopRequest, started: float) -> int:
-    torch.manual_seed(config.seed)
-    compute = choose_device(config.device, config.dtype, processes.local_rank)
-    if compute.device.type == "cpu":
-        # One thread an operation, several utterances at a time: faster for short ones, and results do not depend on
-        # how many cores a process was given.
-        torch.set_num_threads(1)
-    checkpoint = Checkpoint.open(config.model_path)
-    family = find_family(checkpoint)
-    spec = family.open_spec(checkpoint)
-    num_quantizers = _num_quantizers(config, spec)
-    info = _run_info(config, spec, compute)
-    log.info(
-        "batch_tokenizer %s: %s, rank 0 of %d (%s)", __version__, config.task, processes.world_size, processes.launcher
-    )
-    log.info("%s", compute.reason)
-    log.info("model %s (%s, fingerprint %s), %d of %d codebooks", checkpoint.folder, spec.info.family,
-             spec.info.fingerprint, num_quantizers, spec.info.num_codebooks)  # fmt: skip
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a process knows before it touches the run folder."""
 
+    config: RunConfig
+    processes: ProcessGroup
+    compute: ComputeDevice
+    checkpoint: Checkpoint
+    family: Family
+    spec: CodecSpec
+    num_quantizers: int
+
+    @classmethod
+    def prepare(cls, config: RunConfig, processes: ProcessGroup) -> Job:
+        """Opens the checkpoint, chooses the device, and says so.
+
+        Raises:
+            RunError: the checkpoint or the device is not what was asked for.
+        """
+        torch.manual_seed(config.seed)
+        checkpoint = Checkpoint.open(config.model_path)
+        family = find_family(checkpoint)
+        spec = family.open_spec(checkpoint)
+        compute = choose_device(config.device, config.dtype, processes.local_rank, spec.cuda_dtype)
+        if compute.device.type == "cpu":
+            # One thread an operation, several utterances at a time: faster for short ones, and results do not depend
+            # on how many cores a process was given.
+            torch.set_num_threads(1)
+        most = spec.info.num_codebooks
+        if config.num_quantizers is not None and config.num_quantizers > most:
+            raise RunError(f"--num_quantizers {config.num_quantizers}: this checkpoint has {most} codebooks")
+        job = cls(config, processes, compute, checkpoint, family, spec, config.num_quantizers or most)
+        log.info("batch_tokenizer %s: %s, rank 0 of %d (%s)",
+                 __version__, config.task, processes.world_size, processes.launcher)  # fmt: skip
+        log.info("%s", compute.reason)
+        log.info("model %s (%s, fingerprint %s), %d of %d codebooks", checkpoint.folder, spec.info.family,
+                 spec.info.fingerprint, job.num_quantizers, most)  # fmt: skip
+        return job
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What every token file of the run says about how it was made. Nothing about when, where or with whom."""
+        return {
+            "codec": self.spec.info.family,
+            "fingerprint": self.spec.info.fingerprint,
+            "sample_rate": self.spec.info.sample_rate,
+            "frame_rate": self.spec.info.frame_rate,
+            "dtype": self.compute.dtype_name,
+            "resampler": self.config.resampler,
+            "version": __version__,
+        }
+
+    def open_folder(self, idle: Callable[[], None]) -> RunFolder:
+        """The run folder, which refuses other settings than its own."""
+        return RunFolder.open(
+            self.config.run_dir or self.config.default_run_dir(),
+            {"task": self.config.task, "num_quantizers": self.num_quantizers, **self.info},
+            processes=self.processes,
+            num_shards=self.config.num_shards,
+            shard=self.config.shard,
+            overwrite=self.config.overwrite,
+            idle=idle,
+        )
+
+    def open_loader(self) -> Loader:
+        """Loader processes for this rank."""
+        return Loader(
+            RowLoader(self.config.task, self.spec, self.config.resampler, self.num_quantizers),
+            num_workers=self.config.num_workers,
+            rows_ahead=self.config.batch_size * self.config.prefetch,
+            bytes_ahead=LOADED_BYTES,
+            row_timeout=self.config.row_timeout,
+        )
+
+    def load_codec(self) -> Codec:
+        """The weights that the task needs."""
+        codec = self.family.load_codec(
+            self.checkpoint, self.spec, task=self.config.task, device=self.compute.device, dtype=self.compute.dtype,
+            attention=self.config.attention, threads=self.compute.cores,
+        )  # fmt: skip
+        if self.config.frame_budget is not None:
+            codec.frame_budget = self.config.frame_budget
+        return codec
+
+
+def _run(config: RunConfig, processes: ProcessGroup, stop: StopRequest, started: float) -> int:
     def idle() -> None:
         if stop.requested:
             raise Stopped
 
+    job = Job.prepare(config, processes)
     if config.dry_run:
-        return dry_run(config, processes, compute, checkpoint, spec, num_quantizers, info, idle)
-    with RunFolder.open(
-        config.run_dir or config.default_run_dir(),
-        {"task": config.task, "num_quantizers": num_quantizers, **info},
-        processes=processes,
-        num_shards=config.num_shards,
-        shard=config.shard,
-        overwrite=config.overwrite,
-        idle=idle,
-    ) as folder:
+        return dry_run(
+            config, processes, job.compute, job.checkpoint, job.spec, job.num_quantizers, job.info, idle
+        )  # fmt: skip
+    with job.open_folder(idle) as folder:
         manifest, status = _open_manifest(config, folder, idle)
         ours = in_shard(manifest, config.num_shards, config.shard)
         todo = status == RowStatus.PENDING
@@ -139,13 +201,7 @@ def _run(config: RunConfig, processes: ProcessGroup, stop: StopRequest, started:
         units = plan_units(
             manifest, world_size=processes.world_size, num_shards=config.num_shards, shard=config.shard, pending=todo
         )
-        queue = WorkQueue.open(len(units), processes, folder.attempt_id)
         log.info("%d rows, %d to do, %d units", len(manifest), np.count_nonzero(todo & ours), len(units))
-
-        def claimed_rows() -> Iterator[ManifestRow | RowFailure]:
-            while (unit := queue.claim()) is not None:
-                yield from (item for item in manifest.read(*units[unit]) if todo[item.line])
-
         with (
             LedgerWriter(folder.ledger_path) as ledger,
             ProgressReporter(
@@ -153,31 +209,30 @@ def _run(config: RunConfig, processes: ProcessGroup, stop: StopRequest, started:
                 rows_total=int(np.count_nonzero(ours & ~manifest.is_blank)),
                 rows_done_before=int(np.count_nonzero(ours & (status == RowStatus.DONE))),
                 rows_failed_before=int(np.count_nonzero(ours & (status == RowStatus.FAILED) & ~todo)),
-                device=str(compute.device),
+                device=str(job.compute.device),
             ) as progress,
-            Loader(
-                RowLoader(config.task, spec, config.resampler, num_quantizers),
-                num_workers=config.num_workers,
-                rows_ahead=config.batch_size * config.prefetch,
-                bytes_ahead=LOADED_BYTES,
-                row_timeout=config.row_timeout,
-            ) as loader,
+            job.open_loader() as loader,
         ):
             progress.set_state("running")
             try:
                 if len(units):
-                    codec = family.load_codec(
-                        checkpoint, spec, task=config.task, device=compute.device, dtype=compute.dtype,
-                        attention=config.attention, threads=compute.cores,
-                    )  # fmt: skip
-                    if config.frame_budget is not None:
-                        codec.frame_budget = config.frame_budget
-                    sink = FileSink(config.task, spec.info.output_sample_rate, info)
-                    with _live_quality(config, spec) as quality:
+                    queue = WorkQueue.open(len(units), processes, folder.attempt_id)
+                    claims = Claims(queue, units, manifest, todo, processes.world_size)
+                    sink = FileSink(config.task, job.spec.info.output_sample_rate, job.info)
+                    with _live_quality(config, job.spec) as quality:
                         worker = Worker(
-                            config, codec, num_quantizers, loader, sink.write, ledger, progress, stop, quality
+                            config=config,
+                            claims=claims,
+                            loader=loader,
+                            codec=job.load_codec(),
+                            num_quantizers=job.num_quantizers,
+                            write=sink.write,
+                            ledger=ledger,
+                            progress=progress,
+                            stop=stop,
+                            quality=quality,
                         )
-                        worker.work(claimed_rows())
+                        worker.work()
                         if quality is not None:
                             quality.close(1.0 if stop.requested else 10.0)
             except BaseException:
@@ -191,13 +246,6 @@ def _run(config: RunConfig, processes: ProcessGroup, stop: StopRequest, started:
         return _conclude(config, folder, manifest, time.monotonic() - started) if processes.is_main else 0
 
 
-def _num_quantizers(config: RunConfig, spec: CodecSpec) -> int:
-    most = spec.info.num_codebooks
-    if config.num_quantizers is not None and config.num_quantizers > most:
-        raise RunError(f"--num_quantizers {config.num_quantizers}: this checkpoint has {most} codebooks")
-    return config.num_quantizers or most
-
-
 def _live_quality(config: RunConfig, spec: CodecSpec) -> AbstractContextManager[LiveQuality | None]:
     if not config.evaluate_every:
         return nullcontext()
@@ -205,19 +253,6 @@ def _live_quality(config: RunConfig, spec: CodecSpec) -> AbstractContextManager[
     return LiveQuality(
         config.evaluate_every, dict(config.stop_below), info.sample_rate, info.output_sample_rate, config.resampler
     )
-
-
-def _run_info(config: RunConfig, spec: CodecSpec, compute: ComputeDevice) -> dict[str, Any]:
-    """What every token file of the run says about how it was made. Nothing about when, where or with whom."""
-    return {
-        "codec": spec.info.family,
-        "fingerprint": spec.info.fingerprint,
-        "sample_rate": spec.info.sample_rate,
-        "frame_rate": spec.info.frame_rate,
-        "dtype": compute.dtype_name,
-        "resampler": config.resampler,
-        "version": __version__,
-    }
 
 
 def _open_manifest(
@@ -266,14 +301,45 @@ class _IndexProgress:
             log.info("indexing the manifest: %.0f %% of %.1f MB", 100 * done / max(total, 1), total / 1e6)
 
 
+class Claims:
+    """The rows of the units that this process claims, one unit after the other, and how many it should hold.
+
+    A process that held many rows while few are left would keep them from the others, and if it is slow, all wait for
+    it. So its share shrinks with what nobody has claimed yet.
+    """
+
+    def __init__(
+        self, queue: WorkQueue, units: Units, manifest: Manifest, todo: npt.NDArray[np.bool_], world_size: int
+    ) -> None:
+        self._queue = queue
+        self._units = units
+        self._manifest = manifest
+        self._todo = todo
+        self._world_size = world_size
+        self._left = np.append(np.cumsum((units.stops - units.starts)[::-1])[::-1], 0)
+        self._next = 0
+
+    def __iter__(self) -> Iterator[ManifestRow | RowFailure]:
+        while (unit := self._queue.claim()) is not None:
+            self._next = unit + 1
+            yield from (item for item in self._manifest.read(*self._units[unit]) if self._todo[item.line])
+
+    def share(self, most: int) -> int:
+        """Rows to hold, ``most`` while many are left: a quarter of an even share of those that nobody has claimed."""
+        if self._world_size == 1:
+            return most
+        return max(1, min(most, int(self._left[self._next]) // (4 * self._world_size)))
+
+
 @dataclass(slots=True)
 class Worker:
     """The loop of one process: takes rows as they are claimed, ends each as done or failed."""
 
     config: RunConfig
+    claims: Claims
+    loader: Loader
     codec: Codec
     num_quantizers: int
-    loader: Loader
     write: Callable[[TokenizedRow], None]
     ledger: LedgerWriter
     progress: ProgressReporter
@@ -281,8 +347,8 @@ class Worker:
     quality: LiveQuality | None = None
     failures_logged: int = 0
 
-    def work(self, rows: Iterator[ManifestRow | RowFailure]) -> None:
-        """Until ``rows`` ends, or a stop signal: then what is loaded is finished within the grace time."""
+    def work(self) -> None:
+        """Until no row is left, or a stop signal: then what is loaded is finished within the grace time."""
         with WriterPool(
             min(4, max(2, self.config.num_workers)),
             write=self._timed_write,
@@ -291,9 +357,16 @@ class Worker:
             bytes_pending=RESULT_BYTES,
         ) as writers:
             # A sixteenth is left for the gaps between packed utterances.
-            packer = Packer(self.config.batch_size, max(1, self.codec.frame_budget * 15 // 16))
-            for loaded in self._loaded(rows):
-                for batch in packer.add(loaded):
+            batch_size = min(self.config.batch_size, self.codec.batch_limit or self.config.batch_size)
+            packer = Packer(batch_size, max(1, self.codec.frame_budget * 15 // 16))
+            held = 0
+            for loaded in self._loaded():
+                held += 1
+                batches = packer.add(loaded)
+                if held >= self.claims.share(batch_size):
+                    batches += packer.flush()
+                for batch in batches:
+                    held -= len(batch.rows)
                     self._compute(batch, writers)
             for batch in packer.flush():
                 if self.stop.seconds_since <= self.config.grace:
@@ -305,14 +378,14 @@ class Worker:
         """Seconds that the grace time still allows, at least two; None when nobody asked to stop."""
         return max(2.0, self.config.grace - self.stop.seconds_since) if self.stop.requested else None
 
-    def _loaded(self, rows: Iterator[ManifestRow | RowFailure]) -> Iterator[LoadedRow]:
+    def _loaded(self) -> Iterator[LoadedRow]:
         """Keeps the loader fed, and yields what it has loaded."""
-        ahead = self.config.batch_size * self.config.prefetch
-        source: Iterator[ManifestRow | RowFailure] | None = rows
+        most = self.config.batch_size * self.config.prefetch
+        source: Iterator[ManifestRow | RowFailure] | None = iter(self.claims)
         while True:
             if self.quality is not None:
                 self.quality.check()
-            while source is not None and self.loader.pending < ahead and not self.stop.requested:
+            while source is not None and self.loader.pending < self.claims.share(most) and not self.stop.requested:
                 item = next(source, None)
                 if item is None:
                     source = None

@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -60,6 +61,9 @@ class CodecSpec(ABC):
 
     info: CodecInfo
 
+    #: What ``--dtype auto`` means on CUDA.
+    cuda_dtype: ClassVar[Literal["float32", "bfloat16"]] = "bfloat16"
+
     @abstractmethod
     def features(self, samples: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """The front end: samples (S,), S >= 1, to what ``Codec.encode`` takes, (channels, length). Runs in a worker."""
@@ -86,10 +90,12 @@ class Codec(ABC):
     Attributes:
         frame_budget: token frames that it computes at once, where that many fit in memory. The caller makes batches of
             about this size, and halves it after a batch that did not fit.
+        batch_limit: most utterances that a call gains from, or None; on a CPU some for each core.
     """
 
     spec: CodecSpec
     frame_budget: int = 8192
+    batch_limit: int | None = None
 
     @property
     def info(self) -> CodecInfo:

@@ -20,7 +20,11 @@ class BatchRunner:
     many cores a process was given.
     """
 
+    #: Utterances per thread that a batch should have, so that the threads end at about the same time.
+    _PER_THREAD = 8
+
     def __init__(self, device: torch.device, threads: int) -> None:
+        self.batch_limit = self._PER_THREAD * threads if device.type == "cpu" else None
         self._pool = ThreadPoolExecutor(threads, "codec") if device.type == "cpu" and threads > 1 else None
 
     def __call__(

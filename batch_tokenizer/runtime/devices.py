@@ -1,9 +1,10 @@
-"""The device that this process computes on, its number format, and its share of the machine's cores, each with a reason."""
+"""The device that this process computes on, its number format, and its share of the machine's cores."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -35,10 +36,12 @@ class ComputeDevice:
         return str(self.dtype).removeprefix("torch.")
 
 
-def choose_device(device: Device, dtype: Dtype, local_rank: int) -> ComputeDevice:
+def choose_device(
+    device: Device, dtype: Dtype, local_rank: int, cuda_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+) -> ComputeDevice:
     """Ranks of one machine go to its GPUs in turn; ``auto`` is CUDA where there is any.
 
-    ``auto`` dtype is bfloat16 on CUDA and float32 on a CPU.
+    ``auto`` dtype is ``cuda_dtype`` on CUDA, as the codec wants it, and float32 on a CPU.
 
     Raises:
         RunError: CUDA was asked for and there is none, or a GPU cannot be used.
@@ -58,7 +61,7 @@ def choose_device(device: Device, dtype: Dtype, local_rank: int) -> ComputeDevic
     else:
         what = "cpu (no CUDA device)" if device == "auto" else "cpu (asked for)"
     if dtype == "auto":
-        number_format = torch.bfloat16 if on_cuda else torch.float32
+        number_format = _DTYPES[cuda_dtype] if on_cuda else torch.float32
     else:
         number_format = _DTYPES[dtype]
     cores = _share_of_cores()

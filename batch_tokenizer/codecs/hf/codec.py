@@ -11,7 +11,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -58,6 +58,9 @@ class HfSpec(CodecSpec):
     """
 
     info: CodecInfo
+    #: The library looks codes up in the model's own dtype, where 16 bits change many of them.
+    cuda_dtype: ClassVar[Literal["float32", "bfloat16"]] = "float32"
+
     kind: str
     lengths: Lengths
     channels: int
@@ -203,6 +206,7 @@ class HfCodec(Codec):
         self._kind: ModelKind = KINDS[spec.kind]
         self._front_end = () if front_end is None else (front_end,)
         self._run = BatchRunner(model.device, threads)
+        self.batch_limit = self._run.batch_limit
 
     def encode(self, features: Sequence[npt.NDArray[np.float32]], num_quantizers: int) -> list[npt.NDArray[np.uint16]]:
         def compute(batch: list[Tensor]) -> list[Tensor]:

@@ -139,6 +139,7 @@ class MiMoCodec(Codec):
         self.model = model
         self.frame_budget = DEFAULT_CAPACITY
         self._run = BatchRunner(model.device, threads)
+        self.batch_limit = self._run.batch_limit
 
     def encode(self, features: Sequence[npt.NDArray[np.float32]], num_quantizers: int) -> list[npt.NDArray[np.uint16]]:
         mels = [torch.from_numpy(mel) for mel in features]

@@ -134,6 +134,7 @@ class MossCodec(Codec):
         self.model = model
         self.frame_budget = DEFAULT_CAPACITY
         self._run = BatchRunner(model.device, threads)
+        self.batch_limit = self._run.batch_limit
 
     def encode(self, features: Sequence[Samples], num_quantizers: int) -> list[Codes]:
         samples = [torch.from_numpy(feature)[0] for feature in features]

@@ -57,8 +57,6 @@ class Session:
         self._onnxruntime = onnxruntime
         self.path = path
         wanted, asked = _wanted(device)
-        if any(name != _PROVIDERS["cpu"] for name in wanted) and hasattr(onnxruntime, "preload_dlls"):
-            onnxruntime.preload_dlls()  # finds the CUDA libraries that torch brought
         available = onnxruntime.get_available_providers()
         missing = [name for name in wanted if name not in available]
         if missing:
@@ -67,6 +65,8 @@ class Session:
                 raise RunError(f"{PROVIDERS_VARIABLE}: {reason}; install onnxruntime-gpu, or ask for another")
             log.warning("%s: %s; install onnxruntime-gpu to use the GPU", path.name, reason)
         chosen = [name for name in wanted if name in available]
+        if chosen[0] != _PROVIDERS["cpu"] and hasattr(onnxruntime, "preload_dlls"):
+            onnxruntime.preload_dlls()  # finds the CUDA libraries that torch brought
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.intra_op_num_threads = threads

@@ -1,0 +1,58 @@
+"""How far ahead a process claims: far while much is left, a little at the end, and never less than one row."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+
+from batch_tokenizer.manifest import Manifest, plan_units
+from batch_tokenizer.pipeline import Claims
+from batch_tokenizer.runtime.work_queue import WorkQueue
+
+
+def claims(tmp_path, rows, world_size, taken=()):
+    path = tmp_path / "data.jsonl"
+    path.write_text(
+        "".join(
+            json.dumps({"key": str(n), "wav": f"{n}.wav", "quantized_tokens": f"{n}.json"}) + "\n" for n in range(rows)
+        )
+    )
+    manifest = Manifest.open(path, "wav2token", tmp_path / "index")
+    units = plan_units(manifest, world_size=world_size)
+    numbers = iter(unit for unit in range(len(units) + 1) if unit not in taken)
+    todo = np.ones(rows, bool)
+    return Claims(WorkQueue(len(units), numbers.__next__), units, manifest, todo, world_size), units
+
+
+def test_the_share_shrinks_to_one_row(tmp_path):
+    held, units = claims(tmp_path, 1000, world_size=2)
+    assert held.share(64) == 64
+    shares = []
+    lines = []
+    for item in held:
+        lines.append(item.line)
+        shares.append(held.share(64))
+    assert sorted(lines) == list(range(1000))
+    assert shares == sorted(shares, reverse=True)
+    assert shares[-1] == 1
+    assert len(units) >= 16
+
+
+def test_units_that_others_took_count_as_claimed(tmp_path):
+    _, units = claims(tmp_path, 1000, world_size=2)
+    last, _ = claims(tmp_path, 1000, world_size=2, taken=range(len(units) - 1))
+    next(iter(last))
+    assert last.share(64) == 1
+
+
+def test_a_process_alone_holds_what_it_likes(tmp_path):
+    held, _ = claims(tmp_path, 10, world_size=1)
+    for _ in held:
+        assert held.share(256) == 256
+
+
+def test_lines_that_are_not_to_do_are_left_out(tmp_path):
+    held, _ = claims(tmp_path, 50, world_size=2)
+    held._todo[10:20] = False
+    assert {item.line for item in held} == {*range(10), *range(20, 50)}
