@@ -118,7 +118,8 @@ def _check(folder: Path, model_path: str | None) -> int:
           f"{spec.info.num_codebooks} codebooks, fingerprint {spec.info.fingerprint}")  # fmt: skip
     for role in ("encoder", "decoder"):
         if role not in spec.layouts:
-            raise RunError(f"{folder}: has no {role} graph of a known layout {'; '.join(spec.faults)}".rstrip())
+            reasons = f" ({'; '.join(spec.faults)})" if spec.faults else ""
+            raise RunError(f"{folder}: has no graph with the role {role}{reasons}")
     codec = onnx_codec.OnnxCodec(spec, ("encoder", "decoder"), torch.device("cpu"))
     torch_codec = None if model_path is None else _torch_codec(model_path)
     if torch_codec is not None:

@@ -80,6 +80,8 @@ def test_published_layouts_run_all_tasks(world, tmp_path, layout):
         heard, rate = soundfile.read(tmp_path / "out" / f"{key}.wav", dtype="float32")
         assert rate == 16000
         np.testing.assert_allclose(heard, world.reference.decode([expected])[0].clip(-1, 1), rtol=0, atol=1e-3)
+    verify = ["verify", "--data_list", str(manifest), "--model_path", str(model), "--workers", "1"]
+    assert main([*verify, "--run_dir", str(tmp_path / "wav2token2wav")]) == 0
     audio = {key: (tmp_path / "out" / f"{key}.wav").read_bytes() for key in world.wavs}
     for key in world.wavs:
         (tmp_path / "out" / f"{key}.wav").unlink()
