@@ -52,6 +52,7 @@ _WRITTEN_BY_RUNS = (
     "status/*.json",
     "resume/*.npy",
     "failures.jsonl",
+    "verify.jsonl",
     "summary.json",
     "run.json",
 )
