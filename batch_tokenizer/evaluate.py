@@ -12,7 +12,6 @@ stopped goes on where it was: what has a line is not scored again.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import signal
@@ -29,25 +28,20 @@ from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
-import orjson
 import torch
 from tqdm import tqdm
 
 from batch_tokenizer.audio.loading import load_samples
-from batch_tokenizer.codecs.base import Codec, CodecInfo
 from batch_tokenizer.config import Device, Dtype
-from batch_tokenizer.data.loading import read_codes
-from batch_tokenizer.manifest import Manifest
+from batch_tokenizer.evaluation_source import Source, load_input, open_source
 from batch_tokenizer.quality.aggregates import Group, group, markdown_table
 from batch_tokenizer.quality.codebooks import CodebookUse, bit_rate
 from batch_tokenizer.quality.metrics import METRICS, Scorer
-from batch_tokenizer.quality.recordings import Recording, align
+from batch_tokenizer.quality.recordings import align
 from batch_tokenizer.quality.results import ResultsFolder
 from batch_tokenizer.quality.speakers import SpeakerEncoder
-from batch_tokenizer.reconstruction import at_input_rate, check_num_quantizers, decode, encode, open_codec, open_spec
-from batch_tokenizer.records import ManifestRow, RowError, RowFailure, RunError, Task
-from batch_tokenizer.runtime.ledger import RowStatus, read_ledger
-from batch_tokenizer.runtime.run_folder import read_settings
+from batch_tokenizer.reconstruction import at_input_rate, decode, encode
+from batch_tokenizer.records import ManifestRow, RowError, RowFailure, RunError
 
 log = logging.getLogger(__name__)
 
@@ -152,6 +146,17 @@ class Request:
         assert self.data_list is not None
         return self.data_list.with_name(f"{self.data_list.stem}.quality")
 
+    def open_source(self) -> Source:
+        """What it speaks of.
+
+        Raises:
+            RunError: it cannot be used; see ``open_source``.
+        """
+        return open_source(
+            run_dir=self.run_dir, data_list=self.data_list, model_path=self.model_path, device=self.device,
+            num_quantizers=self.num_quantizers, index_dir=self.folder / "index", dtype=self.dtype,
+        )  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
@@ -195,132 +200,6 @@ class Evaluation:
                 "paths in a manifest are relative to the working directory: start this where the run was started"
             )
         return lines
-
-
-# ------------------------------------------------------------------------------------------------------------- sources
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Where utterances come from.
-
-    Attributes:
-        manifest: of which ``lines`` (int64) may be scored.
-        run_settings: of the run whose outputs are scored, or None if the codec makes them.
-        num_quantizers: numbers of codebooks to score.
-        sample_rate: Hz, of the comparison.
-        resampler: how originals reach it.
-        codec: decodes (and without a run, encodes); None where the run's own audio is scored.
-        info: of the codec, where its checkpoint is at hand.
-    """
-
-    manifest: Manifest
-    lines: npt.NDArray[np.int64]
-    run_settings: Mapping[str, Any] | None
-    num_quantizers: tuple[int, ...]
-    sample_rate: int
-    frame_rate: float
-    resampler: Any
-    codec: Codec | None
-    info: CodecInfo | None
-    fingerprint: str
-
-
-def find_manifest(run_dir: Path, data_list: Path | None) -> Path:
-    """The manifest of a run folder: as given, as its summary says, or beside it under the name that fits.
-
-    Raises:
-        RunError: it is not to be found.
-    """
-    if data_list is not None:
-        return data_list
-    recorded = read_summary(run_dir).get("data_list")
-    if isinstance(recorded, str) and Path(recorded).is_file():
-        return Path(recorded)
-    parts = run_dir.resolve().name.rsplit(".", 2)
-    if len(parts) == 3:
-        for path in sorted(run_dir.resolve().parent.glob(f"{parts[0]}.json*")):
-            if path.stem == parts[0] and path.is_file():
-                return path
-    raise RunError(f"the manifest of {run_dir} is not beside it: name it with --data_list")
-
-
-def read_summary(run_dir: Path) -> dict[str, Any]:
-    """``summary.json`` of a run folder; empty where the run has not come to its end."""
-    try:
-        summary = json.loads((run_dir / "summary.json").read_bytes())
-    except (FileNotFoundError, ValueError):
-        return {}
-    return summary if isinstance(summary, dict) else {}
-
-
-def read_run(run_dir: Path) -> dict[str, Any]:
-    """The settings of a run folder.
-
-    Raises:
-        RunError: it is none.
-    """
-    if not run_dir.is_dir():
-        raise RunError(f"run folder {run_dir} does not exist")
-    settings = read_settings(run_dir)
-    if settings is None:
-        raise RunError(f"{run_dir} is not a run folder: it has no run.json")
-    return settings
-
-
-def open_source(request: Request) -> Source:
-    """What the request speaks of.
-
-    Raises:
-        RunError: the run folder, the manifest or the checkpoint cannot be used, or do not fit together.
-    """
-    if request.run_dir is None:
-        assert request.data_list is not None
-        encoder = open_codec(request.model_path, request.device, request.dtype)
-        info = encoder.info
-        manifest = Manifest.open(request.data_list, "wav2token", request.folder / "index")
-        return Source(
-            manifest, np.flatnonzero(manifest.is_row), None,
-            check_num_quantizers(request.num_quantizers, info.num_codebooks),
-            info.sample_rate, info.frame_rate, "reference", encoder, info, info.fingerprint,
-        )  # fmt: skip
-    run_dir = request.run_dir
-    settings = read_run(run_dir)
-    task: Task = settings["task"]
-    manifest = Manifest.open(find_manifest(run_dir, request.data_list), task, run_dir / "index")
-    lines = np.flatnonzero(read_ledger(run_dir, manifest).status == RowStatus.DONE)
-    recorded = read_summary(run_dir).get("model_path")
-    model_path = request.model_path or (recorded if isinstance(recorded, str) else None)
-    numbers = check_num_quantizers(request.num_quantizers, settings["num_quantizers"])
-    needs_codec = task == "wav2token" or numbers != (settings["num_quantizers"],)
-    codec = open_codec(model_path, request.device, request.dtype) if needs_codec else None
-    known: CodecInfo | None
-    if codec is not None:
-        known = codec.info
-        if known.fingerprint != settings["fingerprint"]:
-            raise RunError(
-                f"{run_dir} was made with fingerprint {settings['fingerprint']}, {known.name} has {known.fingerprint}: "
-                "pass the run's checkpoint with --model_path"
-            )
-    else:
-        known = _info_if_here(model_path, settings["fingerprint"])
-    return Source(
-        manifest, lines, settings, numbers, settings["sample_rate"], settings["frame_rate"], settings["resampler"],
-        codec, known, settings["fingerprint"],
-    )  # fmt: skip
-
-
-def _info_if_here(model_path: str | None, fingerprint: str) -> CodecInfo | None:
-    """The codec's numbers, if its checkpoint is at hand; only the sizes of its codebooks depend on it."""
-    try:
-        info = open_spec(model_path).info
-    except RunError as error:
-        log.warning("sizes of codebooks are not known: %s", error)
-        return None
-    if info.fingerprint != fingerprint:
-        log.warning("sizes of codebooks are not known: pass the run's checkpoint with --model_path")
-        return None
-    return info
 
 
 # ------------------------------------------------------------------------------------------------------------- scoring
@@ -402,7 +281,7 @@ def _jobs(
                 if name not in (*_PATH_FIELDS, "key") and isinstance(value, str | int | float | bool)
             }
             try:
-                ready.append((row, record, _load(source, row)))
+                ready.append((row, record, load_input(source, row)))
             except RowError as error:
                 yield {**record, "failed": error.reason}
         if source.run_settings is None:
@@ -411,33 +290,6 @@ def _jobs(
         else:
             coded = [codes[:, :most] for _, _, codes in ready]
         yield from _made(source, [(row, record) for row, record, _ in ready], coded, results)
-
-
-def _load(source: Source, row: ManifestRow) -> Any:
-    """The row's samples where the codec starts from audio, else its codes."""
-    if row.wav is None:
-        raise RowError("load", "the row has no wav to compare with")
-    if source.run_settings is None:
-        assert source.info is not None
-        return load_samples(row.wav, source.sample_rate, source.resampler, max_samples=source.info.max_samples)
-    if row.quantized_tokens is None:
-        raise RowError("load", "the row has no quantized_tokens")
-    if source.info is not None:
-        return read_codes(row.quantized_tokens, source.info)
-    return _read_unknown_codes(row.quantized_tokens)
-
-
-def _read_unknown_codes(path: str) -> npt.NDArray[np.uint16]:
-    """Codes of a file that the run wrote itself, without the codec that could check them."""
-    try:
-        codes = np.array(orjson.loads(Path(path).read_bytes())["quantized_tokens"], np.uint16)
-    except OSError as error:
-        raise RowError("load", f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, OverflowError) as error:
-        raise RowError("load", f"{path}: is no token file") from error
-    if codes.ndim != 2 or not len(codes):
-        raise RowError("load", f"{path}: has no frames")
-    return codes
 
 
 def _made(
@@ -503,34 +355,6 @@ def _results(jobs: Iterator[Job | dict[str, Any]], request: Request, workers: in
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def recordings(source: Source, row: ManifestRow) -> tuple[Recording, Recording]:
-    """A row's original and its reconstruction from the most codebooks asked for, to look at and listen to.
-
-    Raises:
-        RowError: one of them cannot be had.
-    """
-    if row.wav is None:
-        raise RowError("load", "the row has no wav to compare with")
-    original = load_samples(row.wav, source.sample_rate, source.resampler)
-    most = source.num_quantizers[-1]
-    made: Any
-    if source.codec is None:
-        if row.reconstructed_wav is None:
-            raise RowError("load", "the row has no reconstructed_wav")
-        made = load_samples(row.reconstructed_wav, source.sample_rate, "soxr")
-    else:
-        loaded = _load(source, row)
-        (codes,) = encode(source.codec, [loaded], most) if source.run_settings is None else [loaded[:, :most]]
-        if isinstance(codes, RowError):
-            raise codes
-        (made,) = decode(source.codec, [np.ascontiguousarray(codes)])
-        if isinstance(made, RowError):
-            raise made
-        made = at_input_rate(source.codec.info, made)
-    reference, (reconstruction,) = align(original, [made], source.sample_rate)
-    return reference, reconstruction
-
-
 # ------------------------------------------------------------------------------------------------------------ evaluate
 
 
@@ -543,7 +367,7 @@ def evaluate(request: Request, source: Source | None = None) -> Evaluation:
     Raises:
         RunError: there is nothing to score, or it cannot be scored this way.
     """
-    source = source or open_source(request)
+    source = source or request.open_source()
     if not len(source.lines):
         raise RunError("there is nothing to score: no row is done")
     folder = request.folder
@@ -591,7 +415,7 @@ def _score_all(source: Source, lines: Sequence[int], request: Request, results: 
     # Another process takes seconds to start, and a few utterances a second are scored.
     workers = max(1, min(request.workers, len(lines) // _UTTERANCES_PER_WORKER))
     on_terminal = sys.stderr.isatty()
-    log.info("scoring %d utterances with %d processes", len(lines), workers)
+    log.info("scoring %d utterances, %d at a time", len(lines), workers)
     with tqdm(total=len(lines), unit="utterance", mininterval=0.5 if on_terminal else 30.0) as bar:
         jobs = _jobs(source, rows, results)
         for records in _results(jobs, request, workers):

@@ -20,18 +20,8 @@ from typing import Any
 import numpy as np
 
 from batch_tokenizer import __version__
-from batch_tokenizer.evaluate import (
-    Evaluation,
-    Request,
-    Source,
-    evaluate,
-    find_manifest,
-    num_scored,
-    open_source,
-    read_run,
-    read_summary,
-    recordings,
-)
+from batch_tokenizer.evaluate import Evaluation, Request, evaluate, num_scored
+from batch_tokenizer.evaluation_source import Source, find_manifest, read_run, read_summary, recordings
 from batch_tokenizer.manifest import Manifest
 from batch_tokenizer.quality.aggregates import reason_lines
 from batch_tokenizer.quality.metrics import METRICS
@@ -94,7 +84,7 @@ def main(arguments: argparse.Namespace) -> int:
             speaker_model=arguments.speaker_model,
             workers=arguments.workers,
         )
-        source = open_source(request)
+        source = request.open_source()
         evaluation = evaluate(request, source)
     except RunError as error:
         trouble = str(error)

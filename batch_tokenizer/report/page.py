@@ -53,7 +53,8 @@ th, td { text-align: left; padding: .3rem .9rem .3rem 0; border-bottom: 1px soli
 th { font-weight: 600; white-space: nowrap; }
 td.wide { min-width: 18rem; white-space: normal; }
 tbody td, tbody th { white-space: nowrap; }
-.charts { display: flex; flex-wrap: wrap; gap: 1rem 1.6rem; align-items: flex-start; }
+.charts { display: flex; flex-wrap: wrap; gap: 1rem 1.6rem; align-items: flex-start;
+  margin-top: 1rem; }
 figure { margin: 0 0 .6rem; flex: 0 1 auto; min-width: 0; }
 figcaption { font-size: .92rem; font-weight: 600; margin-bottom: .2rem; }
 svg { display: block; max-width: 100%; height: auto; }

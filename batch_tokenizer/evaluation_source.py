@@ -1,0 +1,218 @@
+"""Where ``evaluate`` and ``report`` take utterances from: a run's outputs, or a manifest through the codec."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+
+from batch_tokenizer.audio.loading import load_samples
+from batch_tokenizer.codecs.base import Codec, CodecInfo
+from batch_tokenizer.config import Device, Dtype
+from batch_tokenizer.data.loading import read_codes
+from batch_tokenizer.manifest import Manifest
+from batch_tokenizer.quality.recordings import Recording, align
+from batch_tokenizer.reconstruction import at_input_rate, check_num_quantizers, decode, encode, open_codec, open_spec
+from batch_tokenizer.records import ManifestRow, RowError, RunError, Task
+from batch_tokenizer.runtime.ledger import RowStatus, read_ledger
+from batch_tokenizer.runtime.run_folder import read_settings
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where utterances come from.
+
+    Attributes:
+        manifest: of which ``lines`` (int64) may be scored.
+        run_settings: of the run whose outputs are scored, or None if the codec makes them.
+        num_quantizers: numbers of codebooks to score.
+        sample_rate: Hz, of the comparison.
+        resampler: how originals reach it.
+        codec: decodes (and without a run, encodes); None where the run's own audio is scored.
+        info: of the codec, where its checkpoint is at hand.
+    """
+
+    manifest: Manifest
+    lines: npt.NDArray[np.int64]
+    run_settings: Mapping[str, Any] | None
+    num_quantizers: tuple[int, ...]
+    sample_rate: int
+    frame_rate: float
+    resampler: Any
+    codec: Codec | None
+    info: CodecInfo | None
+    fingerprint: str
+
+
+def find_manifest(run_dir: Path, data_list: Path | None) -> Path:
+    """The manifest of a run folder: as given, as its summary says, or beside it under the name that fits.
+
+    Raises:
+        RunError: it is not to be found.
+    """
+    if data_list is not None:
+        return data_list
+    recorded = read_summary(run_dir).get("data_list")
+    if isinstance(recorded, str) and Path(recorded).is_file():
+        return Path(recorded)
+    parts = run_dir.resolve().name.rsplit(".", 2)
+    if len(parts) == 3:
+        for path in sorted(run_dir.resolve().parent.glob(f"{parts[0]}.json*")):
+            if path.stem == parts[0] and path.is_file():
+                return path
+    raise RunError(f"the manifest of {run_dir} is not beside it: name it with --data_list")
+
+
+def read_summary(run_dir: Path) -> dict[str, Any]:
+    """``summary.json`` of a run folder; empty where the run has not come to its end."""
+    try:
+        summary = json.loads((run_dir / "summary.json").read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return summary if isinstance(summary, dict) else {}
+
+
+def read_run(run_dir: Path) -> dict[str, Any]:
+    """The settings of a run folder.
+
+    Raises:
+        RunError: it is none.
+    """
+    if not run_dir.is_dir():
+        raise RunError(f"run folder {run_dir} does not exist")
+    settings = read_settings(run_dir)
+    if settings is None:
+        raise RunError(f"{run_dir} is not a run folder: it has no run.json")
+    return settings
+
+
+def open_source(
+    *,
+    run_dir: Path | None,
+    data_list: Path | None,
+    model_path: str | None,
+    num_quantizers: Sequence[int],
+    index_dir: Path,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> Source:
+    """A run's outputs where ``run_dir`` is given, else the manifest ``data_list`` through the codec.
+
+    Args:
+        num_quantizers: numbers of codebooks; empty means as many as the run, or the checkpoint, has.
+        index_dir: where the manifest's index goes if there is no run folder.
+
+    Raises:
+        RunError: the run folder, the manifest or the checkpoint cannot be used, or do not fit together.
+    """
+    if run_dir is None:
+        if data_list is None:
+            raise RunError("evaluate needs a run folder or --data_list")
+        encoder = open_codec(model_path, device, dtype)
+        info = encoder.info
+        manifest = Manifest.open(data_list, "wav2token", index_dir)
+        return Source(
+            manifest, np.flatnonzero(manifest.is_row), None,
+            check_num_quantizers(num_quantizers, info.num_codebooks),
+            info.sample_rate, info.frame_rate, "reference", encoder, info, info.fingerprint,
+        )  # fmt: skip
+    settings = read_run(run_dir)
+    task: Task = settings["task"]
+    manifest = Manifest.open(find_manifest(run_dir, data_list), task, run_dir / "index")
+    lines = np.flatnonzero(read_ledger(run_dir, manifest).status == RowStatus.DONE)
+    recorded = read_summary(run_dir).get("model_path")
+    model_path = model_path or (recorded if isinstance(recorded, str) else None)
+    numbers = check_num_quantizers(num_quantizers, settings["num_quantizers"])
+    needs_codec = task == "wav2token" or numbers != (settings["num_quantizers"],)
+    codec = open_codec(model_path, device, dtype) if needs_codec else None
+    known: CodecInfo | None
+    if codec is not None:
+        known = codec.info
+        if known.fingerprint != settings["fingerprint"]:
+            raise RunError(
+                f"{run_dir} was made with fingerprint {settings['fingerprint']}, {known.name} has {known.fingerprint}: "
+                "pass the run's checkpoint with --model_path"
+            )
+    else:
+        known = _info_if_here(model_path, settings["fingerprint"])
+    return Source(
+        manifest, lines, settings, numbers, settings["sample_rate"], settings["frame_rate"], settings["resampler"],
+        codec, known, settings["fingerprint"],
+    )  # fmt: skip
+
+
+def _info_if_here(model_path: str | None, fingerprint: str) -> CodecInfo | None:
+    """The codec's numbers, if its checkpoint is at hand; only the sizes of its codebooks depend on it."""
+    try:
+        info = open_spec(model_path).info
+    except RunError as error:
+        log.warning("sizes of codebooks are not known: %s", error)
+        return None
+    if info.fingerprint != fingerprint:
+        log.warning("sizes of codebooks are not known: pass the run's checkpoint with --model_path")
+        return None
+    return info
+
+
+def load_input(source: Source, row: ManifestRow) -> Any:
+    """The row's samples where the codec starts from audio, else its codes."""
+    if row.wav is None:
+        raise RowError("load", "the row has no wav to compare with")
+    if source.run_settings is None:
+        assert source.info is not None
+        return load_samples(row.wav, source.sample_rate, source.resampler, max_samples=source.info.max_samples)
+    if row.quantized_tokens is None:
+        raise RowError("load", "the row has no quantized_tokens")
+    if source.info is not None:
+        return read_codes(row.quantized_tokens, source.info)
+    return _read_unknown_codes(row.quantized_tokens)
+
+
+def _read_unknown_codes(path: str) -> npt.NDArray[np.uint16]:
+    """Codes of a file that the run wrote itself, without the codec that could check them."""
+    try:
+        codes = np.array(orjson.loads(Path(path).read_bytes())["quantized_tokens"], np.uint16)
+    except OSError as error:
+        raise RowError("load", f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        raise RowError("load", f"{path}: is no token file") from error
+    if codes.ndim != 2 or not len(codes):
+        raise RowError("load", f"{path}: has no frames")
+    return codes
+
+
+def recordings(source: Source, row: ManifestRow) -> tuple[Recording, Recording]:
+    """A row's original and its reconstruction from the most codebooks asked for, to look at and listen to.
+
+    Raises:
+        RowError: one of them cannot be had.
+    """
+    if row.wav is None:
+        raise RowError("load", "the row has no wav to compare with")
+    original = load_samples(row.wav, source.sample_rate, source.resampler)
+    most = source.num_quantizers[-1]
+    made: Any
+    if source.codec is None:
+        if row.reconstructed_wav is None:
+            raise RowError("load", "the row has no reconstructed_wav")
+        made = load_samples(row.reconstructed_wav, source.sample_rate, "soxr")
+    else:
+        loaded = load_input(source, row)
+        (codes,) = encode(source.codec, [loaded], most) if source.run_settings is None else [loaded[:, :most]]
+        if isinstance(codes, RowError):
+            raise codes
+        (made,) = decode(source.codec, [np.ascontiguousarray(codes)])
+        if isinstance(made, RowError):
+            raise made
+        made = at_input_rate(source.codec.info, made)
+    reference, (reconstruction,) = align(original, [made], source.sample_rate)
+    return reference, reconstruction
