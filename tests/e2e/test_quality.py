@@ -259,3 +259,24 @@ def test_one_file_is_inspected(workplace, tmp_path, capsys):
     assert (tmp_path / "it-03.wav").read_bytes() == (workplace[0] / "out" / "it-03.wav").read_bytes()
     assert (tmp_path / "it-03.png").read_bytes().startswith(b"\x89PNG")
     assert main(["inspect", "clips/none.wav", "--model_path", "model"]) == 2
+
+
+def test_a_threshold_stops_a_run_and_another_command_finishes_it(workplace, tmp_path, caplog):
+    rows = [
+        output_row(f"r{number:03d}", workplace[0] / "clips" / "it-06.wav", tmp_path / "out") for number in range(200)
+    ]
+    words = [
+        "--data_list", str(write_manifest(tmp_path / "many.jsonl", rows)), "--task", "wav2token2wav",
+        "--model_path", "model", "--num_workers", "0", "--batch_size", "1", "--prefetch", "1", "--device", "cpu",
+    ]  # fmt: skip
+    assert main([*words, "--evaluate_every", "1", "--stop_below", "si_sdr=99"]) == 1
+    assert caplog.records[-1].levelname == "ERROR"
+    assert caplog.records[-1].message.startswith("--stop_below si_sdr=99: SI-SDR is ")
+    run_dir = tmp_path / "many.wav2token2wav.run"
+
+    def done():
+        return [line for path in (run_dir / "ledger").iterdir() for line in path.read_text().splitlines()]
+
+    assert 3 <= len(done()) < 120
+    assert main(words) == 0
+    assert len(done()) == 120
