@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -213,9 +213,9 @@ class OnnxCodec(Codec):
         if frames > self.pieces_above and "encoder_step" in self.spec.layouts:
             size = self.step * self.info.samples_per_frame
             pieces = (samples[None, start : start + size] for start in range(0, len(samples), size))
-            codes = np.concatenate(
-                self._in_steps("encoder_step", "audio", pieces, "codes", {"num_quantizers": count}), axis=2
-            )[0].T
+            table = np.empty((num_quantizers, frames), dtype=np.int64)
+            self._in_steps("encoder_step", "audio", pieces, "codes", table, {"num_quantizers": count})
+            codes = table.T
         elif self.spec.layouts["encoder"].source == "ours":
             feeds = {"audio": samples[None], "lengths": np.array([len(samples)]), "num_quantizers": count}
             codes = self._session("encoder")(feeds, ["codes"])[0][0][0].T
@@ -255,16 +255,20 @@ class OnnxCodec(Codec):
         if "decoder_step" in self.spec.layouts:
             table = codes.T[None].astype(np.int64)
             pieces = (table[:, :, start : start + self.step] for start in range(0, frames, self.step))
-            return np.concatenate(self._in_steps("decoder_step", "codes", pieces, "audio", {}), axis=1)[0]
+            samples = np.empty(self.spec.num_output_samples(frames), dtype=np.float32)
+            self._in_steps("decoder_step", "codes", pieces, "audio", samples, {})
+            return samples
         if self.spec.layouts["decoder"].source == "ours":
             return self._decode_pass(codes)  # its memory grows with the length only
         self._report_seams(codes)
         context = int(self.pieces_above * CONTEXT_SHARE)
         fresh, size = self.pieces_above - context, self.info.samples_per_frame
-        parts = [self._decode_pass(codes[: self.pieces_above])]
+        samples = np.empty(self.spec.num_output_samples(frames), dtype=np.float32)
+        samples[: self.pieces_above * size] = self._decode_pass(codes[: self.pieces_above])
         for start in range(self.pieces_above, frames, fresh):
-            parts.append(self._decode_pass(codes[start - context : start + fresh])[context * size :])
-        return np.concatenate(parts)
+            piece = self._decode_pass(codes[start - context : start + fresh])[context * size :]
+            samples[start * size :][: len(piece)] = piece
+        return samples
 
     def _report_seams(self, codes: Codes) -> None:
         """Once, on the first utterance that needs pieces: how far they are from one pass."""
@@ -316,24 +320,36 @@ class OnnxCodec(Codec):
         return {"n_quantizers": value.reshape(layout.count_shape)}
 
     def _in_steps(
-        self, role: Role, name: str, pieces: Any, output: str, more: Mapping[str, npt.NDArray[Any]]
-    ) -> list[npt.NDArray[Any]]:
-        """Outputs of a step graph over the pieces of one utterance; its past stays on the device."""
+        self,
+        role: Role,
+        name: str,
+        pieces: Iterable[npt.NDArray[Any]],
+        output: str,
+        into: npt.NDArray[Any],
+        more: Mapping[str, npt.NDArray[Any]],
+    ) -> None:
+        """A step graph over the pieces of one utterance; its past stays on the device.
+
+        Args:
+            name, pieces: the input, and its value in each step, (1, …, n).
+            output, into: the output, and where it goes, (…, N): it is filled along the last axis.
+            more: inputs that are the same in each step.
+        """
         session, layout = self._session(role), self.spec.layouts[role]
         past = [session.to_device(np.zeros(shape, dtype=np.float32)) for shape in layout.past]
         present = [f"present_{index}" for index in range(len(past))]
-        results, frames = [], 0
+        frames = done = 0
         for piece in pieces:
             feeds = {
-                name: np.ascontiguousarray(piece),
+                name: piece,
                 "frames_before": np.array([frames]),
                 **more,
                 **{f"past_{index}": value for index, value in enumerate(past)},
             }
             (result,), past = session(feeds, [output], present)
-            results.append(result)
+            into[..., done : done + result.shape[-1]] = result[0]
+            done += result.shape[-1]
             frames += self.step
-        return results
 
     def _check_codes(self, code: Codes, name: str) -> None:
         """Graphs take codes that are out of range in silence."""
