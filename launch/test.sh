@@ -5,7 +5,7 @@
 #
 # launch/environment.sh says which variables it heeds.
 set -euo pipefail
-PACKAGES="python3-venv ffmpeg gcc slurmctld slurmd slurm-client munge"
+PACKAGES="python3-venv python3-dev ffmpeg gcc slurmctld slurmd slurm-client munge"
 EXTRAS=dev
 source "$(dirname "$(realpath "$0")")/environment.sh"
 
