@@ -71,7 +71,7 @@ def test_two_nodes_requeued_by_hand(cluster: Cluster, open_workspace: Open, undi
     job.finish(restarts=1)
     workspace.check_complete(undisturbed, redone=True)
     ledgers = {path.name for path in (workspace.run_dir / "ledger").iterdir()}
-    assert ledgers == {f"{attempt:06d}-{rank:05d}.jsonl" for attempt in (1, 2) for rank in (0, 1)}
+    assert ledgers == {f"{attempt:06d}-{rank:05d}.jsonl" for attempt in (1, 2) for rank in (0, 1)}, job.output()
 
 
 def test_a_node_goes_down(cluster: Cluster, open_workspace: Open, undisturbed: Mapping[str, bytes]) -> None:
