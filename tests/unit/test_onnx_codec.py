@@ -320,6 +320,7 @@ def test_a_provider_that_was_asked_for_and_is_absent_ends_the_run(folders, monke
     assert Session(folders["ours"] / "encoder.onnx", CPU, 1).provider == "CPUExecutionProvider"
 
 
+@pytest.mark.filterwarnings("ignore:Specified provider")
 @pytest.mark.parametrize("asked", [True, False])
 def test_a_provider_that_is_there_but_does_not_load(folders, monkeypatch, caplog, asked):
     """As when CUDA's libraries are absent: onnxruntime goes on with the CPU and says nothing to its caller."""

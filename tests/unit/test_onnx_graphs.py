@@ -55,7 +55,9 @@ class Pair:
         )  # fmt: skip
         self.folder = folder / "graphs"
         self.paths = export_moss(checkpoint, self.folder, **options)
-        self.sessions = {path.stem: onnxruntime.InferenceSession(str(path)) for path in self.paths}
+        one_thread = onnxruntime.SessionOptions()
+        one_thread.intra_op_num_threads = 1
+        self.sessions = {path.stem: onnxruntime.InferenceSession(str(path), one_thread) for path in self.paths}
 
     def encode(self, waves: list[np.ndarray], count: int, filler: float = 0.0) -> list[np.ndarray]:
         batch = np.full((len(waves), max(map(len, waves))), filler, dtype=np.float32)
