@@ -317,6 +317,7 @@ class Claims:
         self._todo = todo
         self._world_size = world_size
         self._left = np.append(np.cumsum((units.stops - units.starts)[::-1])[::-1], 0)
+        self._least = max(1, int(self._left[0]) // (4 * len(units)))
         self._next = 0
 
     def __iter__(self) -> Iterator[ManifestRow | RowFailure]:
@@ -325,10 +326,12 @@ class Claims:
             yield from (item for item in self._manifest.read(*self._units[unit]) if self._todo[item.line])
 
     def share(self, most: int) -> int:
-        """Rows to hold, ``most`` while many are left: a quarter of an even share of those that nobody has claimed."""
+        """Rows to load ahead, or to gather for a batch: ``most`` while many are left, then a sixteenth of an even share
+        of those that nobody has claimed, so that a process ten times slower than the others can still be done with
+        them when the others are; never less than a quarter of a unit, as small batches cost time too."""
         if self._world_size == 1:
             return most
-        return max(1, min(most, int(self._left[self._next]) // (4 * self._world_size)))
+        return min(most, max(self._least, int(self._left[self._next]) // (16 * self._world_size)))
 
 
 @dataclass(slots=True)

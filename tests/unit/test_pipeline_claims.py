@@ -1,4 +1,4 @@
-"""How far ahead a process claims: far while much is left, a little at the end, and never less than one row."""
+"""How far ahead a process claims: far while much is left, a little at the end, and never less than a quarter of a unit."""
 
 from __future__ import annotations
 
@@ -25,25 +25,30 @@ def claims(tmp_path, rows, world_size, taken=()):
     return Claims(WorkQueue(len(units), numbers.__next__), units, manifest, todo, world_size), units
 
 
-def test_the_share_shrinks_to_one_row(tmp_path):
-    held, units = claims(tmp_path, 1000, world_size=2)
+def test_the_share_shrinks_to_a_quarter_of_a_unit(tmp_path):
+    held, units = claims(tmp_path, 3000, world_size=2)
     assert held.share(64) == 64
+    assert held.share(256) == 3000 // 32
     shares = []
     lines = []
     for item in held:
         lines.append(item.line)
         shares.append(held.share(64))
-    assert sorted(lines) == list(range(1000))
+    assert sorted(lines) == list(range(3000))
     assert shares == sorted(shares, reverse=True)
-    assert shares[-1] == 1
-    assert len(units) >= 16
+    assert shares[-1] == 3000 // len(units) // 4
 
 
 def test_units_that_others_took_count_as_claimed(tmp_path):
     _, units = claims(tmp_path, 1000, world_size=2)
     last, _ = claims(tmp_path, 1000, world_size=2, taken=range(len(units) - 1))
     next(iter(last))
-    assert last.share(64) == 1
+    assert last.share(64) == 1000 // len(units) // 4
+
+
+def test_a_small_job_is_held_row_by_row(tmp_path):
+    held, _ = claims(tmp_path, 10, world_size=2)
+    assert held.share(64) == 1
 
 
 def test_a_process_alone_holds_what_it_likes(tmp_path):
