@@ -46,16 +46,21 @@ def collect(folder: Path) -> list[dict[str, object]]:
              "speaker": "shmyrev", "source": "festvox-ru", "licence": "BSD-like"}
         )  # fmt: skip
     for language, (speaker, licence) in PROMPTS.items():
-        for voice in sorted((folder / "unpacked/usr/share/asterisk/sounds").glob(f"{language}_*")):
-            for source in sorted(voice.rglob("*.g722")):
-                name = "_".join(source.relative_to(voice).with_suffix("").parts)
-                wav = folder / "wav" / language / f"{name}.wav"
-                seconds = decode_g722(source, wav)
-                if seconds >= 0.05:
-                    rows.append(
-                        {"key": f"{language}_{name}", "wav": str(wav), "duration": round(seconds, 3), "lang": language,
-                         "speaker": speaker, "source": f"asterisk-core-sounds-{language}-g722", "licence": licence}
-                    )  # fmt: skip
+        sounds = folder / "unpacked/usr/share/asterisk/sounds"
+        named = {
+            "_".join(source.relative_to(voice).with_suffix(".wav").parts): source
+            for voice in sounds.glob(f"{language}_*")
+            for source in voice.rglob("*.g722")
+            if not source.is_symlink()
+        }
+        for name in sorted(named):
+            wav = folder / "wav" / language / name
+            seconds = decode_g722(named[name], wav)
+            if seconds >= 0.05:
+                rows.append(
+                    {"key": f"{language}_{wav.stem}", "wav": str(wav), "duration": round(seconds, 3), "lang": language,
+                     "speaker": speaker, "source": f"asterisk-core-sounds-{language}-g722", "licence": licence}
+                )  # fmt: skip
     return rows
 
 
