@@ -119,18 +119,18 @@ def test_every_parameter_gets_a_gradient(manifest: Path, tmp_path: Path) -> None
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(manifest: Path, tmp_path: Path) -> None:
-    whole = train(tiny(manifest, tmp_path / "whole", steps=14, quantize_from=4))
+    whole = train(tiny(manifest, tmp_path / "whole", steps=8, quantize_from=3))
     calls = iter(range(100))
-    part = train(tiny(manifest, tmp_path / "part", steps=14, quantize_from=4), stop=lambda: next(calls) == 7)
-    assert part.step == 7
+    part = train(tiny(manifest, tmp_path / "part", steps=8, quantize_from=3), stop=lambda: next(calls) == 5)
+    assert part.step == 5
     assert (tmp_path / "part" / "checkpoint" / "model.safetensors").exists()
-    part = train(tiny(manifest, tmp_path / "part", steps=14, quantize_from=4))
-    assert part.step == 14
+    part = train(tiny(manifest, tmp_path / "part", steps=8, quantize_from=3))
+    assert part.step == 8
     for name, tensor in whole.model.state_dict().items():
         assert torch.allclose(tensor, part.model.state_dict()[name], atol=1e-5), name
     # A run that is over stays as it is.
-    again = train(tiny(manifest, tmp_path / "part", steps=14, quantize_from=4))
-    assert again.step == 14
+    again = train(tiny(manifest, tmp_path / "part", steps=8, quantize_from=3))
+    assert again.step == 8
 
 
 def test_a_state_of_another_shape_is_refused(manifest: Path, tmp_path: Path) -> None:
