@@ -19,6 +19,7 @@ Worker's socket,    parent to worker:  pickled ``ManifestRow`` after pickled ``M
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import os
@@ -225,6 +226,7 @@ def main(descriptor: int) -> None:
     """Entry of the server's interpreter; ``descriptor`` is its end of the control connection."""
     for number in JOB_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    ForkServer(Connection(descriptor)).run()
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the parent ended while this one was speaking
+        ForkServer(Connection(descriptor)).run()
     sys.stderr.flush()
     os._exit(0)  # taking torch's modules down would take half a second
