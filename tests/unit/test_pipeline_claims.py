@@ -1,4 +1,4 @@
-"""How far ahead a process claims: far while much is left, a little at the end, and never less than a quarter of a unit."""
+"""How far ahead a process claims: far while much is left, a little at the end, at least a quarter of a unit."""
 
 from __future__ import annotations
 
