@@ -54,7 +54,7 @@ def run_parser() -> argparse.ArgumentParser:
     default = RunConfig(data_list=Path())
     add = parser.add_argument
     add("--version", action="version", version=f"batch_tokenizer {__version__}")
-    add("--model_path", help="checkpoint folder or hub id; the bundled default (random weights) when absent")
+    add("--model_path", help="checkpoint folder or hub id; the small bundled one when absent")
     add("--data_list", type=Path, required=True, help="manifest: JSON lines with key, wav, quantized_tokens, …")
     add("--task", choices=TASKS, default=default.task)
     add("--run_dir", type=Path, help="ledger, failures, summary; beside the manifest when absent")

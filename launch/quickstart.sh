@@ -18,6 +18,6 @@ if ((status)); then
 fi
 echo "Tokens and audio are in sample_data/out: KEY.json and KEY.wav for each row of sample_data/data.jsonl."
 echo "The run's ledger, failures and summary are in sample_data/data.wav2token2wav.run."
-if [[ " $* " != *" --model_path"* ]] && grep -q 'random weights' batch_tokenizer/checkpoints/default/README.md; then
-    echo "The bundled default model has random weights: its audio is noise. Pass --model_path for a real one."
+if [[ " $* " != *" --model_path"* ]]; then
+    echo "The bundled model is small: its speech is rough. Pass --model_path for a published one."
 fi

@@ -2,33 +2,48 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 
-from tests.support.runs import Corpus, Workspace, make_corpus
+from tests.support.runs import Workspace, make_corpus
 
 #: Opens a workspace for the corpus's first rows, in a new folder.
 Open = Callable[[int], Workspace]
 
-
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
-    """A thousand clips of 0.1 to 0.3 s."""
-    return make_corpus(tmp_path_factory.mktemp("corpus") / "corpus", 1000)
+NUM_ROWS = 1000
 
 
 @pytest.fixture(scope="session")
-def undisturbed(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, bytes]:
-    """Every output of one process alone that nobody disturbed."""
-    workspace = Workspace.make(corpus, tmp_path_factory.mktemp("undisturbed") / "run")
-    workspace.finish(1)
-    workspace.check_complete()
-    return workspace.outputs()
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """A thousand clips of 0.1 to 0.3 s, done by one process alone that nobody disturbed.
+
+    Test processes of pytest-xdist share it: the first one makes it, the others wait.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    with (folder / "reference.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        corpus = make_corpus(folder / "corpus", NUM_ROWS)
+        if (folder / "reference").exists():
+            return Workspace(corpus, folder / "reference")
+        workspace = Workspace.make(corpus, folder / "reference")
+        workspace.finish(1)
+        workspace.check_complete()
+        return workspace
+
+
+@pytest.fixture(scope="session")
+def undisturbed(reference: Workspace) -> Mapping[str, bytes]:
+    """Every output of the undisturbed run."""
+    return reference.outputs()
 
 
 @pytest.fixture
-def open_workspace(corpus: Corpus, tmp_path: Path) -> Open:
+def open_workspace(reference: Workspace, tmp_path: Path) -> Open:
     """A place to run in."""
-    return lambda num_rows: Workspace.make(corpus.first(num_rows), tmp_path / "run")
+    return lambda num_rows: Workspace.make(reference.corpus.first(num_rows), tmp_path / "run")

@@ -55,11 +55,16 @@ class Corpus:
 
 
 def make_corpus(folder: Path, num_rows: int, seconds: tuple[float, float] = (0.1, 0.3), seed: int = 0) -> Corpus:
-    """``num_rows`` clips of noise and tones; every fourth at 16 kHz, the others at the checkpoint's 24 kHz."""
+    """``num_rows`` clips of noise and tones; every fourth at 16 kHz, the others at the checkpoint's 24 kHz.
+
+    A folder where this was done before is taken as it is.
+    """
+    keys = tuple(f"row{number:05d}" for number in range(num_rows))
+    if (folder / "checkpoint" / "model.safetensors").exists():
+        return Corpus(folder, keys)
     generator = np.random.default_rng(seed)
     (folder / "wavs").mkdir(parents=True)
     lines = []
-    keys = tuple(f"row{number:05d}" for number in range(num_rows))
     for number, key in enumerate(keys):
         rate = 24000 if number % 4 else 16000
         duration = generator.uniform(*seconds)
