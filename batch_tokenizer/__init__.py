@@ -10,11 +10,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from batch_tokenizer.api import load_audio, load_model, mel_spectrogram, padding
+    from batch_tokenizer.api import load_audio, load_codec, load_model, mel_spectrogram, padding
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "load_audio", "load_model", "mel_spectrogram", "padding"]
+__all__ = ["__version__", "load_audio", "load_codec", "load_model", "mel_spectrogram", "padding"]
 
 
 def __getattr__(name: str) -> Any:

@@ -20,13 +20,16 @@ from torch.nn.utils.rnn import pad_sequence
 
 from batch_tokenizer.audio.loading import load_samples
 from batch_tokenizer.audio.mel import log_mel_tensor
+from batch_tokenizer.codecs.base import Codec
 from batch_tokenizer.codecs.checkpoint import Checkpoint
 from batch_tokenizer.codecs.mimo.codec import load_model as load_mimo
 from batch_tokenizer.codecs.mimo.codec import recognises
 from batch_tokenizer.codecs.mimo.config import MiMoConfig
 from batch_tokenizer.codecs.mimo.model import MiMoAudioTokenizer
-from batch_tokenizer.config import Resampler
-from batch_tokenizer.records import RunError
+from batch_tokenizer.codecs.registry import find_family
+from batch_tokenizer.config import Device, Dtype, Resampler
+from batch_tokenizer.records import RunError, Task
+from batch_tokenizer.runtime.devices import choose_device
 
 
 def load_model(path: str | os.PathLike[str] | None = None, *, load_encoder_only: bool = False) -> MiMoAudioTokenizer:
@@ -44,6 +47,38 @@ def load_model(path: str | os.PathLike[str] | None = None, *, load_encoder_only:
         raise RunError(f"{checkpoint.folder}: config.json is not of a MiMo-Audio-Tokenizer")
     parts = ("encoder",) if load_encoder_only else ("encoder", "decoder")
     return load_mimo(checkpoint, parts=parts, device=torch.device("cpu"))
+
+
+def load_codec(
+    path: str | os.PathLike[str] | None = None,
+    *,
+    task: Task = "wav2token2wav",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    threads: int = 1,
+) -> Codec:
+    """A checkpoint of any family behind one protocol: ``encode``, ``decode``, ``info``, and its ``spec``.
+
+    ``codec.encode([codec.spec.features(samples)], n)`` takes samples float32 (S,) at ``codec.info.sample_rate`` to
+    codes uint16 (T, n); ``codec.decode`` takes them back. MOSS also has ``encode_stream`` and ``decode_stream``, which
+    take chunks of several utterances as they arrive.
+
+    Args:
+        path: checkpoint folder, hub id or folder of ONNX graphs; None is the bundled default.
+        task: decides which weights are read.
+        dtype: ``auto`` is bfloat16 on CUDA where the family is made for it, else float32.
+        threads: utterances computed side by side on a CPU, each with as many threads as torch is set to.
+
+    Raises:
+        RunError: the checkpoint or the device cannot be used; the message names what is wrong.
+    """
+    checkpoint = Checkpoint.open(None if path is None else os.fspath(path))
+    family = find_family(checkpoint)
+    spec = family.open_spec(checkpoint)
+    compute = choose_device(device, dtype, 0, spec.cuda_dtype)
+    return family.load_codec(
+        checkpoint, spec, task=task, device=compute.device, dtype=compute.dtype, attention="auto", threads=threads
+    )
 
 
 def load_audio(path: str | os.PathLike[str], sr: int, *, resampler: Resampler = "reference") -> Tensor:

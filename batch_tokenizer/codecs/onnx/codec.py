@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, ClassVar, Literal, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -68,6 +68,9 @@ class OnnxSpec(CodecSpec):
         layouts: how to run each graph.
         faults: why graphs of the folder that are of no known layout are not.
     """
+
+    #: Graphs compute in float32 wherever they run.
+    cuda_dtype: ClassVar[Literal["float32", "bfloat16"]] = "float32"
 
     info: CodecInfo
     layouts: Layouts
