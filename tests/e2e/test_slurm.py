@@ -12,7 +12,8 @@ from tests.e2e.conftest import Open
 from tests.e2e.slurm.cluster import Cluster
 from tests.support.runs import ROOT, Workspace, run_environment
 
-ENVIRONMENT = {"VENV": sys.prefix, "MASTER_ADDR": "localhost"}  # node0 and node1 are names that only Slurm knows
+#: node0 and node1 are names that only Slurm knows. No restarts by torchrun, so that a rank that fails is seen here.
+ENVIRONMENT = {"VENV": sys.prefix, "MASTER_ADDR": "localhost", "MAX_RESTARTS": "0"}
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,7 @@ def test_two_nodes_requeued_by_hand(cluster: Cluster, open_workspace: Open, undi
     job.finish(restarts=1)
     workspace.check_complete(undisturbed, redone=True)
     ledgers = {path.name for path in (workspace.run_dir / "ledger").iterdir()}
-    assert ledgers == {f"{attempt:06d}-{rank:05d}.jsonl" for attempt in (1, 2) for rank in (0, 1)}, job.output()
+    assert ledgers >= {f"{attempt:06d}-{rank:05d}.jsonl" for attempt in (1, 2) for rank in (0, 1)}, job.output()
 
 
 def test_a_node_goes_down(cluster: Cluster, open_workspace: Open, undisturbed: Mapping[str, bytes]) -> None:
