@@ -21,14 +21,17 @@ from typing import Literal, get_args
 from batch_tokenizer import __version__
 from batch_tokenizer.config import (
     AttentionBackend,
+    AudioFormat,
+    Channels,
     Device,
     Dtype,
+    LongAudio,
     Resampler,
     RunConfig,
     StopMetric,
     shard_of_slurm_array,
 )
-from batch_tokenizer.records import TASKS, RunError
+from batch_tokenizer.records import TASKS, RunError, Sink
 
 #: Subcommand to the module that has ``add_arguments(parser)`` and ``main(arguments) -> int``, and a line of help.
 COMMANDS: Mapping[str, tuple[str, str]] = {
@@ -58,6 +61,16 @@ def run_parser() -> argparse.ArgumentParser:
     add("--data_list", type=Path, required=True, help="manifest: JSON lines with key, wav, quantized_tokens, …")
     add("--task", choices=TASKS, default=default.task)
     add("--run_dir", type=Path, help="ledger, failures, summary; beside the manifest when absent")
+    add("--sink", choices=get_args(Sink), default=default.sink,
+        help="files that rows name (json, npy), or shards of many rows (tar, parquet); %(default)s")  # fmt: skip
+    add("--output_dir", help="folder of the shards, or of the files of rows that name none; a path or a URL")
+    add("--audio_format", choices=get_args(AudioFormat), default=default.audio_format, help="of reconstructed audio")
+    add("--shard_megabytes", type=int, default=default.shard_megabytes, help="size at which a shard is closed")
+    add("--max_seconds", type=float, help="longest audio that goes through the model in one piece")
+    add("--long_audio", choices=get_args(LongAudio), default=default.long_audio,
+        help="longer audio fails (native), is cut (segment), or is streamed by models that can")  # fmt: skip
+    add("--channels", choices=get_args(Channels), default=default.channels,
+        help="of audio with several: their mean, one of them, or a row for each (%(default)s)")  # fmt: skip
     add("--batch_size", type=int, default=default.batch_size, help="most utterances in one batch (%(default)s)")
     add("--frame_budget", type=int, help="most token frames in one batch; chosen for the device when absent")
     add("--num_workers", type=int, default=default.num_workers, help="loader processes per rank (%(default)s)")

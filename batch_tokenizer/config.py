@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from batch_tokenizer.records import TASKS, RunError, Task
+from batch_tokenizer.records import SHARD_SINKS, TASKS, RunError, Sink, Task
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Resampler = Literal["reference", "soxr"]
+AudioFormat = Literal["wav", "flac"]
+LongAudio = Literal["native", "segment", "stream"]
+Channels = Literal["mean", "left", "right", "split"]
 StopMetric = Literal["stoi", "si_sdr", "level_change"]
 AttentionBackend = Literal["auto", "torch_varlen", "flash_attn", "sdpa", "reference"]
 
@@ -21,6 +24,14 @@ class RunConfig:
     """One run.
 
     Attributes:
+        sink: what the results become: files that the rows name (``json``, ``npy``), or shards (``tar``, ``parquet``).
+        output_dir: folder of the shards, or of the files of rows that name none; a path or an fsspec URL.
+        audio_format: of reconstructed audio.
+        shard_megabytes: a shard is closed when it has grown to this size.
+        max_seconds: longest audio that goes through the model in one piece.
+        long_audio: what happens to longer audio: ``native`` fails the row, ``segment`` cuts it into consecutive pieces
+            of ``max_seconds``, ``stream`` carries the model's state from piece to piece.
+        channels: of audio with several: their mean, the first, the second, or a row for each.
         model_path: checkpoint folder, hub id, or None for the bundled default.
         data_list: the manifest, JSON lines.
         run_dir: ledger, failures, summary; None means beside the manifest (``default_run_dir``).
@@ -67,6 +78,13 @@ class RunConfig:
     evaluate_every: int = 0
     stop_below: Sequence[tuple[str, float]] = ()
     dry_run: bool = False
+    sink: Sink = "json"
+    output_dir: str | None = None
+    audio_format: AudioFormat = "wav"
+    shard_megabytes: int = 256
+    max_seconds: float | None = None
+    long_audio: LongAudio = "native"
+    channels: Channels = "mean"
 
     def __post_init__(self) -> None:
         for flag, value, choices in (
@@ -75,6 +93,10 @@ class RunConfig:
             ("dtype", self.dtype, get_args(Dtype)),
             ("resampler", self.resampler, get_args(Resampler)),
             ("attention", self.attention, get_args(AttentionBackend)),
+            ("sink", self.sink, get_args(Sink)),
+            ("audio_format", self.audio_format, get_args(AudioFormat)),
+            ("long_audio", self.long_audio, get_args(LongAudio)),
+            ("channels", self.channels, get_args(Channels)),
         ):
             if value not in choices:
                 raise RunError(f"--{flag} {value}: choose one of {', '.join(choices)}")
@@ -87,6 +109,7 @@ class RunConfig:
             ("row_timeout", self.row_timeout, 0.1),
             ("grace", self.grace, 0.0),
             ("evaluate_every", self.evaluate_every, 0),
+            ("shard_megabytes", self.shard_megabytes, 1),
         ):
             if number < least:
                 raise RunError(f"--{flag} {number}: must be at least {least}")
@@ -100,6 +123,10 @@ class RunConfig:
         for metric, _ in self.stop_below:
             if metric not in get_args(StopMetric):
                 raise RunError(f"--stop_below {metric}: choose one of {', '.join(get_args(StopMetric))}")
+        if self.sink in SHARD_SINKS and self.output_dir is None:
+            raise RunError(f"--sink {self.sink} needs --output_dir, the folder of its shards")
+        if self.max_seconds is not None and not self.max_seconds > 0:
+            raise RunError(f"--max_seconds {self.max_seconds:g}: must be above 0")
         if self.shard >= self.num_shards:
             raise RunError(f"--shard {self.shard}: must be below --num_shards {self.num_shards}")
 

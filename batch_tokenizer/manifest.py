@@ -23,7 +23,7 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
@@ -37,7 +37,17 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from batch_tokenizer.records import OUTPUT_FIELDS, REQUIRED_FIELDS, ManifestRow, RowFailure, RunError, Task
+from batch_tokenizer.records import (
+    CUT_FIELDS,
+    REQUIRED_FIELDS,
+    AudioCut,
+    ManifestRow,
+    RowFailure,
+    RowForm,
+    RunError,
+    Sink,
+    Task,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +56,7 @@ Progress = Callable[[int, int], None]
 #: Longest line in bytes, without its line end. A longer one fails instead of filling the memory.
 MAX_LINE = 16 * 2**20
 
-_INDEX_VERSION = 1
+_INDEX_VERSION = 2
 _BLOCK = 8 * 2**20
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 #: An index of an earlier state of the manifest is removed only after this many seconds: another job may still map it.
@@ -118,7 +128,7 @@ def _quote(name: str) -> str:
     return json.dumps(name)
 
 
-def _check_line(text: bytes, task: Task) -> dict[str, Any]:
+def _check_line(text: bytes, form: RowForm) -> dict[str, Any]:
     """A stripped, non-blank line as its object, or ``_Refused`` with the words for what is wrong with it alone."""
     if len(text) > MAX_LINE:
         raise _Refused(f"the line is longer than {MAX_LINE // 2**20} MiB")
@@ -130,7 +140,7 @@ def _check_line(text: bytes, task: Task) -> dict[str, Any]:
         raise _Refused(f"not a JSON object but {_type_name(row)}")
     key = row.get("key")
     key = key if isinstance(key, str) and key else None
-    for name in REQUIRED_FIELDS[task]:
+    for name in form.required:
         if name not in row:
             raise _Refused(f'field "{name}" is missing', key)
         value = row[name]
@@ -142,12 +152,62 @@ def _check_line(text: bytes, task: Task) -> dict[str, Any]:
         if "\0" in value:
             raise _Refused(f'field "{name}" has a NUL character', key)
     seen: dict[str, str] = {}
-    for name in REQUIRED_FIELDS[task][1:]:
+    for name in form.required[1:]:
         path = _normalise(row[name])
         if path in seen:
             raise _Refused(f'fields "{seen[path]}" and "{name}" name one file, {path}', key)
         seen[path] = name
+    try:
+        cut_of(row)
+    except ValueError as error:
+        raise _Refused(str(error), key) from None
     return row
+
+
+def cut_of(row: Mapping[str, Any]) -> AudioCut | None:
+    """The part of its file that a row means: ``start`` or ``offset``, then ``end`` or ``duration``, and ``channel``.
+
+    ``duration`` alone is the length of a whole file. Fields that are null count as absent.
+
+    Raises:
+        ValueError: the fields are not such numbers, or contradict each other.
+    """
+    if CUT_FIELDS.isdisjoint(row):
+        return None
+    start, offset, end, duration = (_seconds(row, name) for name in ("start", "offset", "end", "duration"))
+    channel = row.get("channel")
+    if channel is not None and (type(channel) is not int or channel < 0):
+        raise ValueError(f'field "channel" is {channel!r}, not a number from 0')
+    if start is not None and offset is not None and start != offset:
+        raise ValueError('fields "start" and "offset" say different things')
+    begin = start if start is not None else offset
+    if end is None and begin is not None and duration is not None:
+        end = begin + duration
+    if end is not None and end <= (begin or 0.0):
+        raise ValueError(f"the segment ends at {end:g} s, where it has not begun")
+    if begin is None and end is None and channel is None:
+        return None
+    return AudioCut(begin or 0.0, end, channel)
+
+
+def _seconds(row: Mapping[str, Any], name: str) -> float | None:
+    value = row.get(name)
+    if value is None:
+        return None
+    if type(value) not in (int, float) or not 0 <= value < 1e9:
+        if name == "duration":
+            return None
+        raise ValueError(f'field "{name}" is {value!r}, not seconds')
+    return float(value)
+
+
+def _duration(row: Mapping[str, Any]) -> float:
+    """Seconds of the row's audio, so far as the row says; NaN where it does not."""
+    cut = cut_of(row)
+    if cut is not None and cut.end is not None:
+        return cut.end - cut.start
+    value = row.get("duration")
+    return value if type(value) is float or type(value) is int else math.nan
 
 
 class _Names(NamedTuple):
@@ -157,8 +217,8 @@ class _Names(NamedTuple):
     outputs: tuple[str, ...]
 
 
-def _names(row: dict[str, Any], task: Task) -> _Names:
-    return _Names(row["key"], tuple(_normalise(row[name]) for name in OUTPUT_FIELDS[task]))
+def _names(row: dict[str, Any], form: RowForm) -> _Names:
+    return _Names(row["key"], tuple(_normalise(row[name]) for name in form.outputs))
 
 
 def _lines_by_block(stream: IO[bytes], start: int, size: int) -> Iterator[tuple[npt.NDArray[np.int64], list[bytes]]]:
@@ -227,14 +287,15 @@ def _map(path: Path) -> npt.NDArray[Any]:
     return np.asarray(np.load(path, mmap_mode="r"))
 
 
-def _index_lines(lines: Sequence[bytes], task: Task) -> tuple[dict[str, npt.NDArray[Any]], npt.NDArray[np.int64]]:
+def _index_lines(lines: Sequence[bytes], form: RowForm) -> tuple[dict[str, npt.NDArray[Any]], npt.NDArray[np.int64]]:
     """The columns of some lines, less the offsets, and the hash of each output path (lines, output fields).
 
     This loop runs once a line of the whole manifest. It recognises good rows with few operations and leaves
     everything else to ``_check_line``; what it lets pass is exactly what that function accepts.
     """
-    required = REQUIRED_FIELDS[task]
-    num_outputs = len(OUTPUT_FIELDS[task])
+    required = form.required
+    num_outputs = len(form.outputs)
+    first_output = len(required) - num_outputs
     required_values = itemgetter(*required)
     no_outputs = (0,) * num_outputs
     separators = len(required) - 1
@@ -262,19 +323,20 @@ def _index_lines(lines: Sequence[bytes], task: Task) -> tuple[dict[str, npt.NDAr
                     and not ("//" in joined or "/." in joined or "./" in joined or "/\0" in joined or joined[-1] == "/")
                     and len(text) <= MAX_LINE
                     and len(set(values[1:])) == separators
+                    and CUT_FIELDS.isdisjoint(row)
                 )
             except (orjson.JSONDecodeError, KeyError, TypeError):
                 plain = False
             if plain:
                 key = values[0]
-                hashes = [_hash_path(path) for path in values[-num_outputs:]]
+                hashes = [_hash_path(path) for path in values[first_output:]]
                 duration = row.get("duration")
             else:
                 try:
-                    row = _check_line(text, task)
-                    key, outputs = _names(row, task)
+                    row = _check_line(text, form)
+                    key, outputs = _names(row, form)
                     hashes = [_hash_path(path) for path in outputs]
-                    duration = row.get("duration")
+                    duration = _duration(row)
                 except _Refused as refused:
                     states[number] = LineState.MALFORMED
                     key = refused.key
@@ -406,7 +468,7 @@ class Manifest:
 
     Attributes:
         path: the JSON-lines file.
-        task: decides which fields a row must have and which of them are outputs.
+        form: which fields a row must have and which of them are outputs.
         num_lines: lines, blank ones included.
         offsets: uint64 (num_lines + 1,), first byte of each line, and the file's size.
         digests: uint64 (num_lines,), hash of the line's bytes without surrounding white space.
@@ -415,10 +477,10 @@ class Manifest:
         states: uint8 (num_lines,) of ``LineState``.
     """
 
-    def __init__(self, path: Path, task: Task, index: Path) -> None:
+    def __init__(self, path: Path, form: RowForm, index: Path) -> None:
         """Map the finished index in the folder ``index``. ``Manifest.open`` is the way in."""
         self.path = path
-        self.task: Task = task
+        self.form = form
         self._index = index
         self._file: IO[bytes] | None = None
         self.offsets: npt.NDArray[np.uint64] = _map(index / "offsets.npy")
@@ -431,8 +493,17 @@ class Manifest:
         self._num_rows = int(np.count_nonzero(self.states != LineState.BLANK))
 
     @classmethod
-    def open(cls, path: Path | str, task: Task, index_dir: Path | str, *, progress: Progress | None = None) -> Manifest:
-        """Open ``path``, building its index in ``index_dir`` unless one of this very file and task is there.
+    def open(
+        cls,
+        path: Path | str,
+        task: Task,
+        index_dir: Path | str,
+        *,
+        sink: Sink = "json",
+        progress: Progress | None = None,
+    ) -> Manifest:
+        """Open ``path``, building its index in ``index_dir`` unless one of this very file, task and kind of sink is
+        there.
 
         Args:
             progress: called now and then with (bytes done, bytes in all) while the index is built, and with (0, bytes
@@ -444,9 +515,10 @@ class Manifest:
                 ``index_dir`` cannot be written.
         """
         path, index_dir = Path(path), Path(index_dir)
+        form = RowForm.of(task, sink)
         try:
             with path.open("rb") as stream:
-                identity = _identity(stream, task)
+                identity = _identity(stream, form)
                 size = os.fstat(stream.fileno()).st_size
         except (OSError, ValueError) as error:
             raise _unreadable(path, error) from error
@@ -459,8 +531,8 @@ class Manifest:
                 index_dir.mkdir(parents=True, exist_ok=True)
                 with _alone(index_dir / "lock", lambda: report(0, size)):
                     if not index.is_dir():
-                        _build(path, task, index, report)
-            manifest = cls(path, task, index)
+                        _build(path, form, index, report)
+            manifest = cls(path, form, index)
         except OSError as error:
             raise RunError(f"index of the manifest in {index_dir}: {_words(error)}", exit_code=1) from error
         return manifest
@@ -470,7 +542,12 @@ class Manifest:
         return self._num_rows
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Manifest, (self.path, self.task, self._index)
+        return Manifest, (self.path, self.form, self._index)
+
+    @property
+    def task(self) -> Task:
+        """What the rows are for."""
+        return self.form.task
 
     @property
     def is_row(self) -> npt.NDArray[np.bool_]:
@@ -508,7 +585,7 @@ class Manifest:
     def _item(self, line: int, text: bytes) -> ManifestRow | RowFailure:
         digest = f"{int(self.digests[line]):016x}"
         try:
-            row = _check_line(text, self.task)
+            row = _check_line(text, self.form)
         except _Refused as refused:
             return RowFailure(line, digest, refused.key, "manifest", refused.reason)
         if self.states[line] == LineState.DUPLICATE:
@@ -517,14 +594,21 @@ class Manifest:
             name: row[name] if isinstance(row.get(name), str) else None for name in REQUIRED_FIELDS["wav2token2wav"][1:]
         }
         return ManifestRow(
-            line, digest, row["key"], paths["wav"], paths["quantized_tokens"], paths["reconstructed_wav"], row
+            line,
+            digest,
+            row["key"],
+            paths["wav"],
+            paths["quantized_tokens"],
+            paths["reconstructed_wav"],
+            row,
+            cut_of(row),
         )
 
     def _explain_duplicate(self, line: int, row: dict[str, Any]) -> str:
         _, shared, first = self._duplicates[np.searchsorted(self._duplicates[:, 0], line)]
         if shared == 0:
             return f"duplicate key {_quote(row['key'])}: first on line {first + 1}"
-        field = OUTPUT_FIELDS[self.task][shared - 1]
+        field = self.form.outputs[shared - 1]
         return f'output path {_normalise(row[field])} of field "{field}" is taken: first on line {first + 1}'
 
     def _raw_lines(self, first_line: int, last_line: int) -> Iterator[bytes]:
@@ -559,8 +643,8 @@ def _unreadable(path: Path, error: OSError | ValueError) -> RunError:
     return RunError(f"manifest {path} cannot be read: {_words(error)}")
 
 
-def _identity(stream: IO[bytes], task: Task) -> str:
-    """Hexadecimal digest of what the index depends on: task, file size, modification time, both ends of the file."""
+def _identity(stream: IO[bytes], form: RowForm) -> str:
+    """Hexadecimal digest of what the index depends on: form, file size, modification time, both ends of the file."""
     status = os.fstat(stream.fileno())
     if not os.path.isfile(stream.fileno()):
         raise ValueError("it is not a regular file")
@@ -569,18 +653,18 @@ def _identity(stream: IO[bytes], task: Task) -> str:
     head = stream.read(ends)
     stream.seek(max(0, status.st_size - ends))
     tail = stream.read(ends)
-    fields = f"{_INDEX_VERSION} {task} {status.st_size} {status.st_mtime_ns} {MAX_LINE}".encode()
+    fields = f"{_INDEX_VERSION} {form} {status.st_size} {status.st_mtime_ns} {MAX_LINE}".encode()
     return blake2b(b"\0".join((fields, head, tail)), digest_size=12).hexdigest()
 
 
-def _build(path: Path, task: Task, index: Path, report: Progress) -> None:
+def _build(path: Path, form: RowForm, index: Path, report: Progress) -> None:
     """Write the index into the folder ``index``, which comes into being complete or not at all."""
     aside = index.with_name(f"building-{socket.gethostname()}-{os.getpid()}-{time.monotonic_ns()}")
     aside.mkdir()
     try:
         with path.open("rb") as stream:
-            _write_columns(stream, path, task, aside, report)
-            if f"{task}-{_identity(stream, task)}" != index.name:
+            _write_columns(stream, path, form, aside, report)
+            if f"{form.task}-{_identity(stream, form)}" != index.name:
                 raise RunError(f"manifest {path} changes while it is read: wait until it is complete", exit_code=1)
         try:
             aside.rename(index)
@@ -590,12 +674,12 @@ def _build(path: Path, task: Task, index: Path, report: Progress) -> None:
                 raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    for other in index.parent.glob(f"{task}-*"):
+    for other in index.parent.glob(f"{form.task}-*"):
         if other != index and time.time() - other.stat().st_mtime > _STALE_SECONDS:
             shutil.rmtree(other, ignore_errors=True)
 
 
-def _write_columns(stream: IO[bytes], path: Path, task: Task, folder: Path, report: Progress) -> None:
+def _write_columns(stream: IO[bytes], path: Path, form: RowForm, folder: Path, report: Progress) -> None:
     size = os.fstat(stream.fileno()).st_size
     start = len(_BYTE_ORDER_MARK) if stream.read(len(_BYTE_ORDER_MARK)) == _BYTE_ORDER_MARK else 0
     stream.seek(start)
@@ -604,7 +688,7 @@ def _write_columns(stream: IO[bytes], path: Path, task: Task, folder: Path, repo
     report(0, size)
     reported = time.monotonic()
     for offsets, lines in _lines_by_block(stream, start, size):
-        values, paths = _index_lines(lines, task)
+        values, paths = _index_lines(lines, form)
         columns["offsets"].append(offsets)
         for name, column in values.items():
             columns[name].append(column)
@@ -614,15 +698,15 @@ def _write_columns(stream: IO[bytes], path: Path, task: Task, folder: Path, repo
             reported = time.monotonic()
     columns["offsets"].append(np.array([size]))
     finished = {name: column.finish() for name, column in columns.items()}
-    hashes = output_hashes.finish().reshape(-1, len(OUTPUT_FIELDS[task]))
     states = finished["states"]
+    hashes = output_hashes.finish().reshape(len(states), len(form.outputs))
     if not np.any(states != LineState.BLANK):
         raise RunError(f"manifest {path} is empty: it has blank lines only")
 
     def names_of(line: int) -> _Names:
         begin, end = map(int, finished["offsets"][line : line + 2])
         text = os.pread(stream.fileno(), min(end - begin, MAX_LINE + 1), begin).strip()
-        return _names(orjson.loads(text), task)
+        return _names(orjson.loads(text), form)
 
     duplicates = _find_duplicates(finished["key_hashes"], hashes, states == LineState.ROW, names_of)
     marked = np.load(folder / "states.npy", mmap_mode="r+")

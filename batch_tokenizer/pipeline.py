@@ -261,8 +261,10 @@ def _open_manifest(
     """The manifest and each line's status. Rank 0 reads the ledger; all ranks plan from what it found."""
     if not folder.processes.is_main:
         status = folder.await_status(idle=idle)
-        return Manifest.open(config.data_list, config.task, folder.index_dir), status
-    manifest = Manifest.open(config.data_list, config.task, folder.index_dir, progress=_IndexProgress(idle))
+        return Manifest.open(config.data_list, config.task, folder.index_dir, sink=config.sink), status
+    manifest = Manifest.open(
+        config.data_list, config.task, folder.index_dir, sink=config.sink, progress=_IndexProgress(idle)
+    )
     state = read_ledger(folder.path, manifest, idle=idle)
     if state.num_changed:
         changed = f"{state.num_changed} finished rows changed in {config.data_list} ({', '.join(state.changed_keys)})"

@@ -17,9 +17,16 @@ import numpy as np
 import numpy.typing as npt
 
 Task = Literal["wav2token", "token2wav", "wav2token2wav"]
+Sink = Literal["json", "npy", "tar", "parquet"]
 Stage = Literal["manifest", "load", "encode", "decode", "write"]
 
 TASKS: tuple[Task, ...] = ("wav2token", "token2wav", "wav2token2wav")
+
+#: Sinks that gather many rows in one file, so that rows name no files of their own.
+SHARD_SINKS: tuple[Sink, ...] = ("tar", "parquet")
+
+#: Fields that make a row's audio a part of the file that ``wav`` names.
+CUT_FIELDS = frozenset(("start", "end", "offset", "channel"))
 
 #: Fields that a manifest row must carry for each task, all of them non-empty strings.
 REQUIRED_FIELDS: Mapping[Task, tuple[str, ...]] = {
@@ -34,6 +41,28 @@ OUTPUT_FIELDS: Mapping[Task, tuple[str, ...]] = {
     "token2wav": ("reconstructed_wav",),
     "wav2token2wav": ("quantized_tokens", "reconstructed_wav"),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class RowForm:
+    """What a manifest's rows must look like, which the task and the sink decide.
+
+    Attributes:
+        required: fields that must be there as non-empty strings, the key first.
+        outputs: those of them that name a file which the task writes; no two rows may name the same one.
+    """
+
+    task: Task
+    required: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+    @classmethod
+    def of(cls, task: Task, sink: Sink = "json") -> RowForm:
+        """The form for a task and a sink. A sink that makes shards leaves no field to name outputs with."""
+        if sink in SHARD_SINKS:
+            inputs = tuple(name for name in REQUIRED_FIELDS[task] if name not in OUTPUT_FIELDS[task])
+            return cls(task, inputs, ())
+        return cls(task, REQUIRED_FIELDS[task], OUTPUT_FIELDS[task])
 
 
 class RowError(Exception):
@@ -66,6 +95,21 @@ class RunError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class AudioCut:
+    """Which part of an audio file is the utterance.
+
+    Attributes:
+        start: seconds from the file's beginning.
+        end: likewise, greater than ``start``; None for the file's end.
+        channel: counted from 0; None for the mean of all.
+    """
+
+    start: float = 0.0
+    end: float | None = None
+    channel: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ManifestRow:
     """One good line of a manifest.
 
@@ -75,6 +119,7 @@ class ManifestRow:
         key: the utterance's name.
         wav, quantized_tokens, reconstructed_wav: paths, relative to the working directory; None where the row has none.
         fields: the whole row as it stood, for pass-through to the output's ``info``.
+        cut: the part of ``wav`` that is meant; None for all of it.
     """
 
     line: int
@@ -84,6 +129,7 @@ class ManifestRow:
     quantized_tokens: str | None
     reconstructed_wav: str | None
     fields: Mapping[str, Any]
+    cut: AudioCut | None = None
 
 
 @dataclass(frozen=True, slots=True)
