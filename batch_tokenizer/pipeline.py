@@ -161,7 +161,7 @@ class Job:
             idle=idle,
         )
 
-    def open_loader(self) -> Loader:
+    def open_loader(self) -> AbstractContextManager[Loader]:
         """Loader processes for this rank."""
         return Loader(
             RowLoader(self.config.task, self.spec, self.config.resampler, self.num_quantizers),
@@ -183,15 +183,32 @@ class Job:
 
 
 def _run(config: RunConfig, processes: ProcessGroup, stop: StopRequest, started: float) -> int:
+    job = Job.prepare(config, processes)
+    if config.dry_run:
+        return dry_run(
+            config, processes, job.compute, job.checkpoint, job.spec, job.num_quantizers, job.info, _idle(stop)
+        )  # fmt: skip
+    return run_job(job, stop, started)
+
+
+def _idle(stop: StopRequest) -> Callable[[], None]:
+    """What to call while waiting: it ends the wait when a stop signal has come."""
+
     def idle() -> None:
         if stop.requested:
             raise Stopped
 
-    job = Job.prepare(config, processes)
-    if config.dry_run:
-        return dry_run(
-            config, processes, job.compute, job.checkpoint, job.spec, job.num_quantizers, job.info, idle
-        )  # fmt: skip
+    return idle
+
+
+def run_job(job: Job, stop: StopRequest, started: float) -> int:
+    """Everything from the run folder on; ``started`` is on the monotonic clock. Returns the exit status.
+
+    Raises:
+        RunError: the run cannot go on.
+        Stopped: a signal came while it was waiting.
+    """
+    config, processes, idle = job.config, job.processes, _idle(stop)
     with job.open_folder(idle) as folder:
         manifest, status = _open_manifest(config, folder, idle)
         ours = in_shard(manifest, config.num_shards, config.shard)
