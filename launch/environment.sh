@@ -23,11 +23,20 @@ if ((${#missing[@]})); then
     fi
 fi
 
+# pesq, of the quality extra, is compiled where it is installed.
+if [[ ",${EXTRAS:-}," == *,quality,* ]] && ! command -v cc >/dev/null; then
+    echo "No C compiler: speech is not scored (sudo apt-get install gcc python3-dev, then start this again)" >&2
+    EXTRAS=$(tr ',' '\n' <<<"$EXTRAS" | grep -vx quality | paste -sd,)
+fi
+
 # The environment is made again only when what goes into it has changed.
 wanted=$(cat pyproject.toml - <<<"$PYTHON ${EXTRAS:-}" | sha256sum)
 if [[ ! -x $VENV/bin/python || $(cat "$VENV/installed" 2>/dev/null) != "$wanted" ]]; then
     echo "Installing into $VENV (torch is large: some minutes)"
     "$PYTHON" -m venv "$VENV"
     "$VENV/bin/python" -m pip install -q --disable-pip-version-check -e ".${EXTRAS:+[$EXTRAS]}"
+    # Speaker similarity. Its own list of dependencies names one that does not build; the quality extra has the rest.
+    [[ ",${EXTRAS:-}," != *,quality,* && ",${EXTRAS:-}," != *,dev,* ]] ||
+        "$VENV/bin/python" -m pip install -q --disable-pip-version-check --no-deps "resemblyzer>=0.1.4"
     echo "$wanted" >"$VENV/installed"
 fi

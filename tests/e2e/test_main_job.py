@@ -14,6 +14,7 @@ import soundfile
 from safetensors.numpy import load_file
 
 import batch_tokenizer as package
+from batch_tokenizer.audio.loading import load_samples
 from tests.support.checkpoints import write_mimo_checkpoint
 from tests.support.command import ROOT, batch_tokenizer, contents, environment, failures, output_row, write_manifest
 
@@ -204,3 +205,22 @@ def test_nothing_failed_means_an_empty_failures_file(tmp_path):
     assert done.returncode == 0, done.stderr
     assert failures(tmp_path / "run") == {}
     assert str(tmp_path / "run" / "failures.jsonl") in done.stdout
+
+
+def test_the_quick_start_makes_speech_that_can_be_understood(tmp_path):
+    stoi = pytest.importorskip("pystoi").stoi
+    shutil.copytree(ROOT / "sample_data" / "clips", tmp_path / "sample_data" / "clips")
+    shutil.copy(ROOT / "sample_data" / "data.jsonl", tmp_path / "sample_data")
+    done = batch_tokenizer(
+        "--data_list", "sample_data/data.jsonl", "--task", "wav2token2wav", "--num_workers", "1", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    scores = []
+    for line in (tmp_path / "sample_data" / "data.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        original = load_samples(str(tmp_path / row["wav"]), 24000)
+        made = load_samples(str(tmp_path / row["reconstructed_wav"]), 24000)
+        if len(original) > 24000:
+            scores.append(stoi(original, made[: len(original)], 24000))
+    assert len(scores) >= 10
+    assert np.mean(scores) > 0.7  # noise of the same spectrum as speech has about 0.3
