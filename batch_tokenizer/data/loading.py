@@ -7,8 +7,6 @@ numpy conversion, and only a file that fails it is searched for the place to nam
 
 from __future__ import annotations
 
-import os
-import stat
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from batch_tokenizer.audio.loading import load_samples
 from batch_tokenizer.audio.resampling import Resampler
 from batch_tokenizer.codecs.base import CodecInfo, CodecSpec
 from batch_tokenizer.records import LoadedRow, ManifestRow, RowError, Task
+from batch_tokenizer.storage.opening import opened
 
 #: Largest token file that is read; a day of audio at 20 codebooks takes about 200 MB.
 _MOST_BYTES = 1 << 30
@@ -110,28 +109,14 @@ def read_codes(path: str, info: CodecInfo) -> npt.NDArray[np.uint16]:
 
 def _read_regular_file(path: str) -> bytes:
     """A file's bytes. Not a pipe's or a device's, which might never end."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    with opened(path, "a token file") as (descriptor, size):
+        if size > _MOST_BYTES:
+            raise RowError("load", f"{path}: {size:,} bytes, too large for a token file")
         try:
-            status = os.fstat(descriptor)
-            if stat.S_ISDIR(status.st_mode):
-                raise RowError("load", f"{path}: is a folder, not a token file")
-            if not stat.S_ISREG(status.st_mode):
-                raise RowError("load", f"{path}: is not a regular file")
-            if status.st_size > _MOST_BYTES:
-                raise RowError("load", f"{path}: {status.st_size:,} bytes, too large for a token file")
             with open(descriptor, "rb", closefd=False) as file:
-                content = file.read()
-        finally:
-            os.close(descriptor)
-    except FileNotFoundError as error:
-        raise RowError("load", f"{path}: no such file") from error
-    except (OSError, ValueError) as error:  # ValueError: a path that no file can have, such as one with a zero byte
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise RowError("load", f"{path}: cannot be read: {reason}") from error
-    if not content:
-        raise RowError("load", f"{path}: is empty")
-    return content
+                return file.read()
+        except OSError as error:
+            raise RowError("load", f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _check_origin(path: str, origin: object, info: CodecInfo) -> None:

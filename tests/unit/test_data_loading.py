@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from batch_tokenizer.data.loading import RowLoader, read_codes
 from batch_tokenizer.records import RowError
+from batch_tokenizer.storage.names import spoken
 from tests.support.loading import INFO, FakeSpec, make_row
 
 CODES = [[1023, 0, 127], [5, 6, 7]]
@@ -33,7 +34,7 @@ def reason_of(path: str) -> str:
     with pytest.raises(RowError) as raised:
         read_codes(path, INFO)
     assert raised.value.stage == "load"
-    assert raised.value.reason.startswith(f"{path}: ")
+    assert raised.value.reason.startswith(f"{spoken(path)}: ")
     assert "\n" not in raised.value.reason
     return raised.value.reason.removeprefix(f"{path}: ")
 
@@ -144,7 +145,7 @@ def test_paths_that_are_no_files_are_named(tmp_path: Path) -> None:
     assert "is a folder" in reason_of(str(tmp_path))
     assert "not a regular file" in reason_of(str(fifo))
     assert "too large" in reason_of(str(huge))
-    assert "cannot be read" in reason_of(str(tmp_path / "none\0"))
+    assert "not a possible path" in reason_of(str(tmp_path / "none\0"))
     assert "cannot be read: File name too long" in reason_of(str(tmp_path / ("n" * 300)))
 
 

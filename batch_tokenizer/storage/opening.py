@@ -1,0 +1,163 @@
+"""``opened``: any location enters, a descriptor that can be read at any place leaves, or one ``RowError``.
+
+A plain file is opened as it stands, after a look at what it is (a pipe would hang). Everything else is brought here
+first: into memory that looks like a file, or, above ``_IN_MEMORY`` bytes, into a file without a name.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from batch_tokenizer.records import RowError
+from batch_tokenizer.storage.names import PIPE, StreamedMember, TarMember, is_url, parse_member, scheme_of, spoken
+from batch_tokenizer.storage.remote import BLOCK, StorageError, fetch, read_range
+from batch_tokenizer.storage.streams import read_member
+from batch_tokenizer.storage.tar import HEADER, is_member_header
+
+_IN_MEMORY = 64 * 2**20
+
+#: Most bytes of a member or object: forty hours of CD audio.
+MOST_BYTES = 1 << 34
+
+
+@contextmanager
+def opened(location: str, what: str = "an audio file") -> Iterator[tuple[int, int]]:
+    """A descriptor and the size in bytes of something that is not empty.
+
+    Args:
+        what: it should be, for the message if it is a folder.
+
+    Raises:
+        RowError: it cannot be read; the reason names it and the cause.
+    """
+    name = spoken(location)
+    member = parse_member(location)
+    if member is None and scheme_of(location) in ("file", "local"):
+        location = location.split("://", 1)[1]
+    if member is None and not is_url(location):
+        descriptor = _open_file(location, name, what)
+    else:
+        try:
+            pieces = _fetch_member(member) if member is not None else fetch(location)
+            descriptor = _keep(pieces, name)
+        except StorageError as error:
+            raise RowError("load", error.reason) from error
+        except OSError as error:
+            raise RowError("load", f"{name}: cannot be brought here: {error.strerror or error}") from error
+    try:
+        size = os.fstat(descriptor).st_size
+        if size == 0:
+            raise RowError("load", f"{name}: is empty (0 bytes)")
+        yield descriptor, size
+    finally:
+        os.close(descriptor)
+
+
+def _open_file(path: str, name: str, what: str) -> int:
+    try:
+        mode = os.stat(path).st_mode
+        if stat.S_ISDIR(mode):
+            raise RowError("load", f"{name}: is a folder, not {what}")
+        if not stat.S_ISREG(mode):
+            raise RowError("load", f"{name}: is a pipe, device or socket, not a regular file")
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise RowError("load", f"{name}: no such file") from error
+    except PermissionError as error:
+        raise RowError("load", f"{name}: no permission to read it") from error
+    except OSError as error:
+        raise RowError("load", f"{name}: cannot be opened: {error.strerror}") from error
+    except ValueError as error:
+        # A NUL character, or a lone surrogate out of a JSON escape.
+        raise RowError("load", f"{name}: not a possible path: {error}") from error
+
+
+def _fetch_member(member: TarMember | StreamedMember) -> Iterator[bytes]:
+    """A member's bytes, in pieces.
+
+    Raises:
+        StorageError: the archive does not have it, or not any more.
+    """
+    if isinstance(member, StreamedMember):
+        yield read_member(member.archive, member.number, MOST_BYTES)
+        return
+    if member.size > MOST_BYTES:
+        raise StorageError(f"{spoken(member.name)}: {member.size:,} bytes, too large for a member")
+    begin, stop = member.offset - HEADER, member.offset + member.size
+    with _Ranges(member.archive) as read:
+        while begin < stop:
+            data = read(begin, min(begin + BLOCK, stop))
+            if begin < member.offset:
+                if not is_member_header(data[:HEADER], member.size):
+                    raise StorageError(
+                        f"{spoken(member.name)}: {spoken(member.archive)} has something else there: it has changed"
+                    )
+                data, begin = data[HEADER:], member.offset
+            if not data and begin < stop:
+                raise StorageError(f"{spoken(member.name)}: {spoken(member.archive)} is cut short")
+            yield data
+            begin += len(data)
+
+
+class _Ranges:
+    """Reads a file or an object by places."""
+
+    def __init__(self, archive: str) -> None:
+        self._archive = archive
+        self._descriptor = -1
+
+    def __enter__(self) -> _Ranges:
+        if self._archive.startswith(PIPE):
+            raise StorageError(f"{spoken(self._archive)}: a command's output has no places")
+        if not is_url(self._archive):
+            try:
+                if not os.path.isfile(self._archive):
+                    there = os.path.exists(self._archive)
+                    raise StorageError(f"{spoken(self._archive)}: {'is not a file' if there else 'no such file'}")
+                self._descriptor = os.open(self._archive, os.O_RDONLY | os.O_CLOEXEC)
+            except (OSError, ValueError) as error:
+                raise StorageError(f"{spoken(self._archive)}: cannot be opened: {error}") from error
+        return self
+
+    def __call__(self, begin: int, stop: int) -> bytes:
+        if self._descriptor < 0:
+            return read_range(self._archive, begin, stop)
+        return os.pread(self._descriptor, stop - begin, begin)
+
+    def __exit__(self, *exception: object) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+
+
+def _keep(pieces: Iterator[bytes], name: str) -> int:
+    """A descriptor of the pieces, put together.
+
+    Raises:
+        StorageError: they are too many.
+    """
+    first = next(pieces, b"")
+    if len(first) < _IN_MEMORY and hasattr(os, "memfd_create"):
+        descriptor = os.memfd_create("batch_tokenizer", os.MFD_CLOEXEC)
+    else:
+        with tempfile.TemporaryFile(prefix="batch_tokenizer-") as file:
+            descriptor = os.dup(file.fileno())
+    try:
+        total = 0
+        piece: bytes | None = first
+        while piece is not None:
+            total += len(piece)
+            if total > MOST_BYTES:
+                raise StorageError(f"{name}: more than {MOST_BYTES:,} bytes")
+            rest = memoryview(piece)
+            while rest:
+                rest = rest[os.write(descriptor, rest) :]
+            piece = next(pieces, None)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor

@@ -1,0 +1,269 @@
+"""Objects behind URLs, through fsspec: a URL enters, bytes leave, or one ``StorageError`` that names cause and remedy.
+
+What a network does now and then (5xx, dropped connections, timeouts) is tried again a few times with growing waits;
+what will not get better by waiting (no such object, no permission, no backend) is told at once. Backends raise what
+their libraries raise, so the cause is read from the error's type, its HTTP status and its words.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import random
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from batch_tokenizer.storage.names import scheme_of, spoken
+
+log = logging.getLogger(__name__)
+
+#: Seconds to wait before each further try. A loader's row may take ``--row_timeout`` in all.
+WAITS = (0.5, 1.5, 4.0)
+
+#: Most bytes that one request asks for.
+BLOCK = 64 * 2**20
+
+#: Seconds to connect, and between two packets.
+_CONNECT_SECONDS, _SILENCE_SECONDS = 15, 60
+
+_PACKAGES = {
+    "s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp",
+    "abfs": "adlfs", "az": "adlfs", "hf": "huggingface_hub",
+}  # fmt: skip
+
+Answer = TypeVar("Answer")
+
+
+class StorageError(Exception):
+    """An object cannot be had or put.
+
+    Attributes:
+        reason: one line that names the URL, the cause and the remedy.
+        transient: waiting longer may help: the store could not be reached, or was not well.
+    """
+
+    def __init__(self, reason: str, *, transient: bool = False) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.transient = transient
+
+
+def read_range(url: str, start: int, stop: int) -> bytes:
+    """Bytes ``start`` to ``stop`` of an object, fewer where it ends before.
+
+    Raises:
+        StorageError: they cannot be had.
+    """
+    data = _answer(url, start, stop)
+    if len(data) > stop - start and start:
+        raise StorageError(f"{spoken(url)}: its server does not send parts of a file: download it first")
+    return data[: stop - start]
+
+
+def fetch(url: str) -> Iterator[bytes]:
+    """All of an object, in pieces, usually one.
+
+    Raises:
+        StorageError: it cannot be had.
+    """
+    start = 0
+    while True:
+        data = _answer(url, start, start + BLOCK)
+        if start and len(data) > BLOCK:
+            raise StorageError(f"{spoken(url)}: its server does not send parts of a file: download it first")
+        yield data
+        if len(data) != BLOCK:  # the end, or, of a server that knows no parts, all at once
+            return
+        start += BLOCK
+
+
+def _answer(url: str, start: int, stop: int) -> bytes:
+    """A range of an object; from a server that knows no ranges, all of it."""
+    try:
+        return bytes(_tried(url, lambda system, path: system.cat_file(path, start=start, end=stop)))
+    except StorageError as error:
+        # A range that begins at the end or behind it has an answer of its own, instead of no bytes.
+        if isinstance(error.__cause__, Exception) and _status(error.__cause__) == 416:
+            return b""
+        raise
+
+
+def put(url: str, content: bytes) -> None:
+    """Make ``content`` the object, whole or not at all.
+
+    Raises:
+        StorageError: it cannot be put.
+    """
+    _tried(url, lambda system, path: system.pipe_file(path, content))
+
+
+def exists(url: str) -> bool:
+    """Whether there is such an object.
+
+    Raises:
+        StorageError: the store does not say.
+    """
+    return bool(_tried(url, lambda system, path: system.exists(path)))
+
+
+def find(pattern: str) -> list[str]:
+    """URLs of the objects that match a pattern with ``*``, ``?`` or ``[…]``, sorted.
+
+    Raises:
+        StorageError: the store does not list them.
+    """
+    return sorted(_tried(pattern, lambda system, path: [system.unstrip_protocol(name) for name in system.glob(path)]))
+
+
+def list_folder(url: str) -> list[str]:
+    """URLs of all objects below ``url``, sorted.
+
+    Raises:
+        StorageError: the store does not list them.
+    """
+    return sorted(_tried(url, lambda system, path: [system.unstrip_protocol(name) for name in system.find(path)]))
+
+
+def describe(url: str) -> tuple[int | None, str]:
+    """An object's size, where the store tells, and its version in words that change when the object does.
+
+    Raises:
+        StorageError: there is no such object, or the store does not say.
+    """
+    info = _tried(url, lambda system, path: dict(system.info(path)))
+    size = info.get("size")
+    names = ("ETag", "etag", "LastModified", "last_modified", "mtime", "updated", "md5Hash", "generation")
+    return (int(size) if size is not None else None), " ".join(str(info[name]) for name in names if info.get(name))
+
+
+class RemoteFile(io.RawIOBase):
+    """An object read from its beginning to its end, a block at a time, each tried again when it fails."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__()
+        self._url = url
+        self._block = memoryview(b"")
+        self._begin = 0
+        self._ended = False
+
+    def readable(self) -> bool:
+        """True."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """The next bytes; 0 at the end.
+
+        Raises:
+            StorageError: they cannot be had.
+        """
+        if not self._block and not self._ended:
+            # Small blocks first: many readers stop after a few bytes.
+            length = min(8 * 2**20, max(2**18, self._begin))
+            data = _answer(self._url, self._begin, self._begin + length)
+            if len(data) > length and self._begin:
+                raise StorageError(f"{spoken(self._url)}: its server does not send parts of a file: download it first")
+            self._block = memoryview(data)
+            self._begin += len(data)
+            self._ended = len(data) != length
+        count = min(len(buffer), len(self._block))
+        memoryview(buffer)[:count] = self._block[:count]
+        self._block = self._block[count:]
+        return count
+
+
+# ------------------------------------------------------------------------------------------------------------- backends
+
+
+def _tried(url: str, ask: Callable[[Any, str], Answer]) -> Answer:
+    system, path = _file_system(url)
+    for number in range(len(WAITS) + 1):
+        try:
+            return ask(system, path)
+        except Exception as error:  # types of libraries that may not be installed
+            lasting = _lasting_cause(error)
+            if lasting is not None:
+                raise StorageError(f"{spoken(url)}: {lasting}") from error
+            if number == len(WAITS):
+                raise StorageError(
+                    f"{spoken(url)}: {_words(error)}, in {number + 1} tries: check the network and the address, "
+                    "then start the same command again",
+                    transient=True,
+                ) from error
+            log.info("%s: %s; trying again", spoken(url), _words(error))
+            time.sleep(WAITS[number] * random.uniform(0.75, 1.25))
+    raise AssertionError("not reached")
+
+
+def _file_system(url: str) -> tuple[Any, str]:
+    scheme = scheme_of(url) or ""
+    package = _PACKAGES.get(scheme, f"the fsspec backend for {scheme}")
+    if "::" in url:
+        raise StorageError(f"{spoken(url)}: chained URLs are not opened: name the object itself")
+    try:
+        import fsspec
+    except ImportError as error:
+        raise StorageError(f"{spoken(url)}: pip install fsspec {package}") from error
+    try:
+        options: dict[str, Any] = {}
+        if scheme in ("http", "https"):
+            import aiohttp
+
+            timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=_SILENCE_SECONDS)
+            # Bytes as they lie there: a compressed answer would not fit the ranges that are asked for.
+            options = {"client_kwargs": {"timeout": timeout}, "headers": {"Accept-Encoding": "identity"}}
+            if not urlsplit(url).netloc:
+                raise ValueError("no host in it")
+        system, path = fsspec.core.url_to_fs(url, use_listings_cache=False, **options)
+    except ImportError as error:
+        raise StorageError(f"{spoken(url)}: pip install {package}, which reads {scheme}:// addresses") from error
+    except ValueError as error:
+        raise StorageError(f"{spoken(url)}: not an address that can be opened: {_words(error)}") from error
+    return system, path
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status that an error carries, whichever backend raised it; on the way down its causes."""
+    seen = 0
+    current: BaseException | None = error
+    while current is not None and seen < 5:
+        status = getattr(current, "status", None) or getattr(current, "code", None)
+        if isinstance(status, int) and 100 <= status < 600:
+            return status
+        response = getattr(current, "response", None)
+        if isinstance(response, dict):  # botocore
+            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            if isinstance(status, int):
+                return status
+        current, seen = current.__cause__ or current.__context__, seen + 1
+    return None
+
+
+def _lasting_cause(error: Exception) -> str | None:
+    """Why waiting will not help; None where it may."""
+    status = _status(error)
+    if isinstance(error, FileNotFoundError) or status == 404:
+        return "no such file"
+    if isinstance(error, PermissionError) or status in (401, 403):
+        return f"no permission to use it ({_words(error)}): check the credentials"
+    if isinstance(error, IsADirectoryError):
+        return "is a folder"
+    if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError", "GoogleAuthError", "ProfileNotFound"):
+        return f"no credentials: {_words(error)}"
+    if status is not None and 400 <= status < 500 and status not in (408, 425, 429):
+        return _words(error)
+    if isinstance(error, (NotImplementedError, ValueError, TypeError)):
+        return _words(error)
+    return None
+
+
+def _words(error: BaseException) -> str:
+    """The error on one line, without addresses of hosts' answers that run over several."""
+    status = _status(error)
+    text = " ".join(str(error).split())
+    if status is not None and status not in (200, 206) and str(status) not in text:
+        text = f"{text} (HTTP {status})"
+    if len(text) > 200:
+        text = text[:200] + "…"
+    return text or type(error).__name__
