@@ -13,17 +13,16 @@ A file that holds less than its header promises:
 - so do ogg, webm and other containers cut at the end, which promise nothing;
 - flac and mp3 that end early, and any stream in which decoding fails part-way, are failures: audio is missing.
 
-A file is a stranger: it is looked at before it is opened (a pipe would hang), its header's sizes are believed only so
-far as its bytes could hold them, and FFmpeg may not open anything else on its behalf (playlists name files and hosts).
+A path may be any location that ``storage`` opens. A file is a stranger: its header's sizes are believed only so far as
+its bytes could hold them, and FFmpeg may not open anything else on its behalf (playlists name files and hosts).
 """
 
 from __future__ import annotations
 
 import os
-import stat
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -32,6 +31,8 @@ import numpy.typing as npt
 import soundfile
 
 from batch_tokenizer.records import RowError
+from batch_tokenizer.storage.names import spoken
+from batch_tokenizer.storage.opening import opened
 
 if TYPE_CHECKING:
     import av
@@ -46,10 +47,10 @@ _MOST_SAMPLES_PER_BYTE = 10_000
 _UNKNOWN_FRAMES = 2**62
 
 #: Encoders differ by a few MPEG frames of 1,152 samples in what they count as an mp3's length.
-_MP3_TOLERANCE = 4 * 1152
+MP3_TOLERANCE = 4 * 1152
 
 #: Subtypes of uncompressed files that can hold NaN and infinity.
-_FLOATING_SUBTYPES = ("FLOAT", "DOUBLE")
+FLOATING_SUBTYPES = ("FLOAT", "DOUBLE")
 
 #: Integer sample formats of FFmpeg: what full scale is, and where zero is.
 _INTEGER_SCALE: dict[str, tuple[float, float]] = {
@@ -91,14 +92,14 @@ def decode_audio(path: str, *, max_seconds: float | None = None) -> tuple[Sample
         RowError: there is no such audio, whatever the cause; the reason names the file and the cause.
     """
     name = printable_path(path)
-    with _open_regular(path, name) as (descriptor, size):
+    with open_regular(path, name) as (descriptor, size):
         try:
             file = soundfile.SoundFile(descriptor, closefd=False)
         except soundfile.LibsndfileError as error:
-            samples, sample_rate = _decode_with_ffmpeg(descriptor, name, max_seconds, _libsndfile_cause(error))
+            samples, sample_rate = _decode_with_ffmpeg(descriptor, name, max_seconds, libsndfile_cause(error))
         else:
             with file:
-                if _is_cut_short_by_libsndfile(file, descriptor, size):
+                if is_cut_short_by_libsndfile(file, descriptor, size):
                     samples, sample_rate = _decode_with_ffmpeg(descriptor, name, max_seconds, None)
                 else:
                     samples, sample_rate = _decode_with_libsndfile(file, name, size, max_seconds)
@@ -114,58 +115,43 @@ def probe_audio(path: str) -> AudioHeader:
         RowError: as ``decode_audio``, so far as the header shows it.
     """
     name = printable_path(path)
-    with _open_regular(path, name) as (descriptor, size):
+    with open_regular(path, name) as (descriptor, size):
         try:
             file = soundfile.SoundFile(descriptor, closefd=False)
         except soundfile.LibsndfileError as error:
-            return _probe_with_ffmpeg(descriptor, name, _libsndfile_cause(error))
+            return _probe_with_ffmpeg(descriptor, name, libsndfile_cause(error))
         with file:
-            if _is_cut_short_by_libsndfile(file, descriptor, size):
+            if is_cut_short_by_libsndfile(file, descriptor, size):
                 return _probe_with_ffmpeg(descriptor, name, None)
-            _check_sample_rate(name, file.samplerate)
-            _check_plausible(name, file.frames, size)
+            check_sample_rate(name, file.samplerate)
+            check_plausible(name, file.frames, size)
             return AudioHeader(file.frames, file.samplerate, file.channels)
 
 
 def printable_path(path: str) -> str:
-    """The path as a reason may show it: on one line, and in characters that any encoding of a report can hold."""
-    return path if path.isprintable() else ascii(path)
+    """The path, or other location, as a reason may show it: see ``storage.names.spoken``."""
+    return spoken(path)
 
 
-@contextmanager
-def _open_regular(path: str, name: str) -> Iterator[tuple[int, int]]:
-    """A descriptor and the size in bytes of a regular file that is not empty."""
-    try:
-        mode = os.stat(path).st_mode
-        if stat.S_ISDIR(mode):
-            raise RowError("load", f"{name}: is a folder, not an audio file")
-        if not stat.S_ISREG(mode):
-            raise RowError("load", f"{name}: is a pipe, device or socket, not a regular file")
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError as error:
-        raise RowError("load", f"{name}: no such file") from error
-    except PermissionError as error:
-        raise RowError("load", f"{name}: no permission to read it") from error
-    except OSError as error:
-        raise RowError("load", f"{name}: cannot be opened: {error.strerror}") from error
-    except ValueError as error:
-        # A NUL character, or a lone surrogate out of a JSON escape.
-        raise RowError("load", f"{name}: not a possible path: {error}") from error
-    try:
-        size = os.fstat(descriptor).st_size
-        if size == 0:
-            raise RowError("load", f"{name}: is empty (0 bytes)")
-        yield descriptor, size
-    finally:
-        os.close(descriptor)
+def open_regular(path: str, name: str) -> AbstractContextManager[tuple[int, int]]:
+    """A descriptor and the size in bytes of what lies at a location, if that is not empty."""
+    return opened(path)
 
 
-def _check_sample_rate(name: str, sample_rate: int) -> None:
+def check_sample_rate(name: str, sample_rate: int) -> None:
+    """
+    Raises:
+        RowError: no recording has this rate.
+    """
     if not LOWEST_SAMPLE_RATE <= sample_rate <= HIGHEST_SAMPLE_RATE:
         raise RowError("load", f"{name}: sample rate of {sample_rate} Hz; the header is damaged")
 
 
-def _check_plausible(name: str, frames: int, size: int) -> None:
+def check_plausible(name: str, frames: int, size: int) -> None:
+    """
+    Raises:
+        RowError: so many samples do not fit into a file of ``size`` bytes.
+    """
     if frames > _MOST_SAMPLES_PER_BYTE * size:
         raise RowError("load", f"{name}: its header promises {frames} samples, which {size} bytes cannot hold")
 
@@ -178,7 +164,11 @@ def _check_length(name: str, frames: int, sample_rate: int, max_seconds: float |
         )
 
 
-def _check_finite(name: str, samples: Samples) -> None:
+def check_finite(name: str, samples: Samples) -> None:
+    """
+    Raises:
+        RowError: a sample is NaN or infinite.
+    """
     if not np.isfinite(samples).all():
         raise RowError("load", f"{name}: NaN or infinite samples")
 
@@ -187,28 +177,29 @@ def _decode_with_libsndfile(
     file: soundfile.SoundFile, name: str, size: int, max_seconds: float | None
 ) -> tuple[Samples, int]:
     promised, sample_rate = file.frames, file.samplerate
-    _check_sample_rate(name, sample_rate)
+    check_sample_rate(name, sample_rate)
     _check_length(name, promised, sample_rate, max_seconds)
-    _check_plausible(name, promised, size)
+    check_plausible(name, promised, size)
     try:
         interleaved = file.read(promised, dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
-        raise RowError("load", f"{name}: damaged or cut short ({_libsndfile_cause(error)})") from error
+        raise RowError("load", f"{name}: damaged or cut short ({libsndfile_cause(error)})") from error
     except MemoryError as error:
         raise RowError(
             "load", f"{name}: not enough memory for {promised} samples x {file.channels} channels"
         ) from error
-    tolerance = _MP3_TOLERANCE if file.format == "MP3" else 0
+    tolerance = MP3_TOLERANCE if file.format == "MP3" else 0
     if len(interleaved) < promised - tolerance:
         raise RowError("load", f"{name}: damaged or cut short, {len(interleaved)} of {promised} samples decode")
     # A reshape, where it will do, gives a single channel the strides of a row; a transpose would not.
     samples = interleaved.reshape(1, -1) if file.channels == 1 else np.ascontiguousarray(interleaved.T)
-    if file.subtype in _FLOATING_SUBTYPES:
-        _check_finite(name, samples)
+    if file.subtype in FLOATING_SUBTYPES:
+        check_finite(name, samples)
     return samples, sample_rate
 
 
-def _is_cut_short_by_libsndfile(file: soundfile.SoundFile, descriptor: int, size: int) -> bool:
+def is_cut_short_by_libsndfile(file: soundfile.SoundFile, descriptor: int, size: int) -> bool:
+    """Whether libsndfile would stop before the end of this file."""
     if file.frames >= _UNKNOWN_FRAMES:
         return True
     if file.format == "MP3":
@@ -244,7 +235,7 @@ def _ogg_is_chained(descriptor: int, size: int) -> bool:
 
 
 @contextmanager
-def _open_with_ffmpeg(descriptor: int, name: str, libsndfile_said: str | None) -> Iterator[tuple[Any, av.AudioStream]]:
+def open_with_ffmpeg(descriptor: int, name: str, libsndfile_said: str | None) -> Iterator[tuple[Any, av.AudioStream]]:
     """The container and its first audio stream. Errors of FFmpeg's in the body become a ``RowError`` too."""
     import av
 
@@ -270,7 +261,8 @@ def _open_with_ffmpeg(descriptor: int, name: str, libsndfile_said: str | None) -
                 raise RowError("load", f"{name}: damaged or cut short ({_causes(libsndfile_said, error)})") from error
 
 
-def _libsndfile_cause(error: soundfile.LibsndfileError) -> str:
+def libsndfile_cause(error: soundfile.LibsndfileError) -> str:
+    """What libsndfile has to say, in a few words."""
     return error.error_string.removeprefix("Error : ").rstrip(".")
 
 
@@ -281,16 +273,21 @@ def _causes(libsndfile_said: str | None, error: Exception) -> str:
 
 
 def _probe_with_ffmpeg(descriptor: int, name: str, libsndfile_said: str | None) -> AudioHeader:
-    with _open_with_ffmpeg(descriptor, name, libsndfile_said) as (_, stream):
-        sample_rate, channels = stream.codec_context.sample_rate, stream.codec_context.channels
-        _check_sample_rate(name, sample_rate)
-        if channels == 0:
-            raise RowError("load", f"{name}: its header is damaged ({libsndfile_said or 'no channels'})")
-        frames = None
-        # Durations of raw streams are guesses from the bit rate. Indexed containers, which count their packets, know.
-        if stream.frames and stream.duration is not None and stream.time_base is not None:
-            frames = round(stream.duration * stream.time_base * sample_rate)
-        return AudioHeader(frames, sample_rate, channels)
+    with open_with_ffmpeg(descriptor, name, libsndfile_said) as (_, stream):
+        return ffmpeg_header(stream, name, libsndfile_said)
+
+
+def ffmpeg_header(stream: av.AudioStream, name: str, libsndfile_said: str | None) -> AudioHeader:
+    """What FFmpeg found in the file's header."""
+    sample_rate, channels = stream.codec_context.sample_rate, stream.codec_context.channels
+    check_sample_rate(name, sample_rate)
+    if channels == 0:
+        raise RowError("load", f"{name}: its header is damaged ({libsndfile_said or 'no channels'})")
+    frames = None
+    # Durations of raw streams are guesses from the bit rate. Indexed containers, which count their packets, know.
+    if stream.frames and stream.duration is not None and stream.time_base is not None:
+        frames = round(stream.duration * stream.time_base * sample_rate)
+    return AudioHeader(frames, sample_rate, channels)
 
 
 def _decode_with_ffmpeg(
@@ -298,13 +295,13 @@ def _decode_with_ffmpeg(
 ) -> tuple[Samples, int]:
     blocks: list[Samples] = []
     sample_rate = decoded = 0
-    with _open_with_ffmpeg(descriptor, name, libsndfile_said) as (container, stream):
+    with open_with_ffmpeg(descriptor, name, libsndfile_said) as (container, stream):
         stream.codec_context.thread_count = 1
         for frame in container.decode(stream):
-            block = _float_samples(frame, name)
+            block = float_samples(frame, name)
             if not blocks:
                 sample_rate = frame.sample_rate
-                _check_sample_rate(name, sample_rate)
+                check_sample_rate(name, sample_rate)
             elif frame.sample_rate != sample_rate or len(block) != len(blocks[0]):
                 raise RowError("load", f"{name}: its sample rate or number of channels changes part-way")
             decoded += block.shape[1]
@@ -313,11 +310,11 @@ def _decode_with_ffmpeg(
     if not blocks:
         raise RowError("load", f"{name}: no samples")
     samples = np.concatenate(blocks, axis=1)
-    _check_finite(name, samples)
+    check_finite(name, samples)
     return samples, sample_rate
 
 
-def _float_samples(frame: av.AudioFrame, name: str) -> Samples:
+def float_samples(frame: av.AudioFrame, name: str) -> Samples:
     """One of FFmpeg's frames, whatever its type and layout, as float32 (channels, samples) that own their memory."""
     values = frame.to_ndarray()
     if not frame.format.is_planar:
