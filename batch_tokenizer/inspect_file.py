@@ -25,7 +25,7 @@ from batch_tokenizer.reconstruction import at_input_rate, check_num_quantizers, 
 from batch_tokenizer.records import ManifestRow, RowError, RunError, TokenizedRow
 from batch_tokenizer.report.figures import draw_mel, token_matrix
 from batch_tokenizer.writers.publish import publish
-from batch_tokenizer.writers.token_json import token_json
+from batch_tokenizer.writers.token_files import token_json
 from batch_tokenizer.writers.wav_file import wav_bytes
 
 _FRAMES_PRINTED = 5

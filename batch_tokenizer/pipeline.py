@@ -31,6 +31,7 @@ from batch_tokenizer.data.batching import Packer, split
 from batch_tokenizer.data.loader import Loader
 from batch_tokenizer.data.loading import RowLoader
 from batch_tokenizer.manifest import Manifest, Units, in_shard, plan_units
+from batch_tokenizer.outputs import ResultSink, open_sink, recover_shards, run_settings
 from batch_tokenizer.plan import dry_run
 from batch_tokenizer.quality.live import LiveQuality
 from batch_tokenizer.records import (
@@ -51,7 +52,6 @@ from batch_tokenizer.runtime.progress import JobStatus, ProgressReporter, RankSt
 from batch_tokenizer.runtime.run_folder import RunFolder
 from batch_tokenizer.runtime.signals import StopRequest
 from batch_tokenizer.runtime.work_queue import WorkQueue
-from batch_tokenizer.writers.file_sink import FileSink
 from batch_tokenizer.writers.pool import WriterPool
 
 log = logging.getLogger(__name__)
@@ -144,6 +144,7 @@ class Job:
             "fingerprint": self.spec.info.fingerprint,
             "sample_rate": self.spec.info.sample_rate,
             "frame_rate": self.spec.info.frame_rate,
+            "codebook_sizes": list(self.spec.info.codebook_sizes[: self.num_quantizers]),
             "dtype": self.compute.dtype_name,
             "resampler": self.config.resampler,
             "version": __version__,
@@ -153,7 +154,7 @@ class Job:
         """The run folder, which refuses other settings than its own."""
         return RunFolder.open(
             self.config.run_dir or self.config.default_run_dir(),
-            {"task": self.config.task, "num_quantizers": self.num_quantizers, **self.info},
+            run_settings(self.config, self.num_quantizers, self.info),
             processes=self.processes,
             num_shards=self.config.num_shards,
             shard=self.config.shard,
@@ -235,15 +236,24 @@ def run_job(job: Job, stop: StopRequest, started: float) -> int:
                 if len(units):
                     queue = WorkQueue.open(len(units), processes, folder.attempt_id)
                     claims = Claims(queue, units, manifest, todo, processes.world_size)
-                    sink = FileSink(config.task, job.spec.info.output_sample_rate, job.info)
-                    with _live_quality(config, job.spec) as quality:
+                    with (
+                        open_sink(
+                            config,
+                            folder,
+                            job.info,
+                            job.num_quantizers,
+                            job.spec.info.output_sample_rate,
+                            ledger.append,
+                        ) as sink,
+                        _live_quality(config, job.spec) as quality,
+                    ):
                         worker = Worker(
                             config=config,
                             claims=claims,
                             loader=loader,
                             codec=job.load_codec(),
                             num_quantizers=job.num_quantizers,
-                            write=sink.write,
+                            sink=sink,
                             ledger=ledger,
                             progress=progress,
                             stop=stop,
@@ -282,6 +292,7 @@ def _open_manifest(
     manifest = Manifest.open(
         config.data_list, config.task, folder.index_dir, sink=config.sink, progress=_IndexProgress(idle)
     )
+    recover_shards(config, folder, idle)
     state = read_ledger(folder.path, manifest, idle=idle)
     if state.num_changed:
         changed = f"{state.num_changed} finished rows changed in {config.data_list} ({', '.join(state.changed_keys)})"
@@ -291,6 +302,7 @@ def _open_manifest(
             )
         log.warning("%s: all rows are done again", changed)
         folder.discard_ledger()
+        recover_shards(config, folder, idle)
         state = read_ledger(folder.path, manifest, idle=idle)
     _report_state(state)
     folder.share_status(state.status)
@@ -362,7 +374,7 @@ class Worker:
     loader: Loader
     codec: Codec
     num_quantizers: int
-    write: Callable[[TokenizedRow], None]
+    sink: ResultSink
     ledger: LedgerWriter
     progress: ProgressReporter
     stop: StopRequest
@@ -395,6 +407,7 @@ class Worker:
                     self._compute(batch, writers)
             if not writers.drain(self._time_left()):
                 raise RunError(f"writing took longer than --grace {self.config.grace:g} s after the stop", exit_code=1)
+            self.sink.close()
 
     def _time_left(self) -> float | None:
         """Seconds that the grace time still allows, at least two; None when nobody asked to stop."""
@@ -487,21 +500,12 @@ class Worker:
     def _timed_write(self, result: TokenizedRow) -> None:
         started = time.perf_counter()
         try:
-            self.write(result)
+            self.sink.write(result)
         finally:
             self.progress.add_seconds("write", time.perf_counter() - started)
 
     def _on_done(self, result: TokenizedRow) -> None:
-        self.ledger.append(
-            LedgerEntry(
-                line=result.row.line,
-                digest=result.row.digest,
-                key=result.row.key,
-                status="done",
-                num_samples=result.num_samples,
-                frames=len(result.codes),
-            )
-        )
+        """The row is published, or in a shard that will be."""
         self.progress.row_done(result.num_samples / self.codec.info.sample_rate)
         if self.quality is not None:
             self.quality.offer(result)

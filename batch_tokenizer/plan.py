@@ -28,13 +28,14 @@ from batch_tokenizer.codecs.registry import find_family
 from batch_tokenizer.config import RunConfig
 from batch_tokenizer.data.loading import RowLoader
 from batch_tokenizer.manifest import LineState, Manifest, in_shard, plan_units
+from batch_tokenizer.outputs import run_settings
 from batch_tokenizer.records import OUTPUT_FIELDS, LoadedRow, ManifestRow, RowError, RunError, Task, TokenizedRow
 from batch_tokenizer.runtime.devices import ComputeDevice
 from batch_tokenizer.runtime.ledger import RowStatus, read_ledger
 from batch_tokenizer.runtime.processes import ProcessGroup
 from batch_tokenizer.runtime.run_folder import read_settings
 from batch_tokenizer.status import seems_at_work, spoken_duration
-from batch_tokenizer.writers.token_json import token_json
+from batch_tokenizer.writers.token_files import token_json
 from batch_tokenizer.writers.wav_file import wav_bytes
 
 #: Rows of which the input is opened, and of these, rows that are decoded.
@@ -102,7 +103,7 @@ def dry_run(
     with tempfile.TemporaryDirectory(prefix="batch_tokenizer-") as scratch:
         manifest = Manifest.open(config.data_list, config.task, scratch, progress=lambda done, total: idle())
         trouble += _describe_manifest(manifest)
-        settings = {"task": config.task, "num_quantizers": num_quantizers, **info}
+        settings = run_settings(config, num_quantizers, info)
         status, troubles = _earlier_run(config, run_dir, manifest, settings)
         trouble += troubles
         todo = (status == RowStatus.PENDING) & in_shard(manifest, config.num_shards, config.shard)

@@ -2,8 +2,9 @@
 
 ``LedgerWriter`` takes a ``LedgerEntry`` after the row's outputs are published. Every process of every attempt has a
 file of its own, ``ledger/<attempt>-<rank>.jsonl``, so writers need no locks and nothing that was written is ever
-changed. ``read_ledger`` turns all files into a ``LedgerState``: one status a manifest line. It alone decides what a
-resumed run does.
+changed; rows in shards have one for each shard, ``<attempt>-<rank>.<number>.jsonl`` (``shard_ledger.py``).
+``read_ledger`` turns all files into a ``LedgerState``: one status a manifest line. It alone decides what a resumed run
+does.
 
 A line torn by a crash, a file of zero bytes, a tail of NUL bytes after a power loss: ignored, counted, told. Their rows
 are done again, which is harmless, as publishing the same row twice yields the same file.
@@ -65,6 +66,11 @@ class LineIndex(Protocol):
 def ledger_file(run_dir: Path, attempt: int, rank: int) -> Path:
     """The file of one process of one attempt."""
     return run_dir / "ledger" / f"{attempt:06d}-{rank:05d}.jsonl"
+
+
+def shard_ledger_file(run_dir: Path, attempt: int, rank: int, number: int) -> Path:
+    """The file of the rows of one shard."""
+    return run_dir / "ledger" / f"{attempt:06d}-{rank:05d}.{number:06d}.jsonl"
 
 
 class LedgerWriter:
@@ -153,7 +159,7 @@ _PRIORITY = {"redo": 1, "failed": 2, "done": 3}
 _STATUS_OF_PRIORITY = np.array([RowStatus.PENDING, RowStatus.PENDING, RowStatus.FAILED, RowStatus.DONE], np.uint8)
 _PRIORITIES = 4
 
-_FILE_NAME = re.compile(r"(\d{6,8})-(\d{5,8})\.jsonl")
+_FILE_NAME = re.compile(r"(\d{6,8})-(\d{5,8})(?:\.(\d{6,8}))?\.jsonl")
 _DIGEST = re.compile(r"[0-9a-f]{16}")
 _BLOCK = 8 * 2**20
 #: Longer than any entry can be: a key is part of a manifest line, which has 16 MiB at most.

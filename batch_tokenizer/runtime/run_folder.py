@@ -1,8 +1,9 @@
 """The run folder: everything a run remembers, and the lock that keeps a second job out of it.
 
-    run.json            the settings that the run was started with; another command must have the same
+    run.json            the settings that the run was started with; another command must have the same; the run's id
     ledger/             one file a process and attempt, see ``ledger.py``
     attempts/           one file a start of the job; its number orders the ledger's files
+    shards/             ledger lines of shards that are being published, see ``shard_ledger.py``
     resume/             which rows were pending when an attempt began, from its rank 0 to its other ranks
     status/             one file a process, rewritten every few seconds, see ``progress.py``
     index/              the manifest's index
@@ -49,6 +50,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _ATTEMPT_NAME = re.compile(r"(\d{6,8})\.json")
 _WRITTEN_BY_RUNS = (
     "ledger/*.jsonl",
+    "shards/*/*.jsonl",
     "status/*.json",
     "resume/*.npy",
     "failures.jsonl",
@@ -186,7 +188,7 @@ class RunFolder:
         try:
             deadline = time.monotonic() + _LOCK_SECONDS
             while True:
-                with self._folder_lock(idle):
+                with self.alone(idle):
                     holder = self._take_lock()
                     if holder is None:
                         self._agree_on_settings(settings, overwrite)
@@ -205,8 +207,12 @@ class RunFolder:
         self._notices.announce(_word(attempt=self.attempt, attempt_id=self.attempt_id))
 
     @contextmanager
-    def _folder_lock(self, idle: Callable[[], None]) -> Iterator[None]:
-        """Held for moments, by one rank 0 of all jobs on this folder, so that looking and acting are one step."""
+    def alone(self, idle: Callable[[], None]) -> Iterator[None]:
+        """Held for moments, by one rank 0 of all jobs on this folder, so that looking and acting are one step.
+
+        Raises:
+            RunError: another job has held it for a minute (exit code 1).
+        """
         lock = _FileLock(self.path / "lock")
         deadline = time.monotonic() + 60.0
         while not lock.acquire():
@@ -233,10 +239,9 @@ class RunFolder:
         return [_FileLock(path) for path in paths if path != self._lock.path]
 
     def _agree_on_settings(self, settings: Mapping[str, Any], overwrite: bool) -> None:
-        run_file = self.path / "run.json"
         before = read_settings(self.path)
         if before is None and not any((self.path / "ledger").iterdir()):
-            _write_aside(run_file, json.dumps({"settings": settings}, indent=2) + "\n")
+            self._write_settings(settings)
             return
         differences = _differences(before or {}, settings)
         if not differences:
@@ -250,8 +255,13 @@ class RunFolder:
             if holder := _holder(other):
                 raise RunError(f"--overwrite: run folder {self.path} is in use by {holder}", exit_code=1)
         logger.warning("discarding what run folder %s holds (%s)", self.path, "; ".join(differences))
+        run_id = self.run_id
         self._discard()
-        _write_aside(run_file, json.dumps({"settings": settings}, indent=2) + "\n")
+        self._write_settings(settings, run_id)
+
+    def _write_settings(self, settings: Mapping[str, Any], run_id: str = "") -> None:
+        content = {"settings": settings, "id": run_id or uuid.uuid4().hex[:16]}
+        _write_aside(self.path / "run.json", json.dumps(content, indent=2) + "\n")
 
     def _discard(self) -> None:
         """Remove what runs wrote, by name, and nothing else. ``run.json`` goes last, so a kill in between is repaired.
@@ -274,8 +284,9 @@ class RunFolder:
             for other in self._other_locks():
                 if holder := _holder(other):
                     raise RunError(f"--overwrite: run folder {self.path} is in use by {holder}", exit_code=1)
-            for path in sorted(self.path.glob("ledger/*.jsonl")):
-                path.unlink(missing_ok=True)
+            for pattern in ("shards/*/*.jsonl", "ledger/*.jsonl"):
+                for path in sorted(self.path.glob(pattern)):
+                    path.unlink(missing_ok=True)
         except OSError as error:
             raise _failure(self.path, error) from error
 
@@ -331,6 +342,15 @@ class RunFolder:
     def ledger_path(self) -> Path:
         """This process's ledger file."""
         return ledger_file(self.path, self.attempt, self.processes.rank)
+
+    @property
+    def run_id(self) -> str:
+        """16 hexadecimal digits that no other run folder has, kept for as long as this one lasts; empty in a folder of
+        an older version."""
+        try:
+            return str(json.loads((self.path / "run.json").read_bytes()).get("id", ""))
+        except (OSError, ValueError, AttributeError):
+            return ""
 
     @property
     def index_dir(self) -> Path:

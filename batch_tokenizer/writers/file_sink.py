@@ -2,42 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, Literal
 
-from batch_tokenizer.records import OUTPUT_FIELDS, Task, TokenizedRow
+from batch_tokenizer.records import LedgerEntry, Task, TokenizedRow
 from batch_tokenizer.writers.publish import publish
-from batch_tokenizer.writers.token_json import token_json
+from batch_tokenizer.writers.row_encoding import AudioEncoder, RowEncoder, done_entry
+from batch_tokenizer.writers.token_files import tokens_as_json, tokens_as_npy
 from batch_tokenizer.writers.wav_file import wav_bytes
 
 
 class FileSink:
-    """Publishes each row's token JSON (``quantized_tokens``) and wav (``reconstructed_wav``), as the task has them.
+    """Publishes each row's tokens (``quantized_tokens``) and audio (``reconstructed_wav``), as the task has them.
 
     Args:
         sample_rate: of the samples, in Hz.
-        run_info: goes into every token file; see ``token_json``.
+        run_info: goes into every token file; see ``row_info``.
+        form: of the token files, whatever their names end in.
+        encode_audio: makes the audio files, likewise.
+        record: is told of each row whose files are published.
     """
 
-    def __init__(self, task: Task, sample_rate: int, run_info: Mapping[str, Any]) -> None:
-        self._fields = OUTPUT_FIELDS[task]
-        self._sample_rate = sample_rate
-        self._run_info = run_info
+    def __init__(
+        self,
+        task: Task,
+        sample_rate: int,
+        run_info: Mapping[str, Any],
+        *,
+        form: Literal["json", "npy"] = "json",
+        encode_audio: AudioEncoder = wav_bytes,
+        record: Callable[[LedgerEntry], None] | None = None,
+    ) -> None:
+        self._encode = RowEncoder(task, run_info, sample_rate, encode_audio)
+        self._to_bytes = tokens_as_json if form == "json" else tokens_as_npy
+        self._record = record
 
     def write(self, result: TokenizedRow) -> None:
-        """Publish all files of one row. Contents are made before the first is published.
+        """Publish all files of one row, and record it. Contents are made before the first is published.
 
         Raises:
             RowError: a file could not be made or published. Another of the row's files may have been.
         """
+        encoded = self._encode(result)
         contents = []
-        if "quantized_tokens" in self._fields:
-            contents.append((result.row.quantized_tokens, token_json(result, self._run_info)))
-        if "reconstructed_wav" in self._fields:
-            if result.samples is None:
-                raise ValueError("a row without samples has no wav file")
-            contents.append((result.row.reconstructed_wav, wav_bytes(result.samples, self._sample_rate)))
+        if encoded.codes is not None:
+            contents.append((result.row.quantized_tokens, self._to_bytes(encoded.codes, encoded.info)))
+        if encoded.audio is not None:
+            contents.append((result.row.reconstructed_wav, encoded.audio))
         for path, content in contents:
             if path is None:
                 raise ValueError("the manifest passed a row without a path for its output")
             publish(path, content)
+        if self._record is not None:
+            self._record(done_entry(result))
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def __enter__(self) -> FileSink:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return None

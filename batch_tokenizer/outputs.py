@@ -1,0 +1,112 @@
+"""What a run makes of its results: the sink that its flags ask for, and the settings that must not change with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from batch_tokenizer.audio.encoding import flac_bytes
+from batch_tokenizer.config import RunConfig
+from batch_tokenizer.records import OUTPUT_FIELDS, SHARD_SINKS, LedgerEntry, RowError, TokenizedRow
+from batch_tokenizer.runtime.run_folder import RunFolder
+from batch_tokenizer.runtime.shard_ledger import ShardJournal, recover
+from batch_tokenizer.writers.file_sink import FileSink
+from batch_tokenizer.writers.row_encoding import AudioEncoder, RowEncoder
+from batch_tokenizer.writers.shard_folder import ShardFolder
+from batch_tokenizer.writers.shard_sink import ShardSink, shard_form
+from batch_tokenizer.writers.wav_file import wav_bytes
+
+#: Settings of a run that say where its outputs are, and nothing of what is in them.
+OUTPUT_SETTINGS = ("sink", "output_dir", "audio_format")
+
+
+class ResultSink(Protocol):
+    """Where results go. A context manager: leaving it publishes what is open, after an exception throws it away."""
+
+    def write(self, result: TokenizedRow) -> None:
+        """Take in one row; when it is published, the sink records it in the ledger. Called by several threads.
+
+        Raises:
+            RowError: the row could not be encoded or published.
+            RunError: nothing can be published.
+        """
+
+    def close(self) -> None:
+        """Publish what is open.
+
+        Raises:
+            RunError: it could not be.
+        """
+
+
+def run_settings(config: RunConfig, num_quantizers: int, run_info: Mapping[str, Any]) -> dict[str, Any]:
+    """What the run folder holds a run to."""
+    outputs = {name: getattr(config, name) for name in OUTPUT_SETTINGS}
+    return {"task": config.task, "num_quantizers": num_quantizers, **outputs, **run_info}
+
+
+def audio_encoder(audio_format: str) -> AudioEncoder:
+    """Samples to ``wav`` or ``flac``."""
+    return wav_bytes if audio_format == "wav" else _flac
+
+
+def _flac(samples: npt.NDArray[np.float32], sample_rate: int) -> bytes:
+    if not np.isfinite(samples).all():
+        count = int((~np.isfinite(samples)).sum())
+        raise RowError("decode", f"the codec made {count} of {len(samples)} samples NaN or infinite")
+    return flac_bytes(samples, sample_rate)
+
+
+def recover_shards(config: RunConfig, folder: RunFolder, idle: Callable[[], None]) -> None:
+    """Rank 0, before the ledger is read: take the output folder, and end what a killed run left there half done.
+
+    Raises:
+        RunError: the output folder is of another run, or cannot be read or written.
+    """
+    if config.sink not in SHARD_SINKS:
+        return
+    shards = ShardFolder(str(config.output_dir))
+    with folder.alone(idle):
+        shards.claim(config.task, folder.run_id, folder.path)
+        recover(
+            folder.path, shards, config.task, config.sink,
+            attempt=folder.attempt, num_shards=folder.num_shards, shard=folder.shard,
+        )  # fmt: skip
+
+
+def open_sink(
+    config: RunConfig,
+    folder: RunFolder,
+    run_info: Mapping[str, Any],
+    num_quantizers: int,
+    sample_rate: int,
+    record: Callable[[LedgerEntry], None],
+) -> AbstractContextManager[ResultSink]:
+    """The sink of one process.
+
+    Args:
+        sample_rate: of decoded samples, in Hz.
+        record: takes the ledger entries of rows that are published one by one.
+
+    Raises:
+        RunError: a library is not installed.
+    """
+    encode_audio = audio_encoder(config.audio_format)
+    if config.sink == "json" or config.sink == "npy":
+        return FileSink(
+            config.task, sample_rate, run_info, form=config.sink, encode_audio=encode_audio, record=record
+        )  # fmt: skip
+    encode = RowEncoder(config.task, run_info, sample_rate, encode_audio, config.audio_format)
+    outputs = OUTPUT_FIELDS[config.task]
+    has_tokens = "quantized_tokens" in outputs
+    form = shard_form(
+        config.sink, dict(run_info), num_quantizers if has_tokens else None, "reconstructed_wav" in outputs
+    )
+    journal = ShardJournal(folder.path, config.task, folder.attempt, folder.processes.rank)
+    return ShardSink(
+        encode, form, ShardFolder(str(config.output_dir)), journal, most_bytes=config.shard_megabytes * 1_000_000
+    )
