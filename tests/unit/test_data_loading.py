@@ -146,7 +146,7 @@ def test_paths_that_are_no_files_are_named(tmp_path: Path) -> None:
     assert "not a regular file" in reason_of(str(fifo))
     assert "too large" in reason_of(str(huge))
     assert "not a possible path" in reason_of(str(tmp_path / "none\0"))
-    assert "cannot be read: File name too long" in reason_of(str(tmp_path / ("n" * 300)))
+    assert "cannot be opened: File name too long" in reason_of(str(tmp_path / ("n" * 300)))
 
 
 ANY_JSON = st.recursive(
