@@ -27,7 +27,8 @@ PREFIX = "audio_tokenizer."
 
 _WITHOUT_EFFECT = ("_codebook.embed_avg", "_codebook.cluster_size", "_codebook.inited")
 
-_PARTS: Mapping[Task, tuple[str, ...]] = {
+#: What each task needs of the model.
+PARTS: Mapping[Task, tuple[str, ...]] = {
     "wav2token": ("encoder",),
     "token2wav": ("decoder",),
     "wav2token2wav": ("encoder", "decoder"),
@@ -120,15 +121,23 @@ def load_codec(
     threads: int,
 ) -> MiMoCodec:
     """The weights that ``task`` needs. See ``registry.Family``."""
-    config = spec.config
+    check_attention(spec.config, attention, device, dtype)
+    model = load_model(checkpoint, parts=PARTS[task], device=device, dtype=dtype)
+    model.use_attention(attention)
+    return MiMoCodec(spec, model, threads)
+
+
+def check_attention(config: MiMoConfig, attention: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Logs which backend will run.
+
+    Raises:
+        RunError: the one asked for cannot run here.
+    """
     try:
         backend, reason = choose_backend(attention, device, dtype, config.d_model // config.encoder_attention_heads)
     except BackendUnavailable as error:
         raise RunError(f"--attention {attention}: {error}") from error
     log.info("attention %s (%s)", backend, reason)
-    model = load_model(checkpoint, parts=_PARTS[task], device=device, dtype=dtype)
-    model.use_attention(attention)
-    return MiMoCodec(spec, model, threads)
 
 
 class MiMoCodec(Codec):

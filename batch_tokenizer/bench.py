@@ -1,0 +1,665 @@
+"""``batch_tokenizer bench``: how fast a codec and everything around it run here, and where the time goes.
+
+What enters is a codec (a checkpoint, or a configuration with random weights, or one that costs nothing), utterances (a
+manifest's, or made ones of some distribution of lengths) and a run's settings. What leaves is one table on standard
+output, with the exact conditions, and a last line of JSON with the same.
+
+    peak           the largest rate of matrix products that the device reaches, in the model's number format
+    model          encode and decode of loaded batches, host arrays to host arrays
+    end to end     a whole run: manifest, loader processes, codec, writers, ledger; start-up is told apart
+    loader         decoding and resampling as a run does it, against bare soundfile and torchaudio, per core
+    writer         token files and wavs, per core
+    baseline       the published way, on the same files (MiMo only; see ``bench_baseline``)
+
+Everything is done once to warm up, then ``--repeats`` times; the table has the median and the least and the most.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import logging
+import os
+import platform
+import resource
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from batch_tokenizer import __version__
+from batch_tokenizer.audio.bare import load_bare
+from batch_tokenizer.audio.loading import load_samples
+from batch_tokenizer.bench_baseline import PublishedLoop
+from batch_tokenizer.bench_workload import (
+    LENGTHS,
+    FreeFamily,
+    RandomMiMo,
+    draw_lengths,
+    manifest_wavs,
+    write_manifest,
+    write_utterances,
+)
+from batch_tokenizer.codecs.base import Codec
+from batch_tokenizer.codecs.checkpoint import Checkpoint
+from batch_tokenizer.codecs.mimo.codec import MiMoCodec, MiMoSpec
+from batch_tokenizer.codecs.mimo.operations import decoder_operations, encoder_operations
+from batch_tokenizer.codecs.mimo.sized import size_names, sized_config
+from batch_tokenizer.codecs.registry import Family
+from batch_tokenizer.config import AttentionBackend, Device, Dtype, Resampler, RunConfig
+from batch_tokenizer.data.batching import Packer
+from batch_tokenizer.data.loader import Loader
+from batch_tokenizer.data.loading import RowLoader
+from batch_tokenizer.pipeline import Job, run_job
+from batch_tokenizer.records import TASKS, Batch, LoadedRow, ManifestRow, RowError, RunError, TokenizedRow
+from batch_tokenizer.runtime.devices import choose_device
+from batch_tokenizer.runtime.processes import ProcessGroup
+from batch_tokenizer.runtime.signals import StopRequest
+from batch_tokenizer.writers.file_sink import FileSink
+
+PARTS = ("peak", "model", "end_to_end", "loader", "writer")
+
+#: Rows that the loader's and the writer's rates are measured on, and the least seconds that a repeat of them takes.
+_SAMPLED_ROWS = 128
+_LEAST_SECONDS = 0.2
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    default = RunConfig(data_list=Path())
+    add = parser.add_argument
+    add("--model_path", help="checkpoint folder or hub id; the bundled default when nothing else is given")
+    add("--config", help=f"in its place: {', '.join(size_names())}, a MiMo config.json, or free (costs nothing)")
+    add("--random_weights", action="store_true", help="what --config needs, as a configuration has no weights")
+    add("--data_list", type=Path, help="utterances of a manifest; made ones when absent")
+    add("--lengths", default="seed-tts", help=f"of made ones: {', '.join(LENGTHS)}, uniform:A-B, constant:S")
+    add("--num_utterances", type=int, help="how many (128; all rows of a manifest)")
+    add("--format", choices=("wav", "flac", "mp3"), default="wav", help="of made ones")
+    add("--sample_rate", type=int, default=24000, help="of made ones")
+    add("--task", choices=TASKS, default="wav2token2wav")
+    add("--batch_size", type=int, default=default.batch_size)
+    add("--frame_budget", type=int)
+    add("--num_workers", type=int, default=default.num_workers)
+    add("--prefetch", type=int, default=default.prefetch)
+    add("--num_quantizers", type=int)
+    add("--device", choices=get_args(Device), default=default.device)
+    add("--dtype", choices=get_args(Dtype), default=default.dtype)
+    add("--attention", choices=get_args(AttentionBackend), default=default.attention)
+    add("--resampler", choices=get_args(Resampler), default=default.resampler)
+    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure")
+    add("--baseline", nargs="+", type=int, default=[], metavar="BATCH_SIZE", help="run the published way as well")
+    add("--repeats", type=int, default=3)
+    add("--seed", type=int, default=default.seed)
+    add("--work_dir", type=Path, help="where files are read and written; a temporary folder when absent")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Measures, prints the table and the line of JSON. Returns 0.
+
+    Raises:
+        RunError: what was asked for cannot be run.
+    """
+    if arguments.repeats < 1:
+        raise RunError(f"--repeats {arguments.repeats}: must be at least 1")
+    if arguments.num_utterances is not None and arguments.num_utterances < 1:
+        raise RunError(f"--num_utterances {arguments.num_utterances}: must be at least 1")
+    with _work_dir(arguments.work_dir) as folder:
+        bench = Bench.prepare(arguments, folder)
+        report = bench.measure(arguments.parts, arguments.baseline)
+    print("\n".join(_table(report)))
+    print(json.dumps(report), flush=True)
+    return 0
+
+
+@contextmanager
+def _work_dir(chosen: Path | None) -> Iterator[Path]:
+    if chosen is None:
+        with tempfile.TemporaryDirectory(prefix="batch_tokenizer_bench_") as folder:
+            yield Path(folder)
+    else:
+        chosen.mkdir(parents=True, exist_ok=True)
+        yield chosen.resolve()
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Several measurements of one thing."""
+
+    values: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """The middle one."""
+        return statistics.median(self.values)
+
+    def per(self, amount: float) -> Spread:
+        """The same, divided by ``amount``."""
+        return Spread(tuple(value / amount for value in self.values))
+
+    def json(self) -> dict[str, float]:
+        """``median``, ``least`` and ``most``, to six digits."""
+        numbers = {"median": self.median, "least": min(self.values), "most": max(self.values)}
+        return {name: float(f"{number:.6g}") for name, number in numbers.items()}
+
+
+class TimedCodec(Codec):
+    """A codec that notes how long its device worked on each call: by the device's own events, where it has some."""
+
+    def __init__(self, codec: Codec, device: torch.device) -> None:
+        self._codec = codec
+        self._cuda = device.type == "cuda"
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self.spec = codec.spec
+        self.batch_limit = codec.batch_limit
+
+    @property
+    def frame_budget(self) -> int:
+        """The codec's."""
+        return self._codec.frame_budget
+
+    @frame_budget.setter
+    def frame_budget(self, frames: int) -> None:
+        self._codec.frame_budget = frames
+
+    def encode(self, features: Sequence[npt.NDArray[np.float32]], num_quantizers: int) -> list[npt.NDArray[np.uint16]]:
+        with self._timed():
+            return self._codec.encode(features, num_quantizers)
+
+    def decode(self, codes: Sequence[npt.NDArray[np.uint16]]) -> list[npt.NDArray[np.float32]]:
+        with self._timed():
+            return self._codec.decode(codes)
+
+    def release(self) -> None:
+        self._codec.release()
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        if not self._cuda:
+            yield
+            return
+        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        first.record()
+        yield
+        last.record()
+        self._events.append((first, last))
+
+    def take_busy_seconds(self) -> float | None:
+        """Seconds between the first and the last work of each call since this was asked, or None without events."""
+        if not self._cuda:
+            return None
+        torch.cuda.synchronize()
+        seconds = sum(first.elapsed_time(last) for first, last in self._events) / 1e3
+        self._events.clear()
+        return seconds
+
+
+@dataclass(frozen=True, slots=True)
+class WarmJob(Job):
+    """A job whose loader processes and codec are there already, so that a pass over the rows times nothing else."""
+
+    loader: Loader | None = None
+    codec: Codec | None = None
+
+    @classmethod
+    def of(cls, job: Job, loader: Loader, codec: Codec) -> WarmJob:
+        """``job`` with what is there."""
+        known = {name.name: getattr(job, name.name) for name in fields(Job)}
+        return cls(**known, loader=loader, codec=codec)
+
+    def open_loader(self) -> AbstractContextManager[Loader]:
+        assert self.loader is not None
+        return nullcontext(self.loader)
+
+    def load_codec(self) -> Codec:
+        assert self.codec is not None
+        return self.codec
+
+
+@dataclass(slots=True)
+class Bench:
+    """What is measured, and the table as it grows."""
+
+    job: Job
+    folder: Path
+    manifest: Path
+    rows: list[ManifestRow]
+    repeats: int
+    report: dict[str, Any] = field(default_factory=dict)
+    peak: float | None = None
+    start_seconds: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def prepare(cls, arguments: argparse.Namespace, folder: Path) -> Bench:
+        """Opens the codec's spec, and puts the utterances on disk.
+
+        Raises:
+            RunError: the codec, the device or the utterances are not what was asked for.
+        """
+        wavs: Sequence[str | Path]
+        if arguments.data_list is not None:
+            wavs = manifest_wavs(arguments.data_list, arguments.num_utterances, arguments.seed)
+            source = str(arguments.data_list)
+        else:
+            lengths = draw_lengths(arguments.lengths, arguments.num_utterances or 128, arguments.seed)
+            wavs = write_utterances(folder / "wavs", lengths, arguments.sample_rate, arguments.format, arguments.seed)
+            source = f"made, lengths {arguments.lengths}, {arguments.format}, {arguments.sample_rate} Hz"
+        manifest = write_manifest(folder / "bench.jsonl", wavs, folder / "out")
+        config = RunConfig(
+            data_list=manifest, run_dir=folder / "run", task=arguments.task, model_path=arguments.model_path,
+            batch_size=arguments.batch_size, frame_budget=arguments.frame_budget, num_workers=arguments.num_workers,
+            prefetch=arguments.prefetch, num_quantizers=arguments.num_quantizers, seed=arguments.seed,
+            device=arguments.device, dtype=arguments.dtype, attention=arguments.attention,
+            resampler=arguments.resampler, overwrite=True,
+        )  # fmt: skip
+        job = _open_job(config, arguments.config, arguments.random_weights)
+        rows = [
+            ManifestRow(line, f"{line:016x}", row["key"], row["wav"], row["quantized_tokens"],
+                        row["reconstructed_wav"], row)
+            for line, row in enumerate(map(json.loads, manifest.read_text(encoding="utf-8").splitlines()))
+        ]  # fmt: skip
+        bench = cls(job, folder, manifest, rows, arguments.repeats)
+        bench.report["conditions"] = bench._conditions(arguments.config or arguments.model_path or "default", source)
+        return bench
+
+    def _conditions(self, codec: str, source: str) -> dict[str, Any]:
+        job, compute = self.job, self.job.compute
+        return {
+            "date": time.strftime("%Y-%m-%d"),
+            "version": __version__,
+            "codec": codec,
+            "task": job.config.task,
+            "num_quantizers": job.num_quantizers,
+            "device": _device_name(compute.device),
+            "dtype": compute.dtype_name,
+            "cores": compute.cores,
+            "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+            "load_average_at_start": round(os.getloadavg()[0], 2),
+            "utterances": len(self.rows),
+            "source": source,
+            "batch_size": job.config.batch_size,
+            "num_workers": job.config.num_workers,
+            "attention": job.config.attention,
+            "resampler": job.config.resampler,
+            "repeats": self.repeats,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        }
+
+    def measure(self, parts: Sequence[str], baseline: Sequence[int]) -> dict[str, Any]:
+        """All of ``parts``, in their order; the published way at each batch size of ``baseline``."""
+        task = self.job.config.task
+        if "peak" in parts:
+            self.peak = peak_rate(self.job.compute.device, self.job.compute.dtype, self.job.compute.cores)
+            self.report["peak_tflops"] = float(f"{self.peak / 1e12:.4g}")
+        began = time.perf_counter()
+        inner = self.job.load_codec()
+        codec = TimedCodec(inner, self.job.compute.device)
+        self.start_seconds["codec"] = round(time.perf_counter() - began, 3)
+        self.report["conditions"]["frame_budget"] = codec.frame_budget
+        with _logging_at(logging.ERROR):
+            loaded = self._load()
+            seconds = sum(row.num_samples for row in loaded) / self.job.spec.info.sample_rate
+            self.report["conditions"]["audio_seconds"] = round(seconds, 1)
+            if task == "token2wav" or "model" in parts or "writer" in parts:
+                results = self._model(codec, loaded, seconds, timed="model" in parts)
+            if task == "token2wav":
+                sink = FileSink("wav2token", self.job.spec.info.sample_rate, self.job.info)
+                for result in results:
+                    sink.write(result)
+            del loaded
+            if "loader" in parts and task != "token2wav":
+                self._loader()
+            if "writer" in parts:
+                self._writer(results)
+            if "end_to_end" in parts:
+                self._end_to_end(codec, seconds)
+            for batch_size in baseline:
+                self._baseline(inner, batch_size, seconds)
+        self.report["peak_memory_gb"] = self._memory()
+        self.report["start_seconds"] = self.start_seconds
+        return self.report
+
+    # ------------------------------------------------------------------------------------------------------- the parts
+
+    def _load(self) -> list[LoadedRow]:
+        """All rows in memory, as the codec takes them."""
+        task = "wav2token" if self.job.config.task == "token2wav" else self.job.config.task
+        load = RowLoader(task, self.job.spec, self.job.config.resampler, self.job.num_quantizers)
+        try:
+            return [load(row) for row in self.rows]
+        except RowError as error:
+            raise RunError(f"an utterance cannot be loaded: {error}") from error
+
+    def _batches(self, codec: Codec, loaded: Sequence[LoadedRow]) -> list[Batch]:
+        """As the run makes them, with the longest rows first."""
+        batch_size = min(self.job.config.batch_size, codec.batch_limit or self.job.config.batch_size)
+        packer = Packer(batch_size, max(1, codec.frame_budget * 15 // 16))
+        longest_first = sorted(loaded, key=lambda row: -row.frames)
+        return [batch for row in longest_first for batch in packer.add(row)] + packer.flush()
+
+    def _model(
+        self, codec: TimedCodec, loaded: Sequence[LoadedRow], seconds: float, *, timed: bool
+    ) -> list[TokenizedRow]:
+        """Encode and decode of what is in memory; returns the results."""
+        task = self.job.config.task
+        batches = self._batches(codec, loaded)
+        spent: dict[str, list[float]] = {"encode": [], "decode": []}
+        codes: list[list[npt.NDArray[np.uint16]]] = []
+        samples: list[Any] = []
+
+        def encode() -> None:
+            codes[:] = [
+                codec.encode([row.features for row in batch.rows if row.features is not None], self.job.num_quantizers)
+                for batch in batches
+            ]
+
+        def decode() -> None:
+            samples[:] = [codec.decode(part) for part in codes]
+
+        for repeat in range(self.repeats + 1 if timed else 1):
+            for stage, compute in (("encode", encode), ("decode", decode)):
+                if stage == "decode" and task == "wav2token":
+                    samples[:] = [[None] * len(part) for part in codes]
+                    continue
+                elapsed = self._elapsed(compute)
+                if repeat:
+                    spent[stage].append(elapsed)
+        if timed:
+            self._report_model(codec, batches, spent, seconds)
+        return [
+            TokenizedRow(row.row, code, wav, row.num_samples)
+            for batch, some_codes, some_wavs in zip(batches, codes, samples, strict=True)
+            for row, code, wav in zip(batch.rows, some_codes, some_wavs, strict=True)
+        ]
+
+    def _report_model(
+        self, codec: TimedCodec, batches: Sequence[Batch], spent: Mapping[str, Sequence[float]], seconds: float
+    ) -> None:
+        task = self.job.config.task
+        stages = {"wav2token": ("encode",), "token2wav": ("decode",)}.get(task, ("encode", "decode"))
+        total = Spread(tuple(sum(times) for times in zip(*(spent[stage] for stage in stages), strict=True)))
+        model: dict[str, Any] = {"rtf": total.per(seconds).json(), "times_real_time": round(seconds / total.median, 2)}
+        for stage in stages:
+            model[f"{stage}_rtf"] = Spread(tuple(spent[stage])).per(seconds).json()
+        model["batches"] = len(batches)
+        if self.job.compute.device.type == "cuda":
+            used = sum(batch.frames for batch in batches)
+            model["packing_waste"] = round(1 - used / (len(batches) * codec.frame_budget), 4)
+        else:
+            model["packing_waste"] = 0.0  # nothing is packed or padded on a CPU
+        operations = self._operations([row for batch in batches for row in batch.rows], stages)
+        if operations is not None:
+            model["gflop_per_audio_second"] = round(operations / seconds / 1e9, 2)
+            model["tflops"] = float(f"{operations / total.median / 1e12:.4g}")
+            if self.peak is not None:
+                model["share_of_peak"] = round(operations / total.median / self.peak, 4)
+        self.report["model"] = model
+
+    def _operations(self, rows: Sequence[LoadedRow], stages: Sequence[str]) -> int | None:
+        """Floating-point operations by the equations, of the families for which they are written down."""
+        spec = self.job.spec
+        if not isinstance(spec, MiMoSpec):
+            return None
+        total = 0
+        for row in rows:
+            if "encode" in stages:
+                mel_frames = spec.config.num_mel_frames(row.num_samples)
+                total += encoder_operations(spec.config, mel_frames, self.job.num_quantizers)
+            if "decode" in stages:
+                total += decoder_operations(spec.config, row.frames)
+        return total
+
+    def _loader(self) -> None:
+        """Decoding and resampling by ours and by bare libraries, in turns, in this thread; and ours with the front end.
+
+        Processor time, so that what else runs on the machine counts little.
+        """
+        rows = self.rows[:_SAMPLED_ROWS]
+        rate, resampler = self.job.spec.info.sample_rate, self.job.config.resampler
+        load = RowLoader("wav2token", self.job.spec, resampler, self.job.num_quantizers)
+        loaders: dict[str, Callable[[ManifestRow], Any]] = {
+            "bare": lambda row: load_bare(str(row.wav), rate),
+            "ours": lambda row: load_samples(str(row.wav), rate, resampler),
+            "with_front_end": load,
+        }
+        seconds = sum(len(load_samples(str(row.wav), rate, resampler)) for row in rows) / rate
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        times: dict[str, list[float]] = {name: [] for name in loaders}
+        for repeat in range(self.repeats + 1):
+            for name, one in loaders.items():
+                began, passes = time.thread_time(), 0
+                while not passes or time.thread_time() - began < _LEAST_SECONDS:
+                    for row in rows:
+                        one(row)
+                    passes += 1
+                if repeat:
+                    times[name].append((time.thread_time() - began) / passes)
+        torch.set_num_threads(threads)
+        bare = statistics.median(times["bare"])
+        self.report["loader_per_core"] = {
+            f"{name}_audio_seconds_a_second": round(seconds / statistics.median(spent), 1)
+            for name, spent in times.items()
+        } | {"share_of_bare": round(bare / statistics.median(times["ours"]), 3)}
+
+    def _writer(self, results: Sequence[TokenizedRow]) -> None:
+        """What one thread writes: token files and wavs, as the task has them."""
+        some = results[:_SAMPLED_ROWS]
+        task = self.job.config.task
+        sink = FileSink(task, self.job.spec.info.output_sample_rate, self.job.info)
+        times = []
+        for repeat in range(self.repeats + 1):
+            shutil.rmtree(self.folder / "out", ignore_errors=True)
+            began, cpu = time.perf_counter(), time.thread_time()
+            for result in some:
+                sink.write(result)
+            if repeat:
+                times.append((time.perf_counter() - began, time.thread_time() - cpu))
+        seconds = sum(result.num_samples for result in some) / self.job.spec.info.sample_rate
+        wall, processor = (statistics.median(column) for column in zip(*times, strict=True))
+        self.report["writer_per_core"] = {
+            "rows_a_second": round(len(some) / wall, 1),
+            "audio_seconds_a_second": round(seconds / wall, 1),
+            "processor_milliseconds_a_row": round(1e3 * processor / len(some), 3),
+        }
+
+    def _end_to_end(self, codec: TimedCodec, seconds: float) -> None:
+        """Whole runs, each into a new folder, with loader processes that are already there."""
+        walls, shares, idle = [], [], []
+        began = time.perf_counter()
+        with self.job.open_loader() as loader:
+            loader.submit(self.rows[:1])
+            loader.next()
+            self.start_seconds["loader"] = round(time.perf_counter() - began, 3)
+            for repeat in range(self.repeats + 1):
+                run_dir = self.folder / f"run{repeat}"
+                for folder in (run_dir, *([self.folder / "out"] if self.job.config.task != "token2wav" else [])):
+                    shutil.rmtree(folder, ignore_errors=True)
+                codec.take_busy_seconds()
+                config = replace(self.job.config, run_dir=run_dir)
+                job = WarmJob.of(replace(self.job, config=config), loader, codec)
+                began = time.perf_counter()
+                with StopRequest() as stop, contextlib.redirect_stdout(io.StringIO()), _quiet_stderr():
+                    status = run_job(job, stop, time.monotonic())
+                wall = time.perf_counter() - began
+                summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+                if status or summary["done"] != len(self.rows):
+                    raise RunError(f"a run of the benchmark ended with {summary['failed']} rows failed: see {run_dir}")
+                busy = codec.take_busy_seconds()
+                if repeat:
+                    walls.append(wall)
+                    shares.append({name: rate * seconds / wall for name, rate in summary["rtf_per_stage"].items()})
+                    if busy is not None:
+                        idle.append(1 - busy / wall)
+        spread = Spread(tuple(walls))
+        measured = {
+            "rtf": spread.per(seconds).json(),
+            "times_real_time": round(seconds / spread.median, 2),
+            "rows_a_second": round(len(self.rows) / spread.median, 1),
+            "seconds_of_stages_a_second": {
+                name: round(statistics.median(share[name] for share in shares), 3) for name in shares[0]
+            },
+            "device_idle_share": round(statistics.median(idle), 4) if idle else "not applicable",
+        }
+        if "model" in self.report:
+            model = self.report["model"]["rtf"]["median"]
+            measured["share_of_model_rate"] = round(model * seconds / spread.median, 4)
+        self.report["end_to_end"] = measured
+
+    def _baseline(self, codec: Codec, batch_size: int, seconds: float) -> None:
+        """The published loop on the same rows, on all cores."""
+        if not isinstance(codec, MiMoCodec) or codec.model.decoder is None:
+            raise RunError("--baseline: the published loop is of MiMo, and needs --task wav2token2wav")
+        job = self.job
+        sink = FileSink("wav2token2wav", job.spec.info.output_sample_rate, job.info)
+        assert isinstance(job.spec, MiMoSpec)
+        loop = PublishedLoop(codec.model, self.rows, job.spec, batch_size, job.config.num_workers)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(job.compute.cores)
+        walls = []
+        for repeat in range(self.repeats + 1):
+            shutil.rmtree(self.folder / "out", ignore_errors=True)
+            began = time.perf_counter()
+            loop.run(job.num_quantizers, sink.write)
+            if repeat:
+                walls.append(time.perf_counter() - began)
+        torch.set_num_threads(threads)
+        spread = Spread(tuple(walls))
+        measured = {"rtf": spread.per(seconds).json(), "times_real_time": round(seconds / spread.median, 2)}
+        if "end_to_end" in self.report:
+            measured["ours_over_it"] = round(spread.median / seconds / self.report["end_to_end"]["rtf"]["median"], 3)
+        self.report[f"published_loop_batch_{batch_size}"] = measured
+
+    def _elapsed(self, compute: Callable[[], None]) -> float:
+        """Seconds: by the device's events on CUDA, else by the clock."""
+        if self.job.compute.device.type != "cuda":
+            began = time.perf_counter()
+            compute()
+            return time.perf_counter() - began
+        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        first.record()
+        compute()
+        last.record()
+        last.synchronize()
+        return first.elapsed_time(last) / 1e3
+
+    def _memory(self) -> dict[str, float]:
+        kilobytes = 1 if platform.system() == "Darwin" else 1024
+        peak = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobytes / 1e9}
+        if self.job.compute.device.type == "cuda":
+            peak["device"] = torch.cuda.max_memory_allocated(self.job.compute.device) / 1e9
+        return {name: round(size, 3) for name, size in peak.items()}
+
+
+def _open_job(config: RunConfig, size: str | None, random_weights: bool) -> Job:
+    """A job on a checkpoint, or on a configuration without one."""
+    processes = ProcessGroup.from_environment({})
+    if size is None:
+        if random_weights:
+            raise RunError("--random_weights: say of which configuration, with --config")
+        return Job.prepare(config, processes)
+    if config.model_path is not None:
+        raise RunError("--config and --model_path: give one of them")
+    family: Family
+    if size == "free":
+        family = FreeFamily()
+    elif random_weights:
+        family = RandomMiMo(size, sized_config(size))
+    else:
+        raise RunError(f"--config {size}: has no weights; add --random_weights, or give a checkpoint with --model_path")
+    checkpoint = Checkpoint(folder=Path(size), name=size, config={})
+    spec = family.open_spec(checkpoint)
+    compute = choose_device(config.device, config.dtype, 0, spec.cuda_dtype)
+    if compute.device.type == "cpu":
+        torch.set_num_threads(1)  # as in a run
+    most = spec.info.num_codebooks
+    if config.num_quantizers is not None and config.num_quantizers > most:
+        raise RunError(f"--num_quantizers {config.num_quantizers}: this configuration has {most} codebooks")
+    return Job(config, processes, compute, checkpoint, family, spec, config.num_quantizers or most)
+
+
+def peak_rate(device: torch.device, dtype: torch.dtype, threads: int) -> float:
+    """The largest rate of square matrix products that the device reaches here, operations a second.
+
+    The best of several tries: it is a bound to compare with.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    best = 0.0
+    for size in (4096, 8192) if device.type == "cuda" else (1024, 2048):
+        first, second = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+        for _ in range(10):
+            if device.type == "cuda":
+                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                start.record()
+                for _ in range(10):
+                    first @ second
+                end.record()
+                end.synchronize()
+                elapsed = start.elapsed_time(end) / 1e4
+            else:
+                began = time.perf_counter()
+                first @ second
+                elapsed = time.perf_counter() - began
+            best = max(best, 2 * size**3 / elapsed)
+    torch.set_num_threads(before)
+    return best
+
+
+@contextmanager
+def _logging_at(level: int) -> Iterator[None]:
+    """The root logger at ``level``."""
+    root = logging.getLogger()
+    before = root.level
+    root.setLevel(level)
+    try:
+        yield
+    finally:
+        root.setLevel(before)
+
+
+@contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Without the progress line of each pass."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _table(report: Mapping[str, Any]) -> list[str]:
+    """The report as aligned lines, a name and its value each."""
+    rows = list(_flat(report))
+    width = max(len(name) for name, _ in rows) + 2
+    return [f"{name:<{width}}{value}" for name, value in rows]
+
+
+def _flat(report: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in report.items():
+        spoken = prefix + name.replace("_", " ")
+        if isinstance(value, Mapping) and set(value) == {"median", "least", "most"}:
+            yield spoken, f"{value['median']:.6g}  ({value['least']:.6g} to {value['most']:.6g})"
+        elif isinstance(value, Mapping):
+            yield from _flat(value, f"{spoken}: ")
+        else:
+            yield spoken, str(value)
