@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import orjson
 
 from batch_tokenizer.audio.loading import load_samples
 from batch_tokenizer.codecs.base import Codec, CodecInfo
 from batch_tokenizer.config import Device, Dtype
-from batch_tokenizer.data.loading import read_codes
+from batch_tokenizer.data.token_files import read_any_tokens, read_codes
 from batch_tokenizer.manifest import Manifest
 from batch_tokenizer.quality.recordings import Recording, align
 from batch_tokenizer.reconstruction import at_input_rate, check_num_quantizers, decode, encode, open_codec, open_spec
@@ -174,20 +173,7 @@ def load_input(source: Source, row: ManifestRow) -> Any:
         raise RowError("load", "the row has no quantized_tokens")
     if source.info is not None:
         return read_codes(row.quantized_tokens, source.info)
-    return _read_unknown_codes(row.quantized_tokens)
-
-
-def _read_unknown_codes(path: str) -> npt.NDArray[np.uint16]:
-    """Codes of a file that the run wrote itself, without the codec that could check them."""
-    try:
-        codes = np.array(orjson.loads(Path(path).read_bytes())["quantized_tokens"], np.uint16)
-    except OSError as error:
-        raise RowError("load", f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, OverflowError) as error:
-        raise RowError("load", f"{path}: is no token file") from error
-    if codes.ndim != 2 or not len(codes):
-        raise RowError("load", f"{path}: has no frames")
-    return codes
+    return read_any_tokens(row.quantized_tokens)[0]
 
 
 def recordings(source: Source, row: ManifestRow) -> tuple[Recording, Recording]:

@@ -15,7 +15,8 @@ import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batch_tokenizer.data.loading import RowLoader, read_codes
+from batch_tokenizer.data.loading import RowLoader
+from batch_tokenizer.data.token_files import read_codes
 from batch_tokenizer.records import RowError
 from batch_tokenizer.storage.names import spoken
 from tests.support.loading import INFO, FakeSpec, make_row
@@ -67,7 +68,7 @@ def test_tokens_of_the_longest_audio_are_taken_and_longer_ones_fail(tmp_path: Pa
 
     load = RowLoader("token2wav", PaddingSpec())
     assert load(make_row(quantized_tokens=write(tmp_path, [[1]] * 1501))).frames == 1501
-    with pytest.raises(RowError, match="too long, 1502 frames where the model takes 1501"):
+    with pytest.raises(RowError, match="too long, 1502 frames where 1501 is the most; --long_audio segment"):
         load(make_row(quantized_tokens=write(tmp_path, [[1]] * 1502)))
 
 

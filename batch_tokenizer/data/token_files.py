@@ -1,0 +1,280 @@
+"""Tokens as any sink stored them: a location enters, codes leave, checked to be what a codec can decode.
+
+    a.json                          {"quantized_tokens": [[K ints] x T], "info": {...}}, or the bare list of lists
+    a.npy                           integers (T, K); behind the array, info as JSON, or nothing
+    tar://1536+480/a.tokens.npy::x.tar, s3://…     either of them, wherever ``storage`` finds it; told by its content
+    parquet://7::x.parquet          row 7, counted from 0, of a parquet file
+
+Token files may come from anywhere, so nothing in them is believed. Of JSON the check is one numpy conversion, and only
+a file that fails it is searched for the place to name; arrays are taken apart without pickle.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+
+from batch_tokenizer.codecs.base import CodecInfo
+from batch_tokenizer.data.parquet_rows import parse_row_location, read_row
+from batch_tokenizer.records import RowError
+from batch_tokenizer.storage.names import parse_member, spoken
+from batch_tokenizer.storage.opening import opened
+
+#: Largest token file that is read; a day of audio at 20 codebooks takes about 200 MB.
+_MOST_BYTES = 1 << 30
+
+#: An array's header is text of some hundred bytes.
+_MOST_HEADER = 4096
+
+_NPY = b"\x93NUMPY"
+
+
+@dataclass(frozen=True, slots=True)
+class Codebooks:
+    """What codes may be.
+
+    Attributes:
+        name: of the codec, for messages.
+        sizes: codes of each codebook; there may be fewer codebooks, at least one.
+    """
+
+    name: str
+    sizes: tuple[int, ...]
+
+
+#: For tokens of which nobody says what made them.
+ANY_CODEBOOKS = Codebooks("any codec", (1 << 16,) * 256)
+
+
+def read_codes(location: str, info: CodecInfo) -> npt.NDArray[np.uint16]:
+    """The codes of ``read_tokens`` alone."""
+    return read_tokens(location, info)[0]
+
+
+def read_tokens(
+    location: str, info: CodecInfo, beside: Mapping[str, Any] | None = None
+) -> tuple[npt.NDArray[np.uint16], Mapping[str, Any]]:
+    """Codes of this codec, and what is known of them.
+
+    Args:
+        beside: what a member of a tar says of itself in the member beside it; the ``info`` of tokens that have none.
+
+    Returns:
+        uint16 (T, K), T >= 1 and 1 <= K <= ``info.num_codebooks``, each within its codebook; and the ``info`` that is
+        stored with them, empty where there is none.
+
+    Raises:
+        RowError: they cannot be read, are not of such a form, were made by another codec (by ``info.fingerprint``), or
+            have codes that this one does not have.
+    """
+    raw, origin = _open(location)
+    name = spoken(location)
+    if not origin and beside is not None and parse_member(location) is not None:
+        origin = beside
+    # Before the codes, as another codec's are out of range as well.
+    if isinstance(origin, Mapping) and origin.get("fingerprint") not in (None, info.fingerprint):
+        raise RowError(
+            "load",
+            f"{name}: made by codec {origin.get('codec')} (fingerprint {origin['fingerprint']}), "
+            f"this is {info.name} (fingerprint {info.fingerprint})",
+        )
+    codes = raw.check(name, Codebooks(info.name, info.codebook_sizes))
+    return codes, origin if isinstance(origin, Mapping) else {}
+
+
+def parse_tokens(
+    content: bytes, name: str, codebooks: Codebooks = ANY_CODEBOOKS
+) -> tuple[npt.NDArray[np.uint16], Mapping[str, Any]]:
+    """Codes and ``info`` of a JSON or npy file's bytes; see ``read_tokens``.
+
+    Args:
+        name: for messages.
+
+    Raises:
+        RowError: they are not of such a form.
+    """
+    raw, origin = _parse(content, name)
+    return raw.check(name, codebooks), origin if isinstance(origin, Mapping) else {}
+
+
+def read_any_tokens(location: str) -> tuple[npt.NDArray[np.uint16], Mapping[str, Any]]:
+    """As ``read_tokens``, of whatever codec.
+
+    Raises:
+        RowError: they cannot be read, or are not of such a form.
+    """
+    raw, origin = _open(location)
+    return raw.check(spoken(location), ANY_CODEBOOKS), origin if isinstance(origin, Mapping) else {}
+
+
+def _open(location: str) -> tuple[_Lists | _Array, object]:
+    row = parse_row_location(location)
+    if row is not None:
+        values, about = read_row(*row)
+        return _Array(values), about
+    return _parse(_read(location), spoken(location))
+
+
+def _read(location: str) -> bytes:
+    """A token file's bytes. Not a pipe's or a device's, which might never end."""
+    with opened(location, "a token file") as (descriptor, size):
+        if size > _MOST_BYTES:
+            raise RowError("load", f"{spoken(location)}: {size:,} bytes, too large for a token file")
+        try:
+            with open(descriptor, "rb", closefd=False) as file:
+                return file.read()
+        except OSError as error:
+            raise RowError("load", f"{spoken(location)}: cannot be read: {error.strerror}") from error
+
+
+def _parse(content: bytes, name: str) -> tuple[_Lists | _Array, object]:
+    if content.startswith(_NPY):
+        return _parse_npy(content, name)
+    try:
+        document = orjson.loads(content)
+    except orjson.JSONDecodeError as error:
+        raise RowError("load", f"{name}: not JSON: {error}") from error
+    # numpy takes true for 1 when it stands among integers.
+    may_hold_bools = b"true" in content or b"false" in content
+    if not isinstance(document, Mapping):
+        return _Lists(document, may_hold_bools), None
+    if "quantized_tokens" not in document:
+        raise RowError("load", f"{name}: has no field quantized_tokens")
+    return _Lists(document["quantized_tokens"], may_hold_bools), document.get("info")
+
+
+# --------------------------------------------------------------------------------------------------------------- arrays
+
+
+@dataclass(frozen=True, slots=True)
+class _Array:
+    """Codes as an array of any integers."""
+
+    values: npt.NDArray[Any]
+
+    def check(self, name: str, codebooks: Codebooks) -> npt.NDArray[np.uint16]:
+        values, sizes = self.values, codebooks.sizes
+        if values.ndim != 2 or values.dtype.kind not in "iu":
+            raise RowError("load", f"{name}: an array {values.shape} of {values.dtype}, not integers (T, K)")
+        num_frames, width = values.shape
+        if num_frames == 0 or width == 0:
+            raise RowError("load", f"{name}: has no {'frames' if num_frames == 0 else 'codes'}")
+        if width > len(sizes):
+            raise RowError(
+                "load", f"{name}: frames have {width} codes where {codebooks.name} has {len(sizes)} codebooks"
+            )
+        ends = np.array(sizes[:width])
+        if (values.min(axis=0) < 0).any() or (values.max(axis=0) >= ends).any():
+            frame, codebook = map(int, np.argwhere((values < 0) | (values >= ends))[0])
+            raise RowError(
+                "load",
+                f"{name}: frame {frame}, codebook {codebook}: code {values[frame, codebook]} is outside "
+                f"0 to {sizes[codebook] - 1}",
+            )
+        return np.ascontiguousarray(values, dtype=np.uint16)
+
+
+def _parse_npy(content: bytes, name: str) -> tuple[_Array, object]:
+    """The array, and the JSON behind it."""
+    stream = io.BytesIO(content)
+    try:
+        version = np.lib.format.read_magic(stream)
+        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[
+            version
+        ]
+        shape, fortran, dtype = read_header(stream, max_header_size=_MOST_HEADER)
+    except KeyError as error:
+        raise RowError("load", f"{name}: an npy file of version {error.args[0]}, which is not known") from error
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
+        raise RowError("load", f"{name}: a damaged npy header: {str(error).splitlines()[0]}") from error
+    if dtype.kind not in "iu" or len(shape) != 2 or min(shape) < 0:
+        raise RowError("load", f"{name}: an array {shape} of {dtype}, not integers (T, K)")
+    count, begin = math.prod(shape), stream.tell()
+    end = begin + count * dtype.itemsize
+    if end > len(content):
+        raise RowError("load", f"{name}: cut short: {len(content) - begin} of {end - begin} bytes of codes are there")
+    values = np.frombuffer(content, dtype, count, begin).reshape(shape, order="F" if fortran else "C")
+    if end == len(content):
+        return _Array(values), None
+    try:
+        document = orjson.loads(content[end:])
+    except orjson.JSONDecodeError as error:
+        raise RowError("load", f"{name}: {len(content) - end} bytes behind the array that are not JSON") from error
+    return _Array(values), document.get("info") if isinstance(document, Mapping) else None
+
+
+# ----------------------------------------------------------------------------------------------------------------- JSON
+
+
+@dataclass(frozen=True, slots=True)
+class _Lists:
+    """Codes as whatever JSON had in their place."""
+
+    tokens: Any
+    may_hold_bools: bool
+
+    def check(self, name: str, codebooks: Codebooks) -> npt.NDArray[np.uint16]:
+        tokens = self.tokens
+        if not isinstance(tokens, list):
+            raise RowError("load", f"{name}: quantized_tokens is {_kind(tokens)}, not a list of frames")
+        if not tokens:
+            raise RowError("load", f"{name}: has no frames")
+        codes = None if self.may_hold_bools and not _all_integers(tokens) else _as_array(tokens, codebooks.sizes)
+        if codes is None:
+            raise RowError("load", f"{name}: {_first_fault(tokens, codebooks)}")
+        return codes
+
+
+def _as_array(tokens: list[Any], sizes: tuple[int, ...]) -> npt.NDArray[np.uint16] | None:
+    """Codes (T, K), or None if anything about them is wrong."""
+    try:
+        values = np.array(tokens)
+    except ValueError:  # ragged
+        return None
+    if values.ndim != 2 or values.dtype.kind not in "iu" or not 1 <= values.shape[1] <= len(sizes):
+        return None
+    ends = np.array(sizes[: values.shape[1]])
+    if (values.min(axis=0) < 0).any() or (values.max(axis=0) >= ends).any():
+        return None
+    return values.astype(np.uint16)
+
+
+def _all_integers(tokens: list[Any]) -> bool:
+    return all(isinstance(frame, list) and all(type(code) is int for code in frame) for frame in tokens)
+
+
+def _first_fault(tokens: list[Any], codebooks: Codebooks) -> str:
+    """What is wrong with tokens that ``_as_array`` refused."""
+    most = len(codebooks.sizes)
+    width = len(tokens[0]) if isinstance(tokens[0], list) else 0
+    for time_step, frame in enumerate(tokens):
+        if not isinstance(frame, list):
+            return f"frame {time_step} is {_kind(frame)}, not a list of codes"
+        if not frame:
+            return f"frame {time_step} has no codes"
+        if len(frame) > most:
+            return f"frame {time_step} has {len(frame)} codes where {codebooks.name} has {most} codebooks"
+        if len(frame) != width:
+            return f"frame {time_step} has {len(frame)} codes where frame 0 has {width}"
+        for codebook, (code, size) in enumerate(zip(frame, codebooks.sizes, strict=False)):
+            place = f"frame {time_step}, codebook {codebook}"
+            if type(code) is not int:
+                return f"{place}: {_kind(code)}, not an integer"
+            if not 0 <= code < size:
+                return f"{place}: code {code} is outside 0 to {size - 1}"
+    raise AssertionError("the tokens were refused, but no fault is found")
+
+
+def _kind(value: object) -> str:
+    """A JSON value's kind, for a message; a number is shown."""
+    if isinstance(value, float):
+        return f"the number {value}"
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", int: "a number"}
+    return names.get(type(value), "null")
