@@ -56,7 +56,10 @@ Progress = Callable[[int, int], None]
 #: Longest line in bytes, without its line end. A longer one fails instead of filling the memory.
 MAX_LINE = 16 * 2**20
 
-_INDEX_VERSION = 2
+#: A field in which whoever wrote the line says why it is no row. It counts where a required field is missing.
+REFUSED = "__refused__"
+
+_INDEX_VERSION = 3
 _BLOCK = 8 * 2**20
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 #: An index of an earlier state of the manifest is removed only after this many seconds: another job may still map it.
@@ -142,7 +145,8 @@ def _check_line(text: bytes, form: RowForm) -> dict[str, Any]:
     key = key if isinstance(key, str) and key else None
     for name in form.required:
         if name not in row:
-            raise _Refused(f'field "{name}" is missing', key)
+            refusal = row.get(REFUSED)
+            raise _Refused(refusal if isinstance(refusal, str) else f'field "{name}" is missing', key)
         value = row[name]
         if not isinstance(value, str):
             expected = "" if value is None else ", not a string"
@@ -202,7 +206,10 @@ def _seconds(row: Mapping[str, Any], name: str) -> float | None:
 
 
 def _duration(row: Mapping[str, Any]) -> float:
-    """Seconds of the row's audio, so far as the row says; NaN where it does not."""
+    """Seconds of the row's audio, so far as the row says; NaN where it does not, and where order counts for more:
+    members of a compressed tar are read one after the other, not the longest first."""
+    if str(row.get("wav")).startswith("targz://"):
+        return math.nan
     cut = cut_of(row)
     if cut is not None and cut.end is not None:
         return cut.end - cut.start
@@ -440,7 +447,7 @@ def _find_duplicates(
 
 
 @contextmanager
-def _alone(lock_path: Path, idle: Callable[[], None]) -> Iterator[None]:
+def alone(lock_path: Path, idle: Callable[[], None]) -> Iterator[None]:
     """Hold the lock on building an index. Where the file system has no locks, go on: building twice is harmless."""
     with lock_path.open("ab") as lock:
         told = False
@@ -529,7 +536,7 @@ class Manifest:
         try:
             if not index.is_dir():
                 index_dir.mkdir(parents=True, exist_ok=True)
-                with _alone(index_dir / "lock", lambda: report(0, size)):
+                with alone(index_dir / "lock", lambda: report(0, size)):
                     if not index.is_dir():
                         _build(path, form, index, report)
             manifest = cls(path, form, index)

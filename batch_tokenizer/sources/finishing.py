@@ -1,0 +1,144 @@
+"""``Finisher``: a row as its source told it enters, the lines of the manifest that stand for it leave.
+
+It turns foreign rows into ours, makes a row of each channel where that was asked for, and gives rows outputs that name
+none. A line that is no JSON object leaves as it came: the manifest refuses it, by its line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from batch_tokenizer.audio.decoding import probe_audio
+from batch_tokenizer.manifest import MAX_LINE, REFUSED
+from batch_tokenizer.records import RowError, RowForm, Sink, Task
+from batch_tokenizer.sources.foreign_rows import Refused, convert, is_foreign
+from batch_tokenizer.sources.output_paths import numbered_path, output_path
+
+#: Channels that ``split`` makes rows of; a header that promises more is damaged, or no recording.
+_MOST_CHANNELS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class SourceSettings:
+    """What rows are made for; fields as in ``RunConfig``."""
+
+    task: Task = "wav2token"
+    sink: Sink = "json"
+    output_dir: str | None = None
+    audio_format: str = "wav"
+    channels: str = "mean"
+
+    @property
+    def input_field(self) -> str:
+        """The field that names a row's input."""
+        return "quantized_tokens" if self.task == "token2wav" else "wav"
+
+    @property
+    def outputs(self) -> dict[str, str]:
+        """The fields that must name a file to write, and its ending."""
+        tokens = ".npy" if self.sink == "npy" else ".json"
+        endings = {"quantized_tokens": tokens, "reconstructed_wav": f".{self.audio_format}"}
+        return {name: endings[name] for name in RowForm.of(self.task, self.sink).outputs}
+
+    @property
+    def picks_channels(self) -> bool:
+        """Whether rows of audio get a channel."""
+        return self.task != "token2wav" and self.channels != "mean"
+
+    @property
+    def changes_rows(self) -> bool:
+        """Whether rows of ours need more than they say."""
+        return self.picks_channels or (self.output_dir is not None and bool(self.outputs))
+
+
+@dataclass(frozen=True, slots=True)
+class Finisher:
+    """See the module.
+
+    Attributes:
+        base: folder that paths of NeMo rows are relative to.
+    """
+
+    settings: SourceSettings
+    base: str = ""
+
+    def line(self, text: bytes) -> Iterator[bytes]:
+        """A line of somebody's manifest to lines of ours, without line ends."""
+        stripped = text.strip()
+        row: Any = None
+        if stripped and len(text) <= MAX_LINE:
+            try:
+                row = orjson.loads(stripped)
+            except orjson.JSONDecodeError:
+                row = None
+        if not isinstance(row, dict):
+            yield text
+            return
+        changed = is_foreign(row)
+        if changed:
+            try:
+                row = convert(row, self.base)
+            except Refused as refused:
+                row = {**({"key": refused.key} if refused.key else {}), REFUSED: refused.reason}
+        finished = list(self.rows(row))
+        if not changed and len(finished) == 1 and finished[0] is row:
+            yield text
+            return
+        for item in finished:
+            yield self.encode(item)
+
+    def rows(self, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """A row of ours to rows with channels and outputs; the same object where there is nothing to add."""
+        key = row.get("key")
+        if REFUSED in row or not isinstance(key, str) or not key:
+            yield row
+            return
+        for part in self._channels(row, key):
+            missing = {name: ending for name, ending in self.settings.outputs.items() if not part.get(name)}
+            if self.settings.output_dir is None or not missing:
+                yield part
+                continue
+            folder = self.settings.output_dir
+            yield part | {name: output_path(folder, part["key"], ending) for name, ending in missing.items()}
+
+    def _channels(self, row: dict[str, Any], key: str) -> Iterator[dict[str, Any]]:
+        wanted = self.settings.channels
+        if not self.settings.picks_channels or row.get("channel") is not None:
+            yield row
+        elif wanted != "split":
+            yield row | {"channel": 0 if wanted == "left" else 1}
+        else:
+            yield from self._split(row, key)
+
+    def _split(self, row: dict[str, Any], key: str) -> Iterator[dict[str, Any]]:
+        wav = row.get("wav")
+        if not isinstance(wav, str) or not wav:
+            yield row
+            return
+        try:
+            count = probe_audio(wav).channels
+        except RowError as error:
+            # Whatever is wrong with the file, it fails as one row, and by this name.
+            yield {"key": key, REFUSED: f"its channels cannot be counted: {error.reason}"}
+            return
+        if count > _MOST_CHANNELS:
+            yield {"key": key, REFUSED: f"{count} channels, where {_MOST_CHANNELS} is the most that are split"}
+            return
+        for channel in range(count):
+            outputs = {
+                name: numbered_path(row[name], channel)
+                for name in self.settings.outputs
+                if isinstance(row.get(name), str) and row[name]
+            }
+            yield row | {"key": f"{key}-{channel}", "channel": channel} | outputs
+
+    def encode(self, row: dict[str, Any]) -> bytes:
+        """A row as a line."""
+        try:
+            return orjson.dumps(row)
+        except TypeError as error:  # a number that no 64 bits hold, in somebody's .json
+            return orjson.dumps({"key": row.get("key"), REFUSED: f"its fields cannot be passed on: {error}"})

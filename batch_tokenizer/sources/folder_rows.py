@@ -1,0 +1,108 @@
+"""A folder to rows: every audio file below it, in the order of names, with the ``.json`` and ``.txt`` beside it.
+
+The key is the path below the folder without its ending, as in tars. Hidden files and folders are left out; a link to a
+file counts as the file, a link to a folder is not followed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from batch_tokenizer.manifest import REFUSED
+from batch_tokenizer.records import RunError
+from batch_tokenizer.sources.foreign_rows import Refused
+from batch_tokenizer.sources.sidecars import AUDIO_ENDINGS, MOST_SIDECAR, TOKEN_ENDINGS, sidecar_fields
+from batch_tokenizer.sources.tar_rows import Note
+from batch_tokenizer.storage import remote
+from batch_tokenizer.storage.names import file_name, is_url
+from batch_tokenizer.storage.remote import StorageError
+
+#: (location, whether a .json and a .txt lie beside it)
+Found = tuple[str, bool, bool]
+
+
+def walk_folder(folder: str, field_name: str, note: Note) -> Iterator[Found]:
+    """The files that become rows.
+
+    Raises:
+        RunError: the folder itself cannot be read.
+    """
+    endings = AUDIO_ENDINGS if field_name == "wav" else TOKEN_ENDINGS
+    if is_url(folder):
+        try:
+            names = remote.list_folder(folder)
+        except StorageError as error:
+            raise RunError(f"--data_list {error.reason}", exit_code=1) from error
+        yield from _pick(names, endings, set(names))
+        return
+    below = [folder]
+    while below:
+        place = below.pop()
+        try:
+            with os.scandir(place) as entries:
+                found = sorted(entries, key=lambda entry: entry.name)
+        except OSError as error:
+            if place == folder:
+                raise RunError(f"folder {folder} cannot be read: {error.strerror}") from error
+            note("folders that cannot be read", place)
+            continue
+        folders, files = [], []
+        for entry in found:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(entry.path)
+            elif entry.is_dir():
+                note("links to folders", entry.path)
+            else:
+                files.append(entry.path)
+        yield from _pick(files, endings, set(files))
+        below += reversed(folders)
+
+
+def _pick(paths: list[str], endings: frozenset[str], there: set[str]) -> Iterator[Found]:
+    for path in paths:
+        stem, _, ending = path.rpartition(".")
+        if stem and ending.lower() in endings:
+            stem = stem.removesuffix(".tokens") if ending == "npy" else stem
+            yield path, f"{stem}.json" in there, f"{stem}.txt" in there
+
+
+def folder_row(folder: str, field_name: str, found: Found) -> dict[str, Any]:
+    """The row of one file; a refused one has the field ``REFUSED``."""
+    path, has_json, has_text = found
+    name = file_name(path)
+    begin = len(file_name(folder).rstrip("/")) + 1
+    key = name[begin:].rpartition(".")[0]
+    if field_name == "quantized_tokens":
+        key = key.removesuffix(".tokens")
+    printable = path.encode("utf-8", "backslashreplace").decode()
+    if printable != path:
+        reason = f"{path!a}: its name is not UTF-8, and no manifest can hold it: rename it"
+        return {"key": key.encode("utf-8", "backslashreplace").decode(), REFUSED: reason}
+    stem = path.rpartition(".")[0]
+    if field_name == "quantized_tokens":
+        stem = stem.removesuffix(".tokens")
+    try:
+        fields = sidecar_fields(_read(f"{stem}.json") if has_json else None, _read(f"{stem}.txt") if has_text else None)
+    except Refused as refused:
+        return {"key": key, REFUSED: f"{path}: {refused.reason}"}
+    return {"key": key, field_name: path, **fields}
+
+
+def _read(path: str) -> bytes:
+    try:
+        if is_url(path):
+            content = remote.read_range(path, 0, MOST_SIDECAR + 1)
+        else:
+            with open(path, "rb") as stream:
+                content = stream.read(MOST_SIDECAR + 1)
+    except StorageError as error:
+        raise Refused(error.reason) from error
+    except OSError as error:
+        raise Refused(f"{path}: cannot be read: {error.strerror}") from error
+    if len(content) > MOST_SIDECAR:
+        raise Refused(f"{path}: more than {MOST_SIDECAR:,} bytes")
+    return content

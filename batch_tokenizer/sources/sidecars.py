@@ -1,0 +1,61 @@
+"""What lies beside audio or tokens of the same name, ``.json`` and ``.txt``, to fields of the row.
+
+The fields are a stranger's: they may not say what the row is called, where its input lies or where its outputs go.
+``start``, ``end``, ``offset`` and ``channel`` speak of the recording that the file was once cut from, not of the file,
+so they pass as ``original_start`` and so on.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import orjson
+
+from batch_tokenizer.manifest import REFUSED
+from batch_tokenizer.records import CUT_FIELDS, REQUIRED_FIELDS
+from batch_tokenizer.sources.foreign_rows import Refused
+
+#: Bytes that a sidecar may have.
+MOST_SIDECAR = 1 << 20
+
+_OURS = frozenset((*REQUIRED_FIELDS["wav2token2wav"], REFUSED))
+
+#: Endings of files that hold audio, in lower case.
+AUDIO_ENDINGS = frozenset(
+    ("3gp", "aac", "ac3", "aif", "aifc", "aiff", "amr", "au", "avi", "caf", "flac", "m4a", "m4b", "mka", "mkv", "mov",
+     "mp2", "mp3", "mp4", "mpga", "oga", "ogg", "opus", "rf64", "snd", "sph", "w64", "wav", "wave", "weba", "webm",
+     "wma", "wv")
+)  # fmt: skip
+TOKEN_ENDINGS = frozenset(("npy",))
+
+
+def sidecar_fields(json_content: bytes | None, text_content: bytes | None) -> dict[str, Any]:
+    """Fields of a row.
+
+    Raises:
+        Refused: the JSON is none.
+    """
+    fields: dict[str, Any] = {}
+    if json_content is not None:
+        value = _parse(json_content)
+        if isinstance(value, dict):
+            for name, item in value.items():
+                if name not in _OURS:
+                    fields[f"original_{name}" if name in CUT_FIELDS else name] = item
+        else:
+            fields["json"] = value
+    if text_content is not None:
+        fields.setdefault("text", text_content.decode("utf-8", "replace").strip())
+    return fields
+
+
+def _parse(content: bytes) -> Any:
+    try:
+        return orjson.loads(content)
+    except orjson.JSONDecodeError:
+        pass
+    try:
+        return json.loads(content)  # which knows NaN, as Python programs write it
+    except (ValueError, RecursionError) as error:
+        raise Refused(f"its .json is not valid: {' '.join(str(error).split())[:120]}") from error
