@@ -20,6 +20,7 @@ import logging
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -198,7 +199,8 @@ def _settle(run_dir: Path, shards: Shards, task: str, suffix: str, dead: _Dead) 
                 os.replace(part, shard_ledger_file(run_dir, attempt, rank, number))
             else:
                 part.unlink()
-        fenced.rmdir()
+        with suppress(OSError):  # a network file system may still show files that were removed
+            fenced.rmdir()
 
 
 def _remove_orphans(run_dir: Path, shards: Shards, task: str, dead: _Dead) -> None:

@@ -73,8 +73,8 @@ class RowEncoder:
 
 def row_info(result: TokenizedRow, run_info: Mapping[str, Any]) -> dict[str, Any]:
     """The manifest's row, then ``run_info``, then ``num_samples`` (input samples at the codec's rate), ``num_frames``
-    (T) and ``num_quantizers`` (K). Fields of the row that have the name of another one there are kept under
-    ``manifest_row``.
+    (T) and ``num_quantizers`` (K), and ``segments`` where the row was encoded in such: the first frame and the first
+    sample of each. Fields of the row that have the name of another one there are kept under ``manifest_row``.
     """
     if result.codes is None:
         raise ValueError("a row without codes has no tokens")
@@ -84,10 +84,12 @@ def row_info(result: TokenizedRow, run_info: Mapping[str, Any]) -> dict[str, Any
         "num_frames": result.codes.shape[0],
         "num_quantizers": result.codes.shape[1],
     }
+    if result.segments is not None:
+        ours["segments"] = [list(segment) for segment in result.segments]
     fields = result.row.fields
-    hidden = {name: value for name, value in fields.items() if name in ours or name == "manifest_row"}
-    info = {**fields, **ours}
-    info.pop("manifest_row", None)
+    reserved = {*ours, "manifest_row", "segments"}
+    hidden = {name: value for name, value in fields.items() if name in reserved}
+    info = {**{name: value for name, value in fields.items() if name not in reserved}, **ours}
     if hidden:
         info["manifest_row"] = hidden
     return info

@@ -168,9 +168,11 @@ class ShardSink:
         # A thread that hangs in a write may hold the lock. Then the next start removes the file.
         if self._lock.acquire(timeout=1.0):
             try:
-                if self._stream is not None:
+                if self._shard is not None and self._stream is not None:
                     with suppress(OSError):
+                        self._shard.finish()  # a parquet writer that is not closed complains at the end of the process
                         self._stream.close()
+                    with suppress(OSError):
                         self._folder.discard(self._name)
             finally:
                 self._lock.release()

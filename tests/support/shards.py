@@ -1,0 +1,79 @@
+"""Shards read by their own formats' libraries alone, and rows to fill them with."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from batch_tokenizer.records import TokenizedRow
+from tests.support.loading import make_row
+
+RUN_INFO: dict[str, Any] = {
+    "codec": "fake",
+    "fingerprint": "feedface",
+    "sample_rate": 24000,
+    "frame_rate": 25.0,
+    "codebook_sizes": [1024, 128, 128],
+    "version": "0.0.0",
+}
+
+
+def tokenized(line: int, codes: Any = None, samples: Any = None, **fields: Any) -> TokenizedRow:
+    """A row's results; codes of its own where none are given."""
+    if codes is None:
+        codes = np.random.default_rng(line).integers(0, 128, (1 + line % 5, 3)).astype(np.uint16)
+    return TokenizedRow(make_row(line, **fields), codes, samples, 960 * len(codes))
+
+
+def read_shard(path: Path) -> dict[str, dict[str, Any]]:
+    """Key to ``codes``, ``info`` and ``audio`` of a tar or parquet shard. A key that is there twice is an error."""
+    rows: dict[str, dict[str, Any]] = {}
+    for key, row in _tar_rows(path) if path.suffix == ".tar" else _parquet_rows(path):
+        assert key not in rows, f"{key} is twice in {path}"
+        rows[key] = row
+    return rows
+
+
+def read_shards(folder: Path) -> dict[str, dict[str, Any]]:
+    """All rows of all shards of a folder; a key in two of them is an error."""
+    rows: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.glob("[!.]*")):
+        for key, row in read_shard(path).items():
+            assert key not in rows, f"{key} is in two shards"
+            rows[key] = row
+    return rows
+
+
+def _tar_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    samples: dict[str, dict[str, bytes]] = {}
+    with tarfile.open(path) as tar:
+        for member in tar:
+            base, _, kind = member.name.partition(".")
+            stream = tar.extractfile(member)
+            assert stream is not None
+            assert kind not in samples.get(base, {}), member.name
+            samples.setdefault(base, {})[kind] = stream.read()
+    rows = []
+    for sample in samples.values():
+        info = json.loads(sample["json"])
+        codes = np.load(io.BytesIO(sample["tokens.npy"])) if "tokens.npy" in sample else None
+        rows.append((info["key"], {"codes": codes, "info": info, "audio": sample.get("wav", sample.get("flac"))}))
+    return rows
+
+
+def _parquet_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    table = pq.read_table(path)
+    common = json.loads(table.schema.metadata[b"batch_tokenizer"])
+    width = int(table.schema.metadata.get(b"num_quantizers", b"0"))
+    rows = []
+    for row in table.to_pylist():
+        codes = np.array(row["codes"], np.uint16).reshape(-1, width) if width else None
+        audio = (row.get("audio") or {}).get("bytes")
+        rows.append((row["key"], {"codes": codes, "info": {**common, **json.loads(row["info"])}, "audio": audio}))
+    return rows
