@@ -25,13 +25,12 @@ from batch_tokenizer.config import (
     Channels,
     Device,
     Dtype,
-    LongAudio,
     Resampler,
     RunConfig,
     StopMetric,
     shard_of_slurm_array,
 )
-from batch_tokenizer.records import TASKS, RunError, Sink
+from batch_tokenizer.records import TASKS, LongAudio, RunError, Sink
 
 #: Subcommand to the module that has ``add_arguments(parser)`` and ``main(arguments) -> int``, and a line of help.
 COMMANDS: Mapping[str, tuple[str, str]] = {

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from batch_tokenizer.records import SHARD_SINKS, TASKS, RunError, Sink, Task
+from batch_tokenizer.records import SHARD_SINKS, TASKS, LongAudio, RunError, Sink, Task
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Resampler = Literal["reference", "soxr"]
 AudioFormat = Literal["wav", "flac"]
-LongAudio = Literal["native", "segment", "stream"]
 Channels = Literal["mean", "left", "right", "split"]
 StopMetric = Literal["stoi", "si_sdr", "level_change"]
 AttentionBackend = Literal["auto", "torch_varlen", "flash_attn", "sdpa", "reference"]

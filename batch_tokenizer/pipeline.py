@@ -23,7 +23,7 @@ import numpy.typing as npt
 import torch
 
 from batch_tokenizer import __version__
-from batch_tokenizer.codecs.base import Codec, CodecSpec
+from batch_tokenizer.codecs.base import Codec, CodecSpec, CodecStream
 from batch_tokenizer.codecs.checkpoint import Checkpoint
 from batch_tokenizer.codecs.registry import Family, find_family
 from batch_tokenizer.config import RunConfig
@@ -31,6 +31,8 @@ from batch_tokenizer.data.batching import Packer, split
 from batch_tokenizer.data.loader import Loader
 from batch_tokenizer.data.loading import RowLoader
 from batch_tokenizer.manifest import Manifest, Units, in_shard, plan_units
+from batch_tokenizer.data.pieces import PassLimit
+from batch_tokenizer.long_audio import LongRows
 from batch_tokenizer.outputs import ResultSink, open_sink, recover_shards, run_settings
 from batch_tokenizer.plan import dry_run
 from batch_tokenizer.quality.live import LiveQuality
@@ -132,13 +134,21 @@ class Job:
         log.info("batch_tokenizer %s: %s, rank 0 of %d (%s)",
                  __version__, config.task, processes.world_size, processes.launcher)  # fmt: skip
         log.info("%s", compute.reason)
+        limit = job.limit
         log.info("model %s (%s, fingerprint %s), %d of %d codebooks", checkpoint.folder, spec.info.family,
                  spec.info.fingerprint, job.num_quantizers, most)  # fmt: skip
         return job
 
     @property
+        if limit.policy != "native" and limit.samples is not None:
+            log.info("audio longer than %g s: %s", limit.samples / spec.info.sample_rate, limit.policy)
     def info(self) -> dict[str, Any]:
         """What every token file of the run says about how it was made. Nothing about when, where or with whom."""
+    @property
+    def limit(self) -> PassLimit:
+        """What goes through the model in one pass."""
+        return PassLimit.of(self.spec, self.config.long_audio, self.config.max_seconds)
+
         return {
             "codec": self.spec.info.family,
             "fingerprint": self.spec.info.fingerprint,
@@ -154,7 +164,7 @@ class Job:
         """The run folder, which refuses other settings than its own."""
         return RunFolder.open(
             self.config.run_dir or self.config.default_run_dir(),
-            run_settings(self.config, self.num_quantizers, self.info),
+            run_settings(self.config, self.num_quantizers, {**self.info, **self.limit.settings}),
             processes=self.processes,
             num_shards=self.config.num_shards,
             shard=self.config.shard,
@@ -165,7 +175,7 @@ class Job:
     def open_loader(self) -> AbstractContextManager[Loader]:
         """Loader processes for this rank."""
         return Loader(
-            RowLoader(self.config.task, self.spec, self.config.resampler, self.num_quantizers),
+            RowLoader(self.config.task, self.spec, self.config.resampler, self.num_quantizers, self.limit),
             num_workers=self.config.num_workers,
             rows_ahead=self.config.batch_size * self.config.prefetch,
             bytes_ahead=LOADED_BYTES,
@@ -250,8 +260,10 @@ def run_job(job: Job, stop: StopRequest, started: float) -> int:
                         worker = Worker(
                             config=config,
                             claims=claims,
+                        codec = job.load_codec()
                             loader=loader,
-                            codec=job.load_codec(),
+                            codec=codec,
+                            long_rows=LongRows(codec, loader, stop, max(2, config.num_workers + 1), folder.path),
                             num_quantizers=job.num_quantizers,
                             sink=sink,
                             ledger=ledger,
@@ -381,6 +393,7 @@ class Worker:
     quality: LiveQuality | None = None
     failures_logged: int = 0
 
+    long_rows: LongRows
     def work(self) -> None:
         """Until no row is left, or a stop signal: then what is loaded is finished within the grace time."""
         with WriterPool(
@@ -398,6 +411,9 @@ class Worker:
                 held += 1
                 batches = packer.add(loaded)
                 if held >= self.claims.share(batch_size):
+                if (stream := self.long_rows.stream_of(loaded.row)) is not None:
+                    self._compute(Batch((loaded,)), writers, stream)
+                    continue
                     batches += packer.flush()
                 for batch in batches:
                     held -= len(batch.rows)
@@ -438,16 +454,17 @@ class Worker:
                 self._fail(record)
             elif record is not None:
                 self.progress.add_seconds("load", record.load_seconds)
-                yield record
+                yield from self.long_rows.unfold(record)
 
-    def _compute(self, batch: Batch, writers: WriterPool) -> None:
-        """A batch through the codec and on to the writers; in halves, down to one row, if it does not fit in memory."""
+    def _compute(self, batch: Batch, writers: WriterPool, stream: CodecStream | None = None) -> None:
+        """A batch through the codec and on to the writers; in halves, down to one row, if it does not fit in memory.
+        A piece of a row that is streamed goes alone through its ``stream``."""
         try:
-            results = self._encode_decode(batch)
+            results = self._encode_decode(batch, stream or self.codec)
         except RowError as error:
             self.codec.release()
             if len(batch.rows) == 1:
-                self._fail(_failure(batch.rows[0].row, error))
+                self._fail(RowFailure.of(batch.rows[0].row, error.stage, error.reason))
                 return
             # What did not fit once will not fit again: the smaller budget stays.
             longest = max(loaded.frames for loaded in batch.rows)
@@ -458,9 +475,10 @@ class Worker:
                 self._compute(half, writers)
             return
         for result in results:
-            writers.submit(result)
+            if (whole := self.long_rows.fold(result)) is not None:
+                writers.submit(whole)
 
-    def _encode_decode(self, batch: Batch) -> Sequence[TokenizedRow]:
+    def _encode_decode(self, batch: Batch, codec: Codec | CodecStream) -> Sequence[TokenizedRow]:
         """The batch's results.
 
         Raises:
@@ -471,9 +489,9 @@ class Worker:
         samples: list[Any] = [None] * len(batch.rows)
         if task != "token2wav":
             features = [loaded.features for loaded in batch.rows if loaded.features is not None]
-            codes = self._stage("encode", lambda: self.codec.encode(features, self.num_quantizers))
+            codes = self._stage("encode", lambda: codec.encode(features, self.num_quantizers))
         if task != "wav2token":
-            samples = self._stage("decode", lambda: self.codec.decode(codes))
+            samples = self._stage("decode", lambda: codec.decode(codes))
         return [
             TokenizedRow(loaded.row, code, wav, loaded.num_samples)
             for loaded, code, wav in zip(batch.rows, codes, samples, strict=True)
@@ -516,12 +534,14 @@ class Worker:
             raise RunError(
                 f"{error.reason}; put that right and start the same command again, finished rows are kept", exit_code=1
             ) from error
-        self._fail(_failure(result.row, error))
+        self._fail(RowFailure.of(result.row, error.stage, error.reason))
 
     def _fail(self, failure: RowFailure) -> None:
         self.ledger.append(
             LedgerEntry(
                 line=failure.line,
+        if not self.long_rows.fails(failure):
+            return
                 digest=failure.digest,
                 key=failure.key,
                 status="failed",
@@ -535,10 +555,6 @@ class Worker:
             log.warning("row %s (line %d) failed: %s: %s", failure.key, failure.line + 1, failure.stage, failure.reason)
         if self.failures_logged == FAILURES_LOGGED:
             log.warning("further failures of this process are not logged; failures.jsonl will have them all")
-
-
-def _failure(row: ManifestRow, error: RowError) -> RowFailure:
-    return RowFailure(line=row.line, digest=row.digest, key=row.key, stage=error.stage, reason=error.reason)
 
 
 def _leave(stop: StopRequest) -> int:

@@ -27,6 +27,7 @@ from batch_tokenizer.codecs.checkpoint import Checkpoint
 from batch_tokenizer.codecs.registry import find_family
 from batch_tokenizer.config import RunConfig
 from batch_tokenizer.data.loading import RowLoader
+from batch_tokenizer.data.pieces import PassLimit
 from batch_tokenizer.manifest import LineState, Manifest, in_shard, plan_units
 from batch_tokenizer.outputs import run_settings
 from batch_tokenizer.records import OUTPUT_FIELDS, LoadedRow, ManifestRow, RowError, RunError, Task, TokenizedRow
@@ -103,7 +104,8 @@ def dry_run(
     with tempfile.TemporaryDirectory(prefix="batch_tokenizer-") as scratch:
         manifest = Manifest.open(config.data_list, config.task, scratch, progress=lambda done, total: idle())
         trouble += _describe_manifest(manifest)
-        settings = run_settings(config, num_quantizers, info)
+        limit = PassLimit.of(spec, config.long_audio, config.max_seconds)
+        settings = run_settings(config, num_quantizers, {**info, **limit.settings})
         status, troubles = _earlier_run(config, run_dir, manifest, settings)
         trouble += troubles
         todo = (status == RowStatus.PENDING) & in_shard(manifest, config.num_shards, config.shard)

@@ -19,6 +19,7 @@ import numpy.typing as npt
 Task = Literal["wav2token", "token2wav", "wav2token2wav"]
 Sink = Literal["json", "npy", "tar", "parquet"]
 Stage = Literal["manifest", "load", "encode", "decode", "write"]
+LongAudio = Literal["native", "segment", "stream"]
 
 TASKS: tuple[Task, ...] = ("wav2token", "token2wav", "wav2token2wav")
 
@@ -120,6 +121,7 @@ class ManifestRow:
         wav, quantized_tokens, reconstructed_wav: paths, relative to the working directory; None where the row has none.
         fields: the whole row as it stood, for pass-through to the output's ``info``.
         cut: the part of ``wav`` that is meant; None for all of it.
+        piece: which piece of a long row this is, from 0, ``cut`` being that piece's; None for a whole row.
     """
 
     line: int
@@ -130,6 +132,26 @@ class ManifestRow:
     reconstructed_wav: str | None
     fields: Mapping[str, Any]
     cut: AudioCut | None = None
+    piece: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """How a row that is too long for one pass through the model is taken apart.
+
+    Attributes:
+        kind: ``segments`` are utterances of their own; ``stream`` is one utterance that goes on from piece to piece;
+            ``windows`` of codes overlap, as nobody knows where their audio could be parted.
+        samples: where each piece begins in the row's audio, at the codec's rate, and where the last one ends.
+        frames: where each begins in the row's codes, and where the last one ends; None until there are codes.
+    """
+
+    kind: Literal["segments", "stream", "windows"]
+    samples: tuple[int, ...]
+    frames: tuple[int, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.samples) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +164,13 @@ class RowFailure:
     stage: Stage
     reason: str
 
+    @classmethod
+    def of(cls, row: ManifestRow, stage: Stage, reason: str) -> RowFailure:
+        """The failure of a row. If it is that of a piece, the reason says where the piece is."""
+        if row.piece is not None and row.cut is not None and row.cut.end is not None:
+            reason = f"{reason} (in its piece from {row.cut.start:g} to {row.cut.end:g} s)"
+        return cls(row.line, row.digest, row.key, stage, reason)
+
 
 @dataclass(frozen=True, slots=True)
 class LoadedRow:
@@ -153,6 +182,7 @@ class LoadedRow:
         num_samples: the utterance's length in samples at the codec's sample rate, before the front end pads it.
         frames: token frames, which is what a batch's budget counts.
         load_seconds: processor time of this row's loading.
+        pieces: of a row that is too long for one pass. Its audio is not loaded then; its codes are.
     """
 
     row: ManifestRow
@@ -161,6 +191,7 @@ class LoadedRow:
     num_samples: int
     frames: int
     load_seconds: float = 0.0
+    pieces: Pieces | None = None
 
     @property
     def nbytes(self) -> int:
@@ -186,14 +217,17 @@ class TokenizedRow:
 
     Attributes:
         codes: uint16 (T, K); in ``token2wav`` the ones that were read.
-        samples: float32 (S,) at the codec's sample rate, nominally in [-1, 1]; None in ``wav2token``.
+        samples: float32 (S,) at the codec's sample rate, nominally in [-1, 1]; None in ``wav2token``. Those of a long
+            row are a ``numpy.memmap``, so that they need no memory.
         num_samples: as in ``LoadedRow``.
+        segments: of a row that was encoded in segments, the first frame and the first sample of each.
     """
 
     row: ManifestRow
     codes: npt.NDArray[np.uint16]
     samples: npt.NDArray[np.float32] | None
     num_samples: int
+    segments: tuple[tuple[int, int], ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -542,7 +542,7 @@ def _verify(
         spec.info.sample_rate,
         spec.info.output_sample_rate,
         spec.info.codebook_sizes[: settings["num_quantizers"]],
-        {name: value for name, value in settings.items() if name not in ("task", "num_quantizers")},
+        {name: value for name, value in settings.items() if name not in ("task", "num_quantizers", "segment_samples")},
     )
     path = run_dir / "verify.jsonl"
     aside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -552,7 +552,7 @@ def _verify(
         with aside.open("wb") as stream, _processes(checker, manifest, workers) as run:
             findings = Findings(stream, show)
             with _progress_bar(len(manifest)) as bar:
-                for report in run.map(_check, _chunks(manifest, spec, state, audit)):
+                for report in run.map(_check, _chunks(manifest, spec, state, audit, settings.get("segment_samples"))):
                     for problem in report.problems:
                         findings.add(problem)
                     if ledger is not None:
@@ -614,7 +614,21 @@ def _print_report(
     print(f"ledger     {'; '.join(notes)}")
 
 
-def _chunks(manifest: Manifest, spec: CodecSpec, state: LedgerState, audit: LedgerAudit) -> Iterator[Chunk]:
+def _lengths(spec: CodecSpec, samples: int, segment_samples: int | None) -> tuple[int, int]:
+    """Frames, and samples of the reconstruction, that audio of so many samples has; longer audio in segments."""
+    if samples < 1:
+        return 0, 0
+    if segment_samples is None or samples <= segment_samples:
+        frames = spec.num_frames(samples)
+        return frames, spec.num_output_samples(frames)
+    whole, rest = divmod(samples, segment_samples)
+    frames = whole * spec.num_frames(segment_samples) + (spec.num_frames(rest) if rest else 0)
+    return frames, round(samples * spec.info.output_sample_rate / spec.info.sample_rate)
+
+
+def _chunks(
+    manifest: Manifest, spec: CodecSpec, state: LedgerState, audit: LedgerAudit, segment_samples: int | None
+) -> Iterator[Chunk]:
     for first in range(0, manifest.num_lines, _CHUNK_LINES):
         part = slice(first, min(first + _CHUNK_LINES, manifest.num_lines))
         status, num_samples, ledger_frames = state.status[part], state.num_samples[part], state.frames[part]
@@ -625,9 +639,11 @@ def _chunks(manifest: Manifest, spec: CodecSpec, state: LedgerState, audit: Ledg
             samples, counted = int(num_samples[number]), int(ledger_frames[number])
             if manifest.task == "token2wav":
                 frames[number] = counted
-                fits = counted > 0 and spec.num_output_samples(counted) == samples
+                fits = counted > 0 and 0 < samples <= spec.num_output_samples(counted)
+                output_samples[number] = samples
+                # Codes of several segments are decoded to less than their frames hold: each segment is cut.
             else:
-                frames[number] = spec.num_frames(samples) if samples > 0 else 0
+                frames[number], output_samples[number] = _lengths(spec, samples, segment_samples)
                 fits = counted > 0 and frames[number] == counted
             if frames[number] > 0:
                 output_samples[number] = spec.num_output_samples(int(frames[number]))

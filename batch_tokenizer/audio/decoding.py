@@ -63,6 +63,10 @@ _INTEGER_SCALE: dict[str, tuple[float, float]] = {
 Samples = npt.NDArray[np.float32]
 
 
+class AudioTooLong(RowError):
+    """There is more audio than the caller takes."""
+
+
 @dataclass(frozen=True, slots=True)
 class AudioHeader:
     """What a file says of itself.
@@ -159,7 +163,7 @@ def check_plausible(name: str, frames: int, size: int) -> None:
 def _check_length(name: str, frames: int, sample_rate: int, max_seconds: float | None) -> None:
     # Half a sample of slack, so that a limit which is not a whole number of samples does not refuse the last one.
     if max_seconds is not None and frames > max_seconds * sample_rate + 0.5:
-        raise RowError(
+        raise AudioTooLong(
             "load", f"{name}: too long, at least {frames / sample_rate:.2f} s where {max_seconds:.2f} s is the most"
         )
 

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from batch_tokenizer.audio.decoding import decode_audio, printable_path
+from batch_tokenizer.audio.decoding import AudioTooLong, decode_audio, printable_path
 from batch_tokenizer.audio.reader import open_audio
 from batch_tokenizer.audio.resampling import Piece, Resampler, resample, resampled_length
 from batch_tokenizer.records import AudioCut, RowError
@@ -61,17 +61,23 @@ def load_samples(
     return samples
 
 
-def measure_samples(path: str, sample_rate: int, resampler: Resampler = "reference") -> int:
-    """The number of samples that ``load_samples`` would return for all of a file, in memory that does not grow with it.
+def measure_samples(
+    path: str, sample_rate: int, resampler: Resampler = "reference", *, cut: AudioCut | None = None
+) -> int:
+    """The number of samples that ``load_samples`` would return, in memory that does not grow with it.
 
     Raises:
-        RowError: the file cannot be decoded, or has no samples.
+        RowError: the file cannot be decoded, has no samples, or ends before the cut does.
     """
     with open_audio(path) as audio:
         length = audio.length()
         if not length:
             raise RowError("load", f"{printable_path(path)}: no samples")
-        return resampled_length(length, audio.header.sample_rate, sample_rate, resampler)
+        last = resampled_length(length, audio.header.sample_rate, sample_rate, resampler)
+        if cut is None:
+            return last
+        _check_cut(printable_path(path), cut, length / audio.header.sample_rate)
+        return (last if cut.end is None else min(last, round(cut.end * sample_rate))) - round(cut.start * sample_rate)
 
 
 def _load_cut(
@@ -111,9 +117,9 @@ def _check_cut(name: str, cut: AudioCut, file_seconds: float) -> None:
         raise RowError("load", f"{name}: the segment ends at {cut.end:g} s, the file at {file_seconds:.3f} s")
 
 
-def _too_long(path: str, count: int, sample_rate: int, max_samples: int) -> RowError:
+def _too_long(path: str, count: int, sample_rate: int, max_samples: int) -> AudioTooLong:
     length = f"{count} samples at {sample_rate} Hz where {max_samples} is the most"
-    return RowError("load", f"{printable_path(path)}: too long, {length}")
+    return AudioTooLong("load", f"{printable_path(path)}: too long, {length}")
 
 
 def _mean(channels: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -64,6 +64,9 @@ class CodecSpec(ABC):
     #: What ``--dtype auto`` means on CUDA.
     cuda_dtype: ClassVar[Literal["float32", "bfloat16"]] = "bfloat16"
 
+    #: Whether the codec has streams, whose results are those of one pass.
+    streams: ClassVar[bool] = False
+
     @abstractmethod
     def features(self, samples: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """The front end: samples (S,), S >= 1, to what ``Codec.encode`` takes, (channels, length). Runs in a worker."""
@@ -79,6 +82,17 @@ class CodecSpec(ABC):
         Raises:
             RowError: the model cannot decode that many.
         """
+
+
+class CodecStream(Protocol):
+    """One utterance that goes through a codec a piece at a time, in both directions side by side. Each call takes a
+    list of one, the next piece, and returns one, so that a stream stands in for a codec."""
+
+    def encode(self, features: Sequence[npt.NDArray[np.float32]], num_quantizers: int) -> list[npt.NDArray[np.uint16]]:
+        """Features of whole frames, of the last piece also of less, to their codes."""
+
+    def decode(self, codes: Sequence[npt.NDArray[np.uint16]]) -> list[npt.NDArray[np.float32]]:
+        """Codes to their samples."""
 
 
 class Codec(ABC):
@@ -109,6 +123,10 @@ class Codec(ABC):
     @abstractmethod
     def decode(self, codes: Sequence[npt.NDArray[np.uint16]]) -> list[npt.NDArray[np.float32]]:
         """Codes (T_i, K_i) each, 1 <= K_i <= ``num_codebooks``, to samples (S_i,) each, in the order given."""
+
+    def open_stream(self) -> CodecStream:
+        """A new stream, where ``spec.streams``."""
+        raise NotImplementedError(f"{self.info.family} has no streams")
 
     def release(self) -> None:  # noqa: B027 - most codecs hold nothing
         """Let go of cached device memory, after a batch that did not fit."""

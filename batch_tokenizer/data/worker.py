@@ -39,7 +39,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from batch_tokenizer.records import LoadedRow, ManifestRow, RowError, RowFailure, Stage
+from batch_tokenizer.records import LoadedRow, ManifestRow, Pieces, RowError, RowFailure, Stage
 
 #: Signals that a launcher sends to every process of a job. Only the computing process answers them; it ends the loader.
 JOB_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -58,6 +58,7 @@ class Loaded(NamedTuple):
     num_samples: int
     frames: int
     load_seconds: float
+    pieces: Pieces | None
 
 
 class Failed(NamedTuple):
@@ -97,14 +98,14 @@ def attempt(load: Callable[[ManifestRow], LoadedRow], row: ManifestRow) -> Loade
         return Failed("load", str(error) or type(error).__name__)
     except Exception as error:  # noqa: BLE001 - reported as a bug with its traceback, by the process that has the log
         return Failed("load", f"internal error: {type(error).__name__}: {error}", traceback.format_exc())
-    return Loaded(loaded.features, loaded.codes, loaded.num_samples, loaded.frames, loaded.load_seconds)
+    return Loaded(loaded.features, loaded.codes, loaded.num_samples, loaded.frames, loaded.load_seconds, loaded.pieces)
 
 
 def outcome(row: ManifestRow, result: Loaded | Failed) -> LoadedRow | RowFailure:
     """The record that ``attempt``'s result stands for."""
     if isinstance(result, Loaded):
         return LoadedRow(row, *result)
-    return RowFailure(row.line, row.digest, row.key, result.stage, result.reason)
+    return RowFailure.of(row, result.stage, result.reason)
 
 
 def die_with_parent(parent: int) -> None:

@@ -16,6 +16,7 @@ from batch_tokenizer.codecs.base import Codec, CodecInfo, CodecSpec
 from batch_tokenizer.codecs.checkpoint import Checkpoint
 from batch_tokenizer.codecs.execution import BatchRunner, to_host
 from batch_tokenizer.codecs.moss.config import MossConfig, TransformerStage
+from batch_tokenizer.codecs.moss.layers import Stream
 from batch_tokenizer.codecs.moss.model import DEFAULT_CAPACITY, MossAudioTokenizer
 from batch_tokenizer.codecs.moss.streaming import decode_stream, encode_stream
 from batch_tokenizer.kernels.attention import BackendUnavailable, choose_backend
@@ -47,6 +48,7 @@ class MossSpec(CodecSpec):
 
     info: CodecInfo
     config: MossConfig
+    streams = True
 
     def features(self, samples: Samples) -> Samples:
         return np.asarray(samples, dtype=np.float32)[None]
@@ -188,6 +190,9 @@ class MossCodec(Codec):
         for samples in decode_stream(self.model, steps):
             yield to_host(samples, torch.float32)
 
+    def open_stream(self) -> MossStream:
+        return MossStream(self)
+
     @property
     def frame_budget(self) -> int:
         """Token frames computed at once; on CUDA also the size of the pieces of a longer utterance."""
@@ -213,6 +218,26 @@ class MossCodec(Codec):
             raise ValueError(f"{name}: codes have shape {code.shape}, must be (T, 1 to {quantizer.num_quantizers})")
         if code.size and not 0 <= int(code.min()) <= int(code.max()) < quantizer.codebook_size:
             raise ValueError(f"{name}: a code is negative or not below the codebooks' size {quantizer.codebook_size}")
+
+
+class MossStream:
+    """See ``CodecStream``. Pieces of ``stream_above`` frames give the bits that ``MossCodec.encode`` gives."""
+
+    def __init__(self, codec: MossCodec) -> None:
+        self._codec = codec
+        self._encoding, self._decoding = Stream(), Stream()
+
+    def encode(self, features: Sequence[Samples], num_quantizers: int) -> list[Codes]:
+        (feature,) = features
+        with torch.inference_mode():
+            samples = torch.from_numpy(feature)[0]
+            return _codes_to_host(self._codec.model.encode_streams([self._encoding], [samples], num_quantizers))
+
+    def decode(self, codes: Sequence[Codes]) -> list[Samples]:
+        (code,) = codes
+        with torch.inference_mode():
+            checked = self._codec._codes(code, 0)
+            return to_host(self._codec.model.decode_streams([self._decoding], [checked]), torch.float32)
 
 
 def _samples(chunk: Samples) -> torch.Tensor:

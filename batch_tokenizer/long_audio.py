@@ -1,0 +1,248 @@
+"""Rows that are too long for one pass through the model, from the loader's word that they are to their joined result.
+
+    loader ─LoadedRow with pieces─► LongRows ─rows of pieces─► loader ─► packer ─► codec ─► LongRows ─► writers
+
+A row's pieces are loaded a few at a time and go through the codec like any rows (segments, windows), or in their order
+through a stream of their row's own. Codes are kept, audio goes to an unnamed file at the place where it belongs, so
+memory does not depend on how long a row is. The row ends once: when its last piece is done, or when the first one
+fails; then what comes of the others is dropped.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import numpy.typing as npt
+
+from batch_tokenizer.codecs.base import Codec, CodecStream
+from batch_tokenizer.data.loader import Loader
+from batch_tokenizer.data.pieces import CONTEXT_SECONDS, piece_of
+from batch_tokenizer.records import LoadedRow, ManifestRow, Pieces, RowFailure, RunError, TokenizedRow
+from batch_tokenizer.runtime.signals import StopRequest
+
+Samples = npt.NDArray[np.float32]
+Codes = npt.NDArray[np.uint16]
+RowId = tuple[int, str | None]
+
+_SAMPLE_BYTES = 4
+
+#: Token frames over which one window's audio fades into the next one's.
+FADE_FRAMES = 1
+
+
+class LongRows:
+    """The long rows of one process that are being done.
+
+    Args:
+        codec: of which streams are opened.
+        loader: loads the pieces, until the process is asked to ``stop``.
+        pieces_ahead: pieces of a row that are in the loader at a time.
+        folder: where unnamed files of samples are made; they are gone with the process.
+    """
+
+    def __init__(self, codec: Codec, loader: Loader, stop: StopRequest, pieces_ahead: int, folder: Path) -> None:
+        self._codec = codec
+        self._loader = loader
+        self._stop = stop
+        self._pieces_ahead = pieces_ahead
+        self._folder = folder
+        self._rows: dict[RowId, _LongRow] = {}
+        self._failed: set[RowId] = set()
+
+    def unfold(self, loaded: LoadedRow) -> Iterator[LoadedRow]:
+        """What the codec is to be given of what came from the loader: it itself, or pieces whose turn it is."""
+        if loaded.pieces is not None:
+            long = _LongRow(loaded, loaded.pieces, self._codec, self._folder)
+            self._rows[_id(loaded.row)] = long
+            if loaded.codes is not None:
+                yield from long.pieces_of_codes()
+            else:
+                self._submit(long.next_to_load(self._pieces_ahead))
+        elif loaded.row.piece is None:
+            yield loaded
+        elif _id(loaded.row) in self._rows:
+            long = self._rows[_id(loaded.row)]
+            self._submit(long.next_to_load(1))
+            yield from long.in_turn(loaded)
+
+    def stream_of(self, row: ManifestRow) -> CodecStream | None:
+        """The stream that a piece goes through, alone and now; None if it may go with others."""
+        return self._rows[_id(row)].stream if row.piece is not None and _id(row) in self._rows else None
+
+    def fold(self, result: TokenizedRow) -> TokenizedRow | None:
+        """The result that is to be written: the one given, or that of the row whose last piece it is, or none yet.
+
+        Raises:
+            RunError: samples cannot be kept.
+        """
+        if result.row.piece is None:
+            return result
+        long = self._rows.get(_id(result.row))
+        if long is None:  # another piece has failed
+            return None
+        try:
+            if not long.add(result):
+                return None
+        except OSError as error:
+            raise RunError(
+                f"{self._folder}: audio of a long row cannot be kept: {error.strerror}", exit_code=1
+            ) from error
+        del self._rows[_id(result.row)]
+        return long.result()
+
+    def fails(self, failure: RowFailure) -> bool:
+        """Whether a failure is news, and not one more of a row's pieces."""
+        row = (failure.line, failure.key)
+        if row in self._failed:
+            return False
+        if self._rows.pop(row, None) is not None:
+            self._failed.add(row)
+        return True
+
+    def _submit(self, pieces: Sequence[ManifestRow]) -> None:
+        if not self._stop.requested:  # the loader may be stopped already
+            self._loader.submit(pieces)
+
+
+def _id(row: ManifestRow) -> RowId:
+    return row.line, row.key
+
+
+class _LongRow:
+    """One row while it is being done."""
+
+    def __init__(self, loaded: LoadedRow, pieces: Pieces, codec: Codec, folder: Path) -> None:
+        self.stream = codec.open_stream() if pieces.kind == "stream" else None
+        self._whole = loaded
+        self._pieces = pieces
+        self._info = codec.info
+        self._samples = _SampleFile(folder)
+        self._codes: dict[int, Codes] = {}
+        self._requested = 0
+        self._waiting: dict[int, LoadedRow] = {}
+
+    def next_to_load(self, count: int) -> list[ManifestRow]:
+        """The rows of the next pieces."""
+        numbers = range(self._requested, min(len(self._pieces), self._requested + count))
+        self._requested = numbers.stop
+        return [piece_of(self._whole.row, self._pieces, number, self._info.sample_rate) for number in numbers]
+
+    def in_turn(self, piece: LoadedRow) -> Iterator[LoadedRow]:
+        """The piece itself; of a stream, those that have come and whose turn it is."""
+        if self.stream is None:
+            yield piece
+            return
+        assert piece.row.piece is not None
+        self._waiting[piece.row.piece] = piece
+        while (turn := self._waiting.pop(len(self._codes), None)) is not None:
+            yield turn
+
+    def pieces_of_codes(self) -> Iterator[LoadedRow]:
+        """The pieces of a row whose codes were loaded."""
+        assert self._whole.codes is not None
+        for number in range(len(self._pieces)):
+            first, last = self._window(number)
+            row = replace(self._whole.row, piece=number)
+            yield LoadedRow(row, None, np.ascontiguousarray(self._whole.codes[first:last]), 0, last - first)
+
+    def add(self, result: TokenizedRow) -> bool:
+        """Keep a piece's result. Whether it was the last one missing."""
+        number = result.row.piece
+        assert number is not None
+        self._codes[number] = result.codes
+        if result.samples is not None:
+            self._keep(number, result.samples)
+        return len(self._codes) == len(self._pieces)
+
+    def result(self) -> TokenizedRow:
+        """The row's, when all pieces are there."""
+        whole, segments = self._whole, None
+        codes = whole.codes
+        if codes is None:
+            parts = [self._codes[number] for number in range(len(self._pieces))]
+            codes = np.concatenate(parts)
+            if self._pieces.kind == "segments":
+                starts = np.cumsum([0, *map(len, parts[:-1])]).tolist()
+                segments = tuple(zip(starts, self._pieces.samples[:-1], strict=True))
+        return TokenizedRow(whole.row, codes, self._samples.map(), whole.num_samples, segments)
+
+    def _window(self, number: int) -> tuple[int, int]:
+        """The frames that the codec is given for a piece."""
+        assert self._pieces.frames is not None
+        first, last = self._pieces.frames[number : number + 2]
+        if self._pieces.kind != "windows":
+            return first, last
+        context = round(CONTEXT_SECONDS * self._info.frame_rate)
+        return max(0, first - context), min(self._pieces.frames[-1], last + context)
+
+    def _keep(self, number: int, samples: Samples) -> None:
+        begin, end = (self._output(place) for place in self._pieces.samples[number : number + 2])
+        if self._pieces.kind == "stream":
+            self._samples.add(begin, samples)
+        elif self._pieces.kind == "segments":
+            cut = samples[: end - begin]
+            self._samples.add(begin, np.pad(cut, (0, end - begin - len(cut))))
+        else:
+            first, last = self._window(number)
+            origin = self._output(first * self._info.samples_per_frame)
+            whole = self._pieces.frames is not None and last == self._pieces.frames[-1]
+            faded = fade(
+                samples,
+                begin - origin,
+                None if whole else end - origin,
+                self._output(FADE_FRAMES * self._info.samples_per_frame),
+            )
+            self._samples.add(origin + faded[0], faded[1])
+
+    def _output(self, sample: int) -> int:
+        """A place in the row's audio at the rate of what is decoded."""
+        return round(sample * self._info.output_sample_rate / self._info.sample_rate)
+
+
+def fade(samples: Samples, begin: int, end: int | None, width: int) -> tuple[int, Samples]:
+    """What is used of a window's samples: from ``begin`` to ``end``, faded in and out over ``width`` samples there.
+
+    Neighbours' fades add up to one. ``begin`` 0 and ``end`` None are the ends of the audio and are not faded.
+
+    Returns:
+        where the samples begin in the window, and they themselves.
+    """
+    half = width // 2
+    first = max(0, begin - half) if begin else 0
+    last = len(samples) if end is None else min(len(samples), end + half)
+    used = samples[first:last].copy()
+    ramp = ((np.arange(2 * half) + 0.5) / (2 * half)).astype(np.float32)
+    if begin:
+        used[: 2 * half] *= ramp[-len(used[: 2 * half]) :]
+    if end is not None:
+        used[-2 * half :] *= ramp[::-1][: len(used[-2 * half :])]
+    return first, used
+
+
+class _SampleFile:
+    """Float32 samples in a file without a name, each added to what is at its place."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._file: IO[bytes] | None = None
+
+    def add(self, place: int, samples: Samples) -> None:
+        if self._file is None:
+            self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 - lives as long as the row
+        self._file.seek(_SAMPLE_BYTES * place)
+        there = np.frombuffer(self._file.read(samples.nbytes), np.float32)
+        if len(there):
+            samples = samples.copy()
+            samples[: len(there)] += there
+        self._file.seek(_SAMPLE_BYTES * place)
+        self._file.write(samples.tobytes())
+        self._file.flush()
+
+    def map(self) -> Samples | None:
+        """All of them, in the file's pages and not in memory of this process; None if there are none."""
+        return None if self._file is None else np.memmap(self._file, np.float32, mode="r")
