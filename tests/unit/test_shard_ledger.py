@@ -223,7 +223,7 @@ class TestSink:
         )
 
     @pytest.mark.parametrize("form", ["tar", "parquet"])
-    @pytest.mark.parametrize("limits", [{"most_rows": 3}, {"most_bytes": 1000}, {"most_seconds": 0}])
+    @pytest.mark.parametrize("limits", [{"most_rows": 3}, {"most_bytes": 400}, {"most_seconds": 0}])
     def test_shards_are_closed_at_their_limits(self, tmp_path: Path, form: str, limits: dict[str, float]) -> None:
         place = Place(tmp_path, form)
         with self.sink(place, **limits) as sink:

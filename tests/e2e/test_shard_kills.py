@@ -1,0 +1,80 @@
+"""Sinks of shards under kills: whatever was killed when, at the end every row is in exactly one shard."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.e2e.conftest import Open
+from tests.support.runs import Run, Workspace
+from tests.support.shards import read_shards
+
+
+def flags(sink: str) -> list[object]:
+    return ["--sink", sink, "--output_dir", "shards", "--num_workers", 0]
+
+
+def check(workspace: Workspace, undisturbed: Mapping[str, bytes]) -> None:
+    """Every row is done once and in one shard, which holds what an undisturbed run to files wrote."""
+    keys = list(workspace.corpus.keys)
+    assert Counter(str(entry["key"]) for entry in workspace.ledger()) == Counter(keys)
+    rows = read_shards(workspace.folder / "shards")
+    assert sorted(rows) == keys
+    for key, row in rows.items():
+        expected = json.loads(undisturbed[f"{key}.json"])
+        assert np.array_equal(row["codes"], expected["quantized_tokens"]), key
+        assert row["audio"] == undisturbed[f"{key}.wav"], key
+    hidden = {path.name for path in (workspace.folder / "shards").glob(".*")}
+    assert hidden == {".batch_tokenizer.wav2token2wav.json"}
+    assert not [path for path in (workspace.run_dir / "shards").rglob("*") if path.is_file()]
+
+
+def shrink_shards(workspace: Workspace) -> None:
+    """Shards of few rows, so that many are published while the run is being killed."""
+    (workspace.folder / "sitecustomize.py").write_text(
+        "import batch_tokenizer.writers.shard_sink as sink\nsink.ShardSink.__init__.__kwdefaults__['most_rows'] = 7\n"
+    )
+
+
+def start(workspace: Workspace, num_processes: int, sink: str) -> Run:
+    command = workspace.command(num_processes, *flags(sink))
+    path = f"{workspace.folder}:{Path(__file__).resolve().parents[2]}"
+    return Run.start(command, workspace.folder, {"PYTHONPATH": path})
+
+
+@pytest.mark.parametrize("sink", ["tar", "parquet"])
+def test_killed_at_random_moments_and_resumed_by_others(
+    open_workspace: Open, undisturbed: Mapping[str, bytes], sink: str
+) -> None:
+    workspace = open_workspace(200)
+    shrink_shards(workspace)
+    chance = random.Random(sink)
+    for num_processes in (2, 1):
+        before = workspace.rows_done()
+        with start(workspace, num_processes, sink) as run:
+            workspace.await_rows(before + chance.randint(1, 50), run)
+            run.kill()
+    assert 0 < workspace.rows_done() < 200
+    with start(workspace, 2, sink) as run:
+        assert run.wait() == 0, run.output()
+    assert "resuming: " in run.output()
+    check(workspace, undisturbed)
+
+
+def test_a_stop_signal_publishes_the_open_shard(open_workspace: Open, undisturbed: Mapping[str, bytes]) -> None:
+    workspace = open_workspace(300)
+    with workspace.start(1, *flags("tar")) as run:
+        run.wait_until(lambda: bool(list((workspace.folder / "shards").glob(".*.part"))), 60, "a shard")
+        run.signal(signal.SIGTERM)
+        assert run.wait() == 143, run.output()
+    assert 0 < workspace.rows_done() < 300
+    assert len(read_shards(workspace.folder / "shards")) == workspace.rows_done()
+    workspace.finish(1, *flags("tar"))
+    check(workspace, undisturbed)
