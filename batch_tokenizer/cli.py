@@ -58,7 +58,9 @@ def run_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--version", action="version", version=f"batch_tokenizer {__version__}")
     add("--model_path", help="checkpoint folder or hub id; the small bundled one when absent")
-    add("--data_list", type=Path, required=True, help="manifest: JSON lines with key, wav, quantized_tokens, …")
+    add("--data_list", required=True,
+        help="manifest: JSON lines with key, wav, quantized_tokens, …; or tars, a folder: docs/corpora.md")  # fmt: skip
+    add("--allow_pipe", action="store_true", help="let pipe: sources run their shell commands")
     add("--task", choices=TASKS, default=default.task)
     add("--run_dir", type=Path, help="ledger, failures, summary; beside the manifest when absent")
     add("--sink", choices=get_args(Sink), default=default.sink,

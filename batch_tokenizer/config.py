@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -32,7 +33,8 @@ class RunConfig:
             of ``max_seconds``, ``stream`` carries the model's state from piece to piece.
         channels: of audio with several: their mean, the first, the second, or a row for each.
         model_path: checkpoint folder, hub id, or None for the bundled default.
-        data_list: the manifest, JSON lines.
+        data_list: the rows: a file of JSON lines, or any other source that ``sources`` reads (tars, folders, URLs …).
+        allow_pipe: sources and rows may run shell commands (``pipe:``).
         run_dir: ledger, failures, summary; None means beside the manifest (``default_run_dir``).
         batch_size: most utterances in one batch.
         frame_budget: most token frames in one batch; None lets the device decide.
@@ -53,7 +55,7 @@ class RunConfig:
         RunError: a value is out of range; the message names the flag.
     """
 
-    data_list: Path
+    data_list: str | Path
     task: Task = "wav2token"
     model_path: str | None = None
     run_dir: Path | None = None
@@ -84,6 +86,7 @@ class RunConfig:
     max_seconds: float | None = None
     long_audio: LongAudio = "native"
     channels: Channels = "mean"
+    allow_pipe: bool = False
 
     def __post_init__(self) -> None:
         for flag, value, choices in (
@@ -131,7 +134,27 @@ class RunConfig:
 
     def default_run_dir(self) -> Path:
         """Beside the manifest, one folder a task: ``data.jsonl`` and ``wav2token`` give ``data.wav2token.run``."""
-        return self.data_list.with_name(f"{self.data_list.stem}.{self.task}.run")
+        return beside(self.data_list, f".{self.task}.run")
+
+
+def beside(data_list: str | Path, ending: str) -> Path:
+    """A name beside a source: ``a/data.jsonl`` and ``.x`` give ``a/data.x``, the shards ``a/tars/{0..9}.tar`` and the
+    folder ``a/tars`` give ``a/tars.x``. What is elsewhere (a URL) has it in the working directory."""
+    text = str(data_list)
+    if text.startswith("pipe:"):
+        return Path(f"pipe{ending}")
+    elsewhere = "://" in text
+    path = Path(text.split("?")[0].split("://", 1)[1]) if elsewhere else Path(text)
+    if any(mark in text for mark in "*{[") and (elsewhere or not path.exists()):
+        path = Path(*takewhile(lambda part: not any(mark in part for mark in "*?{["), path.parts))
+        path = path / "shards" if path.name in ("", "..") else path
+        name = path.name
+    elif not elsewhere and path.is_dir():
+        path = path.resolve() if path.name in ("", "..") else path
+        name = path.name
+    else:
+        name = Path(path.name.removesuffix(".gz")).stem
+    return Path(f"{name}{ending}") if elsewhere else path.with_name(f"{name}{ending}")
 
 
 def shard_of_slurm_array(environment: Mapping[str, str], num_shards: int | None = None) -> tuple[int, int]:

@@ -32,7 +32,7 @@ import torch
 from tqdm import tqdm
 
 from batch_tokenizer.audio.loading import load_samples
-from batch_tokenizer.config import Device, Dtype
+from batch_tokenizer.config import Device, Dtype, beside
 from batch_tokenizer.evaluation_source import Source, load_input, open_source
 from batch_tokenizer.quality.aggregates import Group, group, markdown_table
 from batch_tokenizer.quality.codebooks import CodebookUse, bit_rate
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     add = parser.add_argument
     add("run_dir", type=Path, nargs="?", help="a run folder: score what the run made")
-    add("--data_list", type=Path, help="a manifest: put its audio through the codec; with RUN_DIR, the run's manifest")
+    add("--data_list", help="a manifest: put its audio through the codec; with RUN_DIR, the run's manifest")
     add("--model_path", help="checkpoint folder or hub id; the run's, or the bundled default, when absent")
     add("--sample", type=int, metavar="N", help="score N utterances, as good as drawn by lot; all when absent")
     add("--by", metavar="FIELD", help="a row of the table for each value of this field of the manifest's rows")
@@ -115,7 +115,7 @@ class Request:
     """
 
     run_dir: Path | None = None
-    data_list: Path | None = None
+    data_list: str | Path | None = None
     model_path: str | None = None
     sample: int | None = None
     by: str | None = None
@@ -144,7 +144,7 @@ class Request:
         if self.run_dir is not None:
             return self.run_dir / "quality"
         assert self.data_list is not None
-        return self.data_list.with_name(f"{self.data_list.stem}.quality")
+        return beside(self.data_list, ".quality")
 
     def open_source(self) -> Source:
         """What it speaks of.

@@ -20,8 +20,11 @@ from batch_tokenizer.manifest import Manifest
 from batch_tokenizer.quality.recordings import Recording, align
 from batch_tokenizer.reconstruction import at_input_rate, check_num_quantizers, decode, encode, open_codec, open_spec
 from batch_tokenizer.records import ManifestRow, RowError, RunError, Task
+from batch_tokenizer.run_source import find_manifest
 from batch_tokenizer.runtime.ledger import RowStatus, read_ledger
 from batch_tokenizer.runtime.run_folder import read_settings
+from batch_tokenizer.sources.finishing import SourceSettings
+from batch_tokenizer.sources.listing import local_manifest
 
 log = logging.getLogger(__name__)
 
@@ -52,25 +55,6 @@ class Source:
     fingerprint: str
 
 
-def find_manifest(run_dir: Path, data_list: Path | None) -> Path:
-    """The manifest of a run folder: as given, as its summary says, or beside it under the name that fits.
-
-    Raises:
-        RunError: it is not to be found.
-    """
-    if data_list is not None:
-        return data_list
-    recorded = read_summary(run_dir).get("data_list")
-    if isinstance(recorded, str) and Path(recorded).is_file():
-        return Path(recorded)
-    parts = run_dir.resolve().name.rsplit(".", 2)
-    if len(parts) == 3:
-        for path in sorted(run_dir.resolve().parent.glob(f"{parts[0]}.json*")):
-            if path.stem == parts[0] and path.is_file():
-                return path
-    raise RunError(f"the manifest of {run_dir} is not beside it: name it with --data_list")
-
-
 def read_summary(run_dir: Path) -> dict[str, Any]:
     """``summary.json`` of a run folder; empty where the run has not come to its end."""
     try:
@@ -97,7 +81,7 @@ def read_run(run_dir: Path) -> dict[str, Any]:
 def open_source(
     *,
     run_dir: Path | None,
-    data_list: Path | None,
+    data_list: str | Path | None,
     model_path: str | None,
     num_quantizers: Sequence[int],
     index_dir: Path,
@@ -118,7 +102,9 @@ def open_source(
             raise RunError("evaluate needs a run folder or --data_list")
         encoder = open_codec(model_path, device, dtype)
         info = encoder.info
-        manifest = Manifest.open(data_list, "wav2token", index_dir)
+        # Nothing is written where outputs go, so rows need none: as with a sink that makes shards.
+        listed = local_manifest(str(data_list), index_dir, SourceSettings("wav2token", "tar"))
+        manifest = Manifest.open(listed, "wav2token", index_dir, sink="tar")
         return Source(
             manifest, np.flatnonzero(manifest.is_row), None,
             check_num_quantizers(num_quantizers, info.num_codebooks),
@@ -126,7 +112,9 @@ def open_source(
         )  # fmt: skip
     settings = read_run(run_dir)
     task: Task = settings["task"]
-    manifest = Manifest.open(find_manifest(run_dir, data_list), task, run_dir / "index")
+    manifest = Manifest.open(
+        find_manifest(run_dir, data_list), task, run_dir / "index", sink=settings.get("sink", "json")
+    )
     lines = np.flatnonzero(read_ledger(run_dir, manifest).status == RowStatus.DONE)
     recorded = read_summary(run_dir).get("model_path")
     model_path = model_path or (recorded if isinstance(recorded, str) else None)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from signal import Signals
 from typing import Any, TypeVar
 
@@ -47,6 +48,7 @@ from batch_tokenizer.records import (
     Stage,
     TokenizedRow,
 )
+from batch_tokenizer.run_source import allow_pipes, prepare, typed
 from batch_tokenizer.runtime.devices import ComputeDevice, choose_device
 from batch_tokenizer.runtime.ledger import LedgerState, LedgerWriter, RowStatus, read_ledger, write_failures
 from batch_tokenizer.runtime.processes import ProcessGroup, stop_with_parent
@@ -90,6 +92,7 @@ def run(config: RunConfig) -> int:
     started = time.monotonic()
     processes = ProcessGroup.from_environment()
     stop_with_parent(processes)
+    allow_pipes(config)
     if not processes.is_main:
         logging.getLogger().setLevel(logging.WARNING)
     with StopRequest() as stop:
@@ -300,10 +303,10 @@ def _open_manifest(
     """The manifest and each line's status. Rank 0 reads the ledger; all ranks plan from what it found."""
     if not folder.processes.is_main:
         status = folder.await_status(idle=idle)
-        return Manifest.open(config.data_list, config.task, folder.index_dir, sink=config.sink), status
-    manifest = Manifest.open(
-        config.data_list, config.task, folder.index_dir, sink=config.sink, progress=_IndexProgress(idle)
-    )
+        path = folder.manifest or Path(config.data_list)
+        return Manifest.open(path, config.task, folder.index_dir, sink=config.sink), status
+    path = prepare(config, folder.path, idle)
+    manifest = Manifest.open(path, config.task, folder.index_dir, sink=config.sink, progress=_IndexProgress(idle))
     recover_shards(config, folder, idle)
     state = read_ledger(folder.path, manifest, idle=idle)
     if state.num_changed:
@@ -317,7 +320,7 @@ def _open_manifest(
         recover_shards(config, folder, idle)
         state = read_ledger(folder.path, manifest, idle=idle)
     _report_state(state)
-    folder.share_status(state.status)
+    folder.share_status(state.status, path)
     return manifest, state.status
 
 
@@ -601,7 +604,7 @@ def _conclude(config: RunConfig, folder: RunFolder, manifest: Manifest, wall_sec
         "rtf_per_stage": rates,
         "world_size": folder.processes.world_size,
         "failures": str(failures),
-        "data_list": str(config.data_list.resolve()),
+        "data_list": typed(config.data_list),
         "model_path": config.model_path,
     }
     folder.write_summary(summary)

@@ -31,10 +31,12 @@ from batch_tokenizer.data.pieces import PassLimit
 from batch_tokenizer.manifest import LineState, Manifest, in_shard, plan_units
 from batch_tokenizer.outputs import run_settings
 from batch_tokenizer.records import OUTPUT_FIELDS, LoadedRow, ManifestRow, RowError, RunError, Task, TokenizedRow
+from batch_tokenizer.run_source import settings_of
 from batch_tokenizer.runtime.devices import ComputeDevice
 from batch_tokenizer.runtime.ledger import RowStatus, read_ledger
 from batch_tokenizer.runtime.processes import ProcessGroup
 from batch_tokenizer.runtime.run_folder import read_settings
+from batch_tokenizer.sources.listing import local_manifest
 from batch_tokenizer.status import seems_at_work, spoken_duration
 from batch_tokenizer.writers.token_files import token_json
 from batch_tokenizer.writers.wav_file import wav_bytes
@@ -102,7 +104,8 @@ def dry_run(
     _print("model", f"{checkpoint.folder} ({spec.info.family}, fingerprint {spec.info.fingerprint})")
     _print("device", compute.reason.removeprefix("device "))
     with tempfile.TemporaryDirectory(prefix="batch_tokenizer-") as scratch:
-        manifest = Manifest.open(config.data_list, config.task, scratch, progress=lambda done, total: idle())
+        path = local_manifest(str(config.data_list), Path(scratch), settings_of(config), idle)
+        manifest = Manifest.open(path, config.task, scratch, sink=config.sink, progress=lambda done, total: idle())
         trouble += _describe_manifest(manifest)
         limit = PassLimit.of(spec, config.long_audio, config.max_seconds)
         settings = run_settings(config, num_quantizers, {**info, **limit.settings})

@@ -21,13 +21,14 @@ import numpy as np
 
 from batch_tokenizer import __version__
 from batch_tokenizer.evaluate import Evaluation, Request, evaluate, num_scored
-from batch_tokenizer.evaluation_source import Source, find_manifest, read_run, read_summary, recordings
+from batch_tokenizer.evaluation_source import Source, read_run, read_summary, recordings
 from batch_tokenizer.manifest import Manifest
 from batch_tokenizer.quality.aggregates import reason_lines
 from batch_tokenizer.quality.metrics import METRICS
 from batch_tokenizer.quality.recordings import Recording
 from batch_tokenizer.records import ManifestRow, RowError, RunError
 from batch_tokenizer.report import figures, page, sounds
+from batch_tokenizer.run_source import find_manifest
 from batch_tokenizer.runtime.ledger import LedgerState, iter_failures, read_ledger
 from batch_tokenizer.runtime.progress import RankStatus
 
@@ -49,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     add = parser.add_argument
     add("run_dir", type=Path, help="the run folder, by default named MANIFEST.TASK.run")
-    add("--data_list", type=Path, help="the run's manifest, where it does not lie beside the run folder")
+    add("--data_list", help="the run's manifest, where it does not lie beside the run folder")
     add("--model_path", help="the run's checkpoint; needed for sizes of codebooks and for runs that made no audio")
     add("--sample", type=int, default=24, metavar="N", help="utterances to score, if not scored yet (%(default)s)")
     add("--listen", type=int, default=6, metavar="N", help="utterances to show and play (%(default)s)")
@@ -69,7 +70,10 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.listen < 0:
         raise RunError(f"--listen {arguments.listen}: must be at least 0")
     settings = read_run(run_dir)
-    manifest = Manifest.open(find_manifest(run_dir, arguments.data_list), settings["task"], run_dir / "index")
+    manifest = Manifest.open(
+        find_manifest(run_dir, arguments.data_list), settings["task"], run_dir / "index",
+        sink=settings.get("sink", "json"),
+    )  # fmt: skip
     state = read_ledger(run_dir, manifest)
     evaluation: Evaluation | None = None
     source: Source | None = None

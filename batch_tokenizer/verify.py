@@ -41,6 +41,7 @@ from batch_tokenizer.codecs.base import CodecSpec
 from batch_tokenizer.config import RunConfig
 from batch_tokenizer.manifest import Manifest
 from batch_tokenizer.records import OUTPUT_FIELDS, TASKS, LedgerEntry, ManifestRow, RunError, Task
+from batch_tokenizer.run_source import find_manifest
 from batch_tokenizer.runtime.ledger import LedgerState, LedgerWriter, RowStatus, matched_entries, read_ledger
 from batch_tokenizer.runtime.processes import ProcessGroup
 from batch_tokenizer.runtime.run_folder import RunFolder, read_settings
@@ -446,7 +447,7 @@ class Findings:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     add = parser.add_argument
-    add("--data_list", type=Path, required=True, help="the run's manifest")
+    add("--data_list", required=True, help="the run's manifest or other source, as the run had it")
     add("--task", choices=TASKS, help="of the run, where several ran on this manifest")
     add("--model_path", help="the checkpoint that the run used; the bundled default when absent")
     add("--run_dir", type=Path, help="the run folder; looked for beside the manifest when absent")
@@ -485,11 +486,12 @@ def main(arguments: argparse.Namespace) -> int:
         else:
             if seems_at_work(run_dir):
                 log.warning("a job seems to be at work on %s: what it has not done yet will be found wanting", run_dir)
-        manifest = Manifest.open(arguments.data_list, task, run_dir / "index")
+        sink = settings.get("sink", "json")
+        manifest = Manifest.open(find_manifest(run_dir, arguments.data_list), task, run_dir / "index", sink=sink)
         return _verify(run_dir, manifest, spec, settings, ledger, workers=arguments.workers, show=arguments.show)
 
 
-def find_run_dir(data_list: Path, task: Task | None, run_dir: Path | None) -> Path:
+def find_run_dir(data_list: str | Path, task: Task | None, run_dir: Path | None) -> Path:
     """The run folder that was named, or the only one beside the manifest.
 
     Raises:

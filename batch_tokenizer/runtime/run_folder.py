@@ -6,7 +6,8 @@
     shards/             ledger lines of shards that are being published, see ``shard_ledger.py``
     resume/             which rows were pending when an attempt began, from its rank 0 to its other ranks
     status/             one file a process, rewritten every few seconds, see ``progress.py``
-    index/              the manifest's index
+    index/              the manifest's index, and the manifest itself where it was listed from other sources
+    source.json         what the manifest was made of, see ``run_source.py``
     failures.jsonl      rows that failed
     summary.json        the numbers of the last attempt
     lock, lock.shard-I-of-N
@@ -127,6 +128,7 @@ class RunFolder:
         num_shards, shard: the part of the manifest that the job does.
         attempt: number of this start of the job, unique in the folder and greater than those before it.
         attempt_id: the number with a random part, for names that nobody else uses.
+        manifest: in ranks other than 0, what rank 0 shared.
     """
 
     def __init__(self, path: Path, processes: ProcessGroup, num_shards: int, shard: int, notices: Notices) -> None:
@@ -137,6 +139,7 @@ class RunFolder:
         self.shard = shard
         self.attempt = 0
         self.attempt_id = ""
+        self.manifest: Path | None = None
         self._notices = notices
         self._idle = _no_idle
         self._lock = _FileLock(path / f"lock.shard-{shard}-of-{num_shards}")
@@ -361,9 +364,9 @@ class RunFolder:
     def _resume_path(self) -> Path:
         return self.path / "resume" / f"shard-{self.shard}-of-{self.num_shards}.{self.attempt_id}.npy"
 
-    def share_status(self, status: npt.NDArray[np.uint8]) -> None:
-        """Rank 0: give ``LedgerState.status`` to the other ranks. All must plan from the same, as each would read a
-        later ledger than the one before it.
+    def share_status(self, status: npt.NDArray[np.uint8], manifest: Path | None = None) -> None:
+        """Rank 0: give ``LedgerState.status`` to the other ranks, and the path of the manifest that it is about. All
+        must plan from the same, as each would read a later ledger than the one before it.
 
         Raises:
             RunError: it cannot be written (exit code 1).
@@ -376,18 +379,19 @@ class RunFolder:
             data = io.BytesIO()
             np.save(data, status)
             _write_aside(self._resume_path, data.getvalue())
-            self._notices.post(f"{self.attempt_id}.resume", _word())
+            self._notices.post(f"{self.attempt_id}.resume", _word(manifest=None if manifest is None else str(manifest)))
         except OSError as error:
             raise _failure(self.path, error) from error
 
     def await_status(self, *, timeout: float = 600.0, idle: Callable[[], None] = _no_idle) -> npt.NDArray[np.uint8]:
-        """Ranks other than 0: the status array that rank 0 shared.
+        """Ranks other than 0: the status array that rank 0 shared. ``manifest`` is known afterwards.
 
         Raises:
             RunError: rank 0 gave no word in time, or stopped (exit code 1).
         """
         try:
-            _read_word(self._notices.wait(f"{self.attempt_id}.resume", timeout, idle), timeout)
+            word = _read_word(self._notices.wait(f"{self.attempt_id}.resume", timeout, idle), timeout)
+            self.manifest = Path(word["manifest"]) if word.get("manifest") else None
             deadline = time.monotonic() + _VISIBLE_SECONDS
             while True:
                 try:

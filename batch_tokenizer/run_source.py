@@ -1,0 +1,102 @@
+"""A run's manifest: from ``--data_list`` when the run starts, and from the run folder's memory afterwards.
+
+``source.json`` in the run folder says what the user typed, which local file stood for it, and the settings that shaped
+its rows, so that ``verify``, ``evaluate`` and ``report`` read the very rows that the run did, without the sources.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from batch_tokenizer.config import RunConfig
+from batch_tokenizer.records import RunError
+from batch_tokenizer.sources.finishing import SourceSettings
+from batch_tokenizer.sources.listing import local_manifest
+from batch_tokenizer.storage.names import spoken
+from batch_tokenizer.storage.streams import ALLOW_PIPE
+
+
+def settings_of(config: RunConfig) -> SourceSettings:
+    """What shapes the rows of a run."""
+    return SourceSettings(config.task, config.sink, config.output_dir, config.audio_format, config.channels)
+
+
+def allow_pipes(config: RunConfig) -> None:
+    """Lets this process, and the loader processes that it starts, run ``pipe:`` commands, if that was asked for."""
+    if config.allow_pipe:
+        os.environ[ALLOW_PIPE] = "1"
+
+
+def prepare(config: RunConfig, run_dir: Path, idle: Callable[[], None]) -> Path:
+    """Rank 0, when a run starts: the local file of its rows, which the run folder remembers.
+
+    Raises:
+        RunError: see ``local_manifest``; or the run folder cannot be written.
+    """
+    settings = settings_of(config)
+    manifest = local_manifest(str(config.data_list), run_dir / "index", settings, idle)
+    listed = manifest.parent == run_dir / "index"
+    memory = {
+        "data_list": str(config.data_list),
+        "manifest": manifest.name if listed else str(manifest.resolve()),
+        "settings": asdict(settings),
+    }
+    path = run_dir / "source.json"
+    aside = path.with_name(f".source.{os.getpid()}.part")
+    try:
+        aside.write_text(json.dumps(memory, indent=2) + "\n")
+        aside.replace(path)
+    except OSError as error:
+        raise RunError(f"run folder {run_dir}: source.json cannot be written: {error.strerror}", exit_code=1) from error
+    finally:
+        aside.unlink(missing_ok=True)
+    return manifest
+
+
+def find_manifest(run_dir: Path, data_list: str | Path | None) -> Path:
+    """The local file of a run's rows: the remembered one, unless ``data_list`` names another; of a run folder without a
+    memory, what its summary says, or what lies beside it under the name that fits.
+
+    Raises:
+        RunError: it is not to be found.
+    """
+    memory = _read(run_dir / "source.json")
+    if memory and data_list in (None, memory.get("data_list")):
+        remembered = run_dir / "index" / str(memory.get("manifest"))  # an absolute path stays itself
+        if remembered.is_file():
+            return remembered
+    if data_list is not None:
+        settings = memory.get("settings")
+        known = SourceSettings(**settings) if isinstance(settings, dict) else SourceSettings()
+        return local_manifest(str(data_list), run_dir / "index", known)
+    recorded = _read(run_dir / "summary.json").get("data_list")
+    if isinstance(recorded, str) and Path(recorded).is_file():
+        return Path(recorded)
+    parts = run_dir.resolve().name.rsplit(".", 2)
+    if len(parts) == 3:
+        for path in sorted(run_dir.resolve().parent.glob(f"{parts[0]}.json*")):
+            if path.stem == parts[0] and path.is_file():
+                return path
+    raise RunError(f"the manifest of {run_dir} is not beside it: name it with --data_list")
+
+
+def typed(data_list: str | Path) -> str:
+    """What a summary calls the source: a file's or folder's whole path, anything else as the user named it."""
+    path = Path(data_list)
+    return str(path.resolve()) if path.exists() else spoken(str(data_list))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """An object of a JSON file; empty where there is none."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    except OSError as error:
+        raise RunError(f"{path}: {error.strerror}", exit_code=1) from error
+    return content if isinstance(content, dict) else {}
