@@ -16,9 +16,9 @@ import os
 import socket
 import tempfile
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple
 from hashlib import blake2b
 from itertools import islice
@@ -33,6 +33,7 @@ from batch_tokenizer.records import RunError
 from batch_tokenizer.sources.finishing import Finisher, SourceSettings
 from batch_tokenizer.sources.folder_rows import folder_row, walk_folder
 from batch_tokenizer.sources.foreign_rows import is_foreign
+from batch_tokenizer.sources.ordered import ordered
 from batch_tokenizer.sources.patterns import Source, find_sources
 from batch_tokenizer.sources.tar_rows import tar_rows
 from batch_tokenizer.storage import remote
@@ -211,25 +212,10 @@ def _list(sources: list[Source], path: Path, settings: SourceSettings, idle: Cal
     aside = path.with_name(f"listing-{socket.gethostname()}-{os.getpid()}-{time.monotonic_ns()}")
     # With ``split`` each file is opened, and those in compressed tars in their order.
     threads = 2 if settings.channels == "split" else _THREADS
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="listing")
-    waiting: deque[Future[_Lines]] = deque()
     try:
         with aside.open("wb") as stream:
             tasks = (task for source in sources for task in _tasks(source, settings, notes))
-            more = True
-            while more or waiting:
-                while more and len(waiting) < 2 * threads:
-                    task = next(tasks, None)
-                    if task is None:
-                        more = False
-                    else:
-                        waiting.append(pool.submit(task))
-                if not waiting:
-                    break
-                future = waiting.popleft()
-                while not wait([future], timeout=0.5).done:
-                    idle()
-                lines = future.result()
+            for lines in ordered(lambda task: task(), tasks, threads, idle):
                 rows, finished = rows + lines.count, finished + 1
                 lines.pour(stream)
                 idle()
@@ -241,9 +227,6 @@ def _list(sources: list[Source], path: Path, settings: SourceSettings, idle: Cal
         notes.tell()
         os.replace(aside, path)
     finally:
-        for future in waiting:
-            future.cancel()
-        pool.shutdown(wait=True)
         aside.unlink(missing_ok=True)
     log.info("listed %s rows of %s sources in %.1f s", f"{rows:,}", f"{len(sources):,}", time.monotonic() - began)
     for other in path.parent.glob("source-*.jsonl"):

@@ -17,6 +17,8 @@ import os
 import stat
 
 from batch_tokenizer.records import RowError
+from batch_tokenizer.storage.names import is_url
+from batch_tokenizer.storage.remote import StorageError, put
 
 _CAUSES = {
     errno.ENOSPC: "the disk is full",
@@ -35,15 +37,18 @@ _CAUSES = {
 }
 
 
-def publish(path: str, content: bytes) -> None:
+def publish(path: str, content: bytes | memoryview) -> None:
     """Make ``content`` the file at ``path``, with the folders above it.
 
-    A file that is there is replaced. So is a symbolic link to a file, not what it points to. A folder, pipe or device,
+    A URL (s3://…) is put as a whole object. A file that is there is replaced. So is a symbolic link to a file, not what it points to. A folder, pipe or device,
     or a link to one, is left alone.
 
     Raises:
         RowError: in stage ``write``, naming the path and the cause. The file at ``path`` is then as it was.
     """
+    if is_url(path):
+        _put(path, content)
+        return
     try:
         folder, name = os.path.split(path)
         encoded_name = os.fsencode(name)
@@ -60,6 +65,15 @@ def publish(path: str, content: bytes) -> None:
         raise RowError("write", f"{path!r}: no file can have this name: {error}") from error
 
 
+def _put(url: str, content: bytes) -> None:
+    try:
+        put(url, content)
+    except StorageError as error:
+        # A store that does not answer is to the run what a broken disk is: no row's fault, and it stops.
+        cause = OSError(errno.EIO, error.reason) if error.transient else error
+        raise RowError("write", error.reason) from cause
+
+
 def _refuse_special(path: str) -> None:
     """Renaming would put a file in the place of /dev/null, if the user may."""
     try:
@@ -72,7 +86,7 @@ def _refuse_special(path: str) -> None:
         raise OSError(errno.EINVAL, "it is a pipe, socket or device, not a file")
 
 
-def _write_and_rename(aside: str, path: str, content: bytes) -> bool:
+def _write_and_rename(aside: str, path: str, content: bytes | memoryview) -> bool:
     """False if another writer of the same path took the file away in the meantime."""
     descriptor = _create(aside)
     try:
