@@ -22,10 +22,10 @@ import numpy.typing as npt
 import orjson
 
 from batch_tokenizer.codecs.base import CodecInfo
-from batch_tokenizer.data.parquet_rows import parse_row_location, read_row
 from batch_tokenizer.records import RowError
 from batch_tokenizer.storage.names import parse_member, spoken
 from batch_tokenizer.storage.opening import opened
+from batch_tokenizer.storage.parquet_rows import parse_row_location, read_row
 
 #: Largest token file that is read; a day of audio at 20 codebooks takes about 200 MB.
 _MOST_BYTES = 1 << 30

@@ -1,6 +1,7 @@
 """What lies beside audio or tokens of the same name, ``.json`` and ``.txt``, to fields of the row.
 
 The fields are a stranger's: they may not say what the row is called, where its input lies or where its outputs go.
+Only a ``key`` of which the members' name was made, as in the tars that we write, is believed.
 ``start``, ``end``, ``offset`` and ``channel`` speak of the recording that the file was once cut from, not of the file,
 so they pass as ``original_start`` and so on.
 """
@@ -15,6 +16,7 @@ import orjson
 from batch_tokenizer.manifest import REFUSED
 from batch_tokenizer.records import CUT_FIELDS, REQUIRED_FIELDS
 from batch_tokenizer.sources.foreign_rows import Refused
+from batch_tokenizer.storage.member_names import member_name
 
 #: Bytes that a sidecar may have.
 MOST_SIDECAR = 1 << 20
@@ -30,8 +32,11 @@ AUDIO_ENDINGS = frozenset(
 TOKEN_ENDINGS = frozenset(("npy",))
 
 
-def sidecar_fields(json_content: bytes | None, text_content: bytes | None) -> dict[str, Any]:
+def sidecar_fields(json_content: bytes | None, text_content: bytes | None, member: str = "") -> dict[str, Any]:
     """Fields of a row.
+
+    Args:
+        member: the name of the members, less their endings.
 
     Raises:
         Refused: the JSON is none.
@@ -41,7 +46,9 @@ def sidecar_fields(json_content: bytes | None, text_content: bytes | None) -> di
         value = _parse(json_content)
         if isinstance(value, dict):
             for name, item in value.items():
-                if name not in _OURS:
+                if name == "key" and isinstance(item, str) and item and member_name(item) == member:
+                    fields["key"] = item
+                elif name not in _OURS:
                     fields[f"original_{name}" if name in CUT_FIELDS else name] = item
         else:
             fields["json"] = value

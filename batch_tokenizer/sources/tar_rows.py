@@ -141,7 +141,7 @@ def _row(
         else TarMember(member.offset, member.size, member.name, location)
     )
     try:
-        fields = sidecar_fields(_sidecar(group, lead, "json"), _sidecar(group, lead, "txt"))
+        fields = sidecar_fields(_sidecar(group, lead, "json"), _sidecar(group, lead, "txt"), key)
     except Refused as refused:
         return _refusal(key, f"{spoken(location_of(place))}: {refused.reason}")
     return {"key": key, field_name: location_of(place), **fields}

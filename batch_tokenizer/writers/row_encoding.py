@@ -19,7 +19,7 @@ from batch_tokenizer.records import OUTPUT_FIELDS, LedgerEntry, RowError, Task, 
 from batch_tokenizer.writers.wav_file import wav_bytes
 
 #: Float samples (S,) and their rate in Hz to the bytes of an audio file; raises ``RowError``.
-AudioEncoder = Callable[[npt.NDArray[np.float32], int], bytes]
+AudioEncoder = Callable[[npt.NDArray[np.float32], int], bytes | memoryview]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class EncodedRow:
     key: str
     info: Mapping[str, Any]
     codes: npt.NDArray[np.uint16] | None
-    audio: bytes | None = None
+    audio: bytes | memoryview | None = None
     audio_format: str = "wav"
 
 
@@ -74,7 +74,7 @@ class RowEncoder:
 def row_info(result: TokenizedRow, run_info: Mapping[str, Any]) -> dict[str, Any]:
     """The manifest's row, then ``run_info``, then ``num_samples`` (input samples at the codec's rate), ``num_frames``
     (T) and ``num_quantizers`` (K), and ``segments`` where the row was encoded in such: the first frame and the first
-    sample of each. Fields of the row that have the name of another one there are kept under ``manifest_row``.
+    sample of each. Fields of the row that differ from another one of their name there are kept under ``manifest_row``.
     """
     if result.codes is None:
         raise ValueError("a row without codes has no tokens")
@@ -88,7 +88,9 @@ def row_info(result: TokenizedRow, run_info: Mapping[str, Any]) -> dict[str, Any
         ours["segments"] = [list(segment) for segment in result.segments]
     fields = result.row.fields
     reserved = {*ours, "manifest_row", "segments"}
-    hidden = {name: value for name, value in fields.items() if name in reserved}
+    hidden = {
+        name: value for name, value in fields.items() if name in reserved and (name not in ours or ours[name] != value)
+    }
     info = {**{name: value for name, value in fields.items() if name not in reserved}, **ours}
     if hidden:
         info["manifest_row"] = hidden

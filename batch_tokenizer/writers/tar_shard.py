@@ -1,30 +1,19 @@
 """Webdataset shards: rows enter, a tar of ``KEY.json``, ``KEY.tokens.npy`` and ``KEY.wav`` or ``KEY.flac`` leaves.
 
-``KEY`` is the row's key where that is a plain name, otherwise a name made from it: webdataset cuts a member's name at
-its first dot, and names in a tar have to be short, and safe to extract. The true key is in ``KEY.json``.
+``KEY`` is the row's key where that is a plain name, otherwise a name made from it (``storage/member_names.py``). The
+true key is in ``KEY.json``.
 """
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections.abc import Mapping
 from typing import BinaryIO
 
+from batch_tokenizer.storage.member_names import member_name
 from batch_tokenizer.writers.row_encoding import EncodedRow, json_bytes
 from batch_tokenizer.writers.token_files import npy_bytes
 
-_PLAIN = re.compile(r"[A-Za-z0-9_-]{1,80}")
 _BLOCK = 512
-
-
-def member_name(key: str) -> str:
-    """The key itself if it is 1 to 80 of ``A-Z a-z 0-9 _ -``; otherwise as much of it as is, ``~`` and a hash of all
-    of it, which no plain key can be."""
-    if _PLAIN.fullmatch(key):
-        return key
-    readable = re.sub(r"[^A-Za-z0-9_-]+", "_", key)[:48]
-    return f"{readable}~{hashlib.blake2b(key.encode('utf-8', 'surrogatepass'), digest_size=10).hexdigest()}"
 
 
 class TarShard:
@@ -54,7 +43,7 @@ class TarShard:
         if row.codes is not None:
             sample["tokens.npy"] = npy_bytes(row.codes)
         if row.audio is not None:
-            sample[row.audio_format] = row.audio
+            sample[row.audio_format] = bytes(row.audio)
         return sample
 
     def append(self, sample: Mapping[str, bytes | str]) -> None:

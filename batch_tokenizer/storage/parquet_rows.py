@@ -102,6 +102,11 @@ class TokenParquet:
         """Rows."""
         return int(self.first_rows[-1])
 
+    @property
+    def num_groups(self) -> int:
+        """Groups of rows."""
+        return len(self.first_rows) - 1
+
     def read_group(self, group: int, columns: list[str]) -> Any:
         """Columns of a group of rows, as a table; those that the file does not have are left out.
 
