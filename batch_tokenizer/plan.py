@@ -37,7 +37,7 @@ from batch_tokenizer.runtime.ledger import RowStatus, read_ledger
 from batch_tokenizer.runtime.processes import ProcessGroup
 from batch_tokenizer.runtime.run_folder import read_settings
 from batch_tokenizer.sources.listing import local_manifest
-from batch_tokenizer.status import seems_at_work, spoken_duration
+from batch_tokenizer.status import seems_at_work, spoken_duration, spoken_size
 from batch_tokenizer.writers.token_files import token_json
 from batch_tokenizer.writers.wav_file import wav_bytes
 
@@ -150,7 +150,7 @@ def dry_run(
     else:
         _print_time(config, processes, measured, seconds)
         needed = {field: share * seconds for field, share in measured.bytes_written.items()}
-        _print("bytes", ", ".join(f"{field} {_size(size)}" for field, size in needed.items()))
+        _print("bytes", ", ".join(f"{field} {spoken_size(size)}" for field, size in needed.items()))
     trouble += _check_places(sample, config.task, run_dir, needed)
 
     print()
@@ -431,9 +431,12 @@ def _check_places(
         if reason is not None:
             yield f"{place}: nothing can be written there: {reason}"
     for device, (place, free) in spaces.items():
-        _print("free space", f"{_size(free)} on the disk of {place}, about {_size(shares[device])} to be written there")
+        _print(
+            "free space",
+            f"{spoken_size(free)} on the disk of {place}, about {spoken_size(shares[device])} to be written there",
+        )
         if shares[device] > free:
-            yield f"{place}: about {_size(shares[device])} would be written where {_size(free)} are free"
+            yield f"{place}: about {spoken_size(shares[device])} would be written where {spoken_size(free)} are free"
     if num_existing:
         _print("outputs", f"{num_existing} of the sample's exist and would be replaced")
 
@@ -458,12 +461,3 @@ def _why_not_writable(folder: Path) -> str | None:
         return "it is not a folder"
     except OSError as error:
         return error.strerror or str(error)
-
-
-def _size(number: float) -> str:
-    """Bytes as a person says them."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1000
-    return f"{number:.1f} TB"

@@ -167,6 +167,15 @@ def spoken_duration(seconds: float) -> str:
     return f"{whole // 86400} d {whole % 86400 // 3600} h"
 
 
+def spoken_size(number: float) -> str:
+    """Bytes as a person says them: 512 B, 3.1 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:.1f} TB"
+
+
 def seems_at_work(run_dir: Path) -> bool:
     """Whether a process said within the last ``SILENT_AFTER`` seconds that it works on the run."""
     now = time.time()

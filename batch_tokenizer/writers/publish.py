@@ -40,14 +40,14 @@ _CAUSES = {
 def publish(path: str, content: bytes | memoryview) -> None:
     """Make ``content`` the file at ``path``, with the folders above it.
 
-    A URL (s3://…) is put as a whole object. A file that is there is replaced. So is a symbolic link to a file, not what it points to. A folder, pipe or device,
-    or a link to one, is left alone.
+    A URL (s3://…) is put as a whole object. A file that is there is replaced. So is a symbolic link to a file, not what
+    it points to. A folder, pipe or device, or a link to one, is left alone.
 
     Raises:
         RowError: in stage ``write``, naming the path and the cause. The file at ``path`` is then as it was.
     """
     if is_url(path):
-        _put(path, content)
+        _put(path, bytes(content))
         return
     try:
         folder, name = os.path.split(path)
@@ -65,9 +65,9 @@ def publish(path: str, content: bytes | memoryview) -> None:
         raise RowError("write", f"{path!r}: no file can have this name: {error}") from error
 
 
-def _put(url: str, content: bytes) -> None:
+def _put(url: str, content: bytes | memoryview) -> None:
     try:
-        put(url, content)
+        put(url, bytes(content))
     except StorageError as error:
         # A store that does not answer is to the run what a broken disk is: no row's fault, and it stops.
         cause = OSError(errno.EIO, error.reason) if error.transient else error
