@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import mmap
+import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from batch_tokenizer.audio.encoding import flac_bytes
+from batch_tokenizer.audio.encoding import flac_bytes, write_flac
 from batch_tokenizer.config import RunConfig
 from batch_tokenizer.records import OUTPUT_FIELDS, SHARD_SINKS, LedgerEntry, RowError, TokenizedRow
 from batch_tokenizer.runtime.run_folder import RunFolder
@@ -18,7 +22,7 @@ from batch_tokenizer.writers.file_sink import FileSink
 from batch_tokenizer.writers.row_encoding import AudioEncoder, RowEncoder
 from batch_tokenizer.writers.shard_folder import ShardFolder
 from batch_tokenizer.writers.shard_sink import ShardSink, shard_form
-from batch_tokenizer.writers.wav_file import wav_bytes
+from batch_tokenizer.writers.wav_file import wav_bytes, wav_pieces
 
 #: Settings of a run that say where its outputs are, and nothing of what is in them.
 OUTPUT_SETTINGS = ("sink", "output_dir", "audio_format")
@@ -61,6 +65,28 @@ def _flac(samples: npt.NDArray[np.float32], sample_rate: int) -> bytes:
     return flac_bytes(samples, sample_rate)
 
 
+def _encode_long(
+    encode: AudioEncoder, audio_format: str, scratch: Path, samples: npt.NDArray[np.float32], sample_rate: int
+) -> bytes | memoryview:
+    """As ``encode``; samples that are in a file become bytes in another, without a name, in the folder ``scratch``.
+
+    Raises:
+        RowError: as ``encode``, or the file cannot be written.
+    """
+    if not isinstance(samples, np.memmap):
+        return encode(samples, sample_rate)
+    try:
+        with tempfile.TemporaryFile(dir=scratch) as file:
+            if audio_format == "wav":
+                file.writelines(wav_pieces(samples, sample_rate))
+            else:
+                write_flac(file, samples, sample_rate)
+            file.flush()
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    except OSError as error:
+        raise RowError("write", f"{scratch}: audio of a long row cannot be kept: {error.strerror}") from error
+
+
 def recover_shards(config: RunConfig, folder: RunFolder, idle: Callable[[], None]) -> None:
     """Rank 0, before the ledger is read: take the output folder, and end what a killed run left there half done.
 
@@ -98,7 +124,8 @@ def open_sink(
     encode_audio = audio_encoder(config.audio_format)
     if config.sink == "json" or config.sink == "npy":
         return FileSink(
-            config.task, sample_rate, run_info, form=config.sink, encode_audio=encode_audio, record=record
+            config.task, sample_rate, run_info, form=config.sink, record=record,
+            encode_audio=partial(_encode_long, encode_audio, config.audio_format, folder.path),
         )  # fmt: skip
     encode = RowEncoder(config.task, run_info, sample_rate, encode_audio, config.audio_format)
     outputs = OUTPUT_FIELDS[config.task]

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import io
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 import soundfile
+
+from batch_tokenizer.records import RowError
+
+_PIECE_SAMPLES = 1 << 20
 
 _SUBTYPES = {"wav": "PCM_16", "flac": "PCM_16", "mp3": "MPEG_LAYER_III"}
 
@@ -22,3 +27,17 @@ def encoded_bytes(samples: npt.NDArray[np.float32], sample_rate: int, form: str)
 def flac_bytes(samples: npt.NDArray[np.float32], sample_rate: int) -> bytes:
     """Float samples (S,) as 16-bit FLAC; what is beyond full scale is clipped, as in a wav file."""
     return encoded_bytes(samples, sample_rate, "flac")
+
+
+def write_flac(file: BinaryIO, samples: npt.NDArray[np.float32], sample_rate: int) -> None:
+    """As ``flac_bytes`` into a file, for samples that need not be in memory.
+
+    Raises:
+        RowError: a sample is NaN or infinite.
+    """
+    with soundfile.SoundFile(file, "w", sample_rate, 1, "PCM_16", format="FLAC") as flac:
+        for start in range(0, len(samples), _PIECE_SAMPLES):
+            piece = samples[start : start + _PIECE_SAMPLES]
+            if not np.isfinite(piece).all():
+                raise RowError("decode", f"the codec made some of {len(samples)} samples NaN or infinite")
+            flac.write(np.clip(piece, -1.0, 32767 / 32768))

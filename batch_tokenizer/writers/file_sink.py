@@ -45,7 +45,7 @@ class FileSink:
             RowError: a file could not be made or published. Another of the row's files may have been.
         """
         encoded = self._encode(result)
-        contents = []
+        contents: list[tuple[str | None, bytes | memoryview]] = []
         if encoded.codes is not None:
             contents.append((result.row.quantized_tokens, self._to_bytes(encoded.codes, encoded.info)))
         if encoded.audio is not None:

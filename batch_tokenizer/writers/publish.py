@@ -47,7 +47,7 @@ def publish(path: str, content: bytes | memoryview) -> None:
         RowError: in stage ``write``, naming the path and the cause. The file at ``path`` is then as it was.
     """
     if is_url(path):
-        _put(path, bytes(content))
+        _put(path, content)
         return
     try:
         folder, name = os.path.split(path)
