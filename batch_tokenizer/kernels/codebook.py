@@ -14,7 +14,12 @@ def first_equal_rows(rows: Tensor) -> Tensor:
     return first[group]
 
 
-def nearest_rows(queries: Tensor, rows: Tensor, first: Tensor) -> Tensor:
+def minus_half_norms(rows: Tensor) -> Tensor:
+    """-|e|²/2 of each of ``rows`` (size, d), (size,)."""
+    return rows.square().sum(dim=1).mul(-0.5)
+
+
+def nearest_rows(queries: Tensor, rows: Tensor, first: Tensor | None, offsets: Tensor | None = None) -> Tensor:
     """int64 (N,): for each query (N, d) the row at the least squared distance; of equals, the first.
 
     |x - e|² = |x|² - 2 (x·e - |e|²/2), so the least distance is the greatest x·e - |e|²/2. A matrix product may round
@@ -22,7 +27,9 @@ def nearest_rows(queries: Tensor, rows: Tensor, first: Tensor) -> Tensor:
 
     Args:
         rows: (size, d).
-        first: ``first_equal_rows(rows)``.
+        first: ``first_equal_rows(rows)``; None if no two rows are equal.
+        offsets: ``minus_half_norms(rows)``, if they are at hand.
     """
-    scores = torch.addmm(rows.square().sum(dim=1).mul(-0.5), queries, rows.t())
-    return first[scores.argmax(dim=1)]
+    scores = torch.addmm(minus_half_norms(rows) if offsets is None else offsets, queries, rows.t())
+    nearest = scores.argmax(dim=1)
+    return nearest if first is None else first[nearest]

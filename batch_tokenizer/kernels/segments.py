@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 Lengths = npt.NDArray[np.int64]
 
@@ -94,16 +95,24 @@ class GappedAxis:
 
     @classmethod
     def spaced(cls, lengths: Sequence[int] | Lengths, gap: int, device: torch.device | str) -> GappedAxis:
-        """Utterances one after the other with ``gap`` zero rows after each."""
+        """Utterances one after the other with ``gap`` zero rows between."""
         checked = as_lengths(lengths)
         ends = np.cumsum(checked + gap)
-        return cls.build(ends - checked - gap, checked, int(ends[-1]) if len(ends) else 0, device)
+        return cls.build(ends - checked - gap, checked, int(ends[-1]) - gap if len(ends) else 0, device)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
 
     def scatter(self, tight: Tensor) -> Tensor:
         """Tight rows (N, …) to the gapped axis (size, …), zeros between."""
+        if len(self) == 1:
+            before, after = int(self.starts[0]), self.size - int(self.starts[0]) - len(tight)
+            return pad(tight, (0, 0) * (tight.ndim - 1) + (before, after)) if before or after else tight
         gapped = tight.new_zeros((self.size, *tight.shape[1:]))
         return gapped.index_copy(0, self.rows, tight)
 
     def gather(self, gapped: Tensor) -> Tensor:
-        """Gapped rows (size, …) to the tight axis (N, …)."""
+        """Gapped rows (size, …) to the tight axis (N, …); of a lone utterance a view."""
+        if len(self) == 1:
+            return gapped.narrow(0, int(self.starts[0]), int(self.lengths[0]))
         return gapped.index_select(0, self.rows)

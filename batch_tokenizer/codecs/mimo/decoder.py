@@ -25,7 +25,10 @@ def overlap_add(frames: Tensor, hop: int) -> Tensor:
     """Frames (F, W) or (F, W, C), each ``hop`` after the one before, to their sum ((F - 1) hop + W rounded up, …)."""
     count, width = frames.shape[:2]
     pieces = -(-width // hop)
-    frames = pad(frames, (0, 0) * (frames.ndim - 2) + (0, pieces * hop - width))
+    if width == hop:
+        return frames.flatten(0, 1)
+    if width % hop:
+        frames = pad(frames, (0, 0) * (frames.ndim - 2) + (0, pieces * hop - width))
     frames = frames.unflatten(1, (pieces, hop))
     total = frames.new_zeros((count + pieces - 1, hop, *frames.shape[3:]))
     for piece in range(pieces):
@@ -78,10 +81,20 @@ class InverseSTFT(Float32Buffers):
         # Enough empty frames that neither signal nor envelope of one utterance reaches the next.
         axis = GappedAxis.spaced(segments.lengths, -(-width // hop) - 1, spectrum.device)
         signal = overlap_add(axis.scatter(frames), hop)
-        envelope = overlap_add(axis.scatter(self.window.square().expand(len(frames), -1)), hop)
+        envelope = self._envelope(axis, hop)
         lengths = (segments.lengths - 1) * hop + width - 2 * trim
         kept = GappedAxis.build(axis.starts * hop + trim, lengths, len(signal), spectrum.device)
         return kept.gather(signal) / kept.gather(envelope), Segments(lengths, spectrum.device)
+
+    def _envelope(self, axis: GappedAxis, hop: int) -> Tensor:
+        """The squared window overlap-added wherever ``axis`` has a frame, float32, as long as the signal."""
+        pieces = -(-len(self.window) // hop)
+        squared = pad(self.window.square(), (0, pieces * hop - len(self.window))).unflatten(0, (pieces, hop))
+        present = axis.scatter(squared.new_ones(axis.lengths.sum(), 1))
+        total = squared.new_zeros(axis.size + pieces - 1, hop)
+        for piece in range(pieces):
+            total[piece : piece + axis.size].addcmul_(present, squared[piece])
+        return total.flatten()
 
 
 class SpectrumHead(nn.Module):

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, linear, pad
+from torch.nn.functional import linear, pad
 
 from batch_tokenizer.codecs.mimo.config import MiMoConfig
-from batch_tokenizer.codecs.mimo.layers import TransformerStack, make_norm
+from batch_tokenizer.codecs.mimo.layers import TransformerStack, activate, make_norm
 from batch_tokenizer.codecs.mimo.quantizer import ResidualVectorQuantizer
 from batch_tokenizer.kernels.packing import filler_runs
 from batch_tokenizer.kernels.segments import GappedAxis, Segments
@@ -106,9 +106,9 @@ class AudioEncoder(nn.Module):
 
     def forward(self, mel: Tensor, layout: EncoderLayout) -> Tensor:
         """Log-mel rows (layout.mel.size, n_mels), zeros between utterances, to hidden (layout.tokens.size, d_model)."""
-        x = gelu(convolve(mel.to(self.conv1.weight.dtype), self.conv1))
+        x = activate(convolve(mel.to(self.conv1.weight.dtype), self.conv1))
         x = x * layout.conv1_valid  # the bias has filled the gaps
-        x = gelu(convolve(x, self.conv2))
+        x = activate(convolve(x, self.conv2))
         x = layout.conv2.gather(x)
         x = pad(x, (0, 0, 0, layout.layers.total - len(x)))
         x = self.layers(x, layout.layers, skip=self.config.encoder_skip_layer_id)
@@ -116,6 +116,6 @@ class AudioEncoder(nn.Module):
         x = layout.conv2.scatter(x[: len(layout.conv2.rows)])
         if self.config.avg_pooler != 1:
             weight = self.down_sample_layer.get_parameter("0.weight").transpose(1, 2).flatten(1)
-            x = gelu(linear(x.unflatten(0, (-1, self.config.avg_pooler)).flatten(1), weight))
+            x = activate(linear(x.unflatten(0, (-1, self.config.avg_pooler)).flatten(1), weight))
             x = self.down_sample_norm(x)
         return x

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batch_tokenizer.kernels.codebook import first_equal_rows, nearest_rows
+from batch_tokenizer.kernels.codebook import first_equal_rows, minus_half_norms, nearest_rows
 from batch_tokenizer.kernels.precision import Float32Buffers
 
 
@@ -23,15 +23,17 @@ class Codebook(Float32Buffers):
 
     def nearest(self, rows: Tensor) -> Tensor:
         """int64 (N,): for each row (N, d), the codebook row at the least squared distance; of equals, the first."""
-        return nearest_rows(rows, self.embed, self._first_equal())
+        return nearest_rows(rows, self.embed, *self._known())
 
-    def _first_equal(self) -> Tensor:
-        """``first_equal_rows`` of the codebook, found again when training or a move has changed it."""
-        known = self.__dict__.get("_first")
+    def _known(self) -> tuple[Tensor | None, Tensor]:
+        """``first`` and ``offsets`` of ``nearest_rows``, found again when training or a move has changed the rows."""
         state = (self.embed.data_ptr(), self.embed._version)
+        known = self.__dict__.get("_found")
         if known is None or known[0] != state:
-            known = self.__dict__["_first"] = (state, first_equal_rows(self.embed))
-        return known[1]
+            first = first_equal_rows(self.embed)
+            distinct = bool((first == torch.arange(len(first), device=first.device)).all())
+            known = self.__dict__["_found"] = (state, None if distinct else first, minus_half_norms(self.embed))
+        return known[1:]
 
 
 class CodebookLayer(nn.Module):
@@ -62,13 +64,13 @@ class ResidualVectorQuantizer(nn.Module):
         codes = []
         for codebook in self.codebooks[:num_quantizers]:
             nearest = codebook.nearest(residual)
-            residual = residual - codebook.embed[nearest]
+            residual = residual - codebook.embed.index_select(0, nearest)
             codes.append(nearest)
         return torch.stack(codes, dim=1)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes int64 (N, K'), K' <= K, to the sum of their rows, float32 (N, d)."""
-        total = self.codebooks[0].embed[codes[:, 0]]
+        total = self.codebooks[0].embed.index_select(0, codes[:, 0])
         for index in range(1, codes.shape[1]):
-            total = total + self.codebooks[index].embed[codes[:, index]]
+            total = total + self.codebooks[index].embed.index_select(0, codes[:, index])
         return total
