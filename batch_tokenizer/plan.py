@@ -30,7 +30,7 @@ from batch_tokenizer.data.loading import RowLoader
 from batch_tokenizer.data.pieces import PassLimit
 from batch_tokenizer.manifest import LineState, Manifest, in_shard, plan_units
 from batch_tokenizer.outputs import run_settings
-from batch_tokenizer.records import OUTPUT_FIELDS, LoadedRow, ManifestRow, RowError, RunError, Task, TokenizedRow
+from batch_tokenizer.records import OUTPUT_FIELDS, LoadedRow, ManifestRow, RowError, RowForm, RunError, TokenizedRow
 from batch_tokenizer.run_source import settings_of
 from batch_tokenizer.runtime.devices import ComputeDevice
 from batch_tokenizer.runtime.ledger import RowStatus, read_ledger
@@ -38,6 +38,7 @@ from batch_tokenizer.runtime.processes import ProcessGroup
 from batch_tokenizer.runtime.run_folder import read_settings
 from batch_tokenizer.sources.listing import local_manifest
 from batch_tokenizer.status import seems_at_work, spoken_duration, spoken_size
+from batch_tokenizer.storage.names import is_url, spoken
 from batch_tokenizer.writers.token_files import token_json
 from batch_tokenizer.writers.wav_file import wav_bytes
 
@@ -106,7 +107,7 @@ def dry_run(
     with tempfile.TemporaryDirectory(prefix="batch_tokenizer-") as scratch:
         path = local_manifest(str(config.data_list), Path(scratch), settings_of(config), idle)
         manifest = Manifest.open(path, config.task, scratch, sink=config.sink, progress=lambda done, total: idle())
-        trouble += _describe_manifest(manifest)
+        trouble += _describe_manifest(manifest, spoken(str(config.data_list)))
         limit = PassLimit.of(spec, config.long_audio, config.max_seconds)
         settings = run_settings(config, num_quantizers, {**info, **limit.settings})
         status, troubles = _earlier_run(config, run_dir, manifest, settings)
@@ -151,7 +152,7 @@ def dry_run(
         _print_time(config, processes, measured, seconds)
         needed = {field: share * seconds for field, share in measured.bytes_written.items()}
         _print("bytes", ", ".join(f"{field} {spoken_size(size)}" for field, size in needed.items()))
-    trouble += _check_places(sample, config.task, run_dir, needed)
+    trouble += _check_places(sample, manifest.form, run_dir, needed)
 
     print()
     for line in trouble:
@@ -172,7 +173,7 @@ def _print(name: str, text: str) -> None:
 # ------------------------------------------------------------------------------------------------ manifest, run folder
 
 
-def _describe_manifest(manifest: Manifest) -> Iterator[str]:
+def _describe_manifest(manifest: Manifest, source: str) -> Iterator[str]:
     """Prints the counts, and yields a line for what is wrong, with the first examples."""
     counts = {}
     for state, name in ((LineState.MALFORMED, "malformed"), (LineState.DUPLICATE, "duplicate")):
@@ -185,7 +186,7 @@ def _describe_manifest(manifest: Manifest) -> Iterator[str]:
             yield f"{len(lines) - _EXAMPLES:,} more {name} lines"
     _print(
         "manifest",
-        f"{manifest.path}: {len(manifest):,} rows, " + ", ".join(f"{n:,} {name}" for name, n in counts.items()),
+        f"{source}: {len(manifest):,} rows, " + ", ".join(f"{count:,} {kind}" for kind, count in counts.items()),
     )
 
 
@@ -397,7 +398,7 @@ def _print_time(config: RunConfig, processes: ProcessGroup, measured: Measured, 
 
 
 def _check_places(
-    sample: Sequence[ManifestRow], task: Task, run_dir: Path, needed: Mapping[str, float]
+    sample: Sequence[ManifestRow], form: RowForm, run_dir: Path, needed: Mapping[str, float]
 ) -> Iterator[str]:
     """Prints where there is how much space; yields a line for each place where the sampled outputs cannot go.
 
@@ -408,8 +409,10 @@ def _check_places(
     shares: Counter[int] = Counter()
     spaces: dict[int, tuple[Path, int]] = {}
     num_existing = 0
-    for field in OUTPUT_FIELDS[task]:
+    for field in form.outputs:
         for row in sample:
+            if is_url(str(row.fields[field])):
+                continue  # a store says what it does not take when it is asked to
             path = Path(str(row.fields[field]))
             if path.is_dir():
                 yield f"line {row.line + 1}, {row.key}: {path}: is a folder, where the output should go"
@@ -431,12 +434,10 @@ def _check_places(
         if reason is not None:
             yield f"{place}: nothing can be written there: {reason}"
     for device, (place, free) in spaces.items():
-        _print(
-            "free space",
-            f"{spoken_size(free)} on the disk of {place}, about {spoken_size(shares[device])} to be written there",
-        )
+        share = spoken_size(shares[device])
+        _print("free space", f"{spoken_size(free)} on the disk of {place}, about {share} to be written there")
         if shares[device] > free:
-            yield f"{place}: about {spoken_size(shares[device])} would be written where {spoken_size(free)} are free"
+            yield f"{place}: about {share} would be written where {spoken_size(free)} are free"
     if num_existing:
         _print("outputs", f"{num_existing} of the sample's exist and would be replaced")
 
