@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import logging
 import random
+import re
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -228,7 +229,9 @@ def _status(error: BaseException) -> int | None:
     seen = 0
     current: BaseException | None = error
     while current is not None and seen < 5:
-        status = getattr(current, "status", None) or getattr(current, "code", None)
+        # An answer that breaks off has a code in aiohttp too, which is none that the server sent.
+        is_aiohttp = type(current).__module__.startswith("aiohttp")
+        status = getattr(current, "status", None) or (None if is_aiohttp else getattr(current, "code", None))
         if isinstance(status, int) and 100 <= status < 600:
             return status
         response = getattr(current, "response", None)
@@ -259,9 +262,9 @@ def _lasting_cause(error: Exception) -> str | None:
 
 
 def _words(error: BaseException) -> str:
-    """The error on one line, without addresses of hosts' answers that run over several."""
+    """The error on one line, without what opens doors in the addresses that it quotes."""
     status = _status(error)
-    text = " ".join(str(error).split())
+    text = re.sub(r"\?[^\s'\"]+|(?<=://)[^\s'\"/]*@", "", " ".join(str(error).split()))
     if status is not None and status not in (200, 206) and str(status) not in text:
         text = f"{text} (HTTP {status})"
     if len(text) > 200:
