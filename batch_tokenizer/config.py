@@ -19,6 +19,10 @@ StopMetric = Literal["stoi", "si_sdr", "level_change"]
 AttentionBackend = Literal["auto", "torch_varlen", "flash_attn", "sdpa", "reference"]
 
 
+#: Settings of a run that say where its outputs go, and nothing of what was computed.
+OUTPUT_SETTINGS = ("sink", "output_dir", "audio_format")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
     """One run.

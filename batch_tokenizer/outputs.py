@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from batch_tokenizer.audio.encoding import flac_bytes, write_flac
-from batch_tokenizer.config import RunConfig
+from batch_tokenizer.config import OUTPUT_SETTINGS, RunConfig
 from batch_tokenizer.records import OUTPUT_FIELDS, SHARD_SINKS, LedgerEntry, RowError, TokenizedRow
 from batch_tokenizer.runtime.run_folder import RunFolder
 from batch_tokenizer.runtime.shard_ledger import ShardJournal, recover
@@ -23,9 +23,6 @@ from batch_tokenizer.writers.row_encoding import AudioEncoder, RowEncoder
 from batch_tokenizer.writers.shard_folder import ShardFolder
 from batch_tokenizer.writers.shard_sink import ShardSink, shard_form
 from batch_tokenizer.writers.wav_file import wav_bytes, wav_pieces
-
-#: Settings of a run that say where its outputs are, and nothing of what is in them.
-OUTPUT_SETTINGS = ("sink", "output_dir", "audio_format")
 
 
 class ResultSink(Protocol):

@@ -20,7 +20,6 @@ import multiprocessing
 import os
 import re
 import stat
-import struct
 import sys
 import time
 from collections import Counter, deque
@@ -38,14 +37,33 @@ import orjson
 from tqdm import tqdm
 
 from batch_tokenizer.codecs.base import CodecSpec
-from batch_tokenizer.config import RunConfig
+from batch_tokenizer.config import OUTPUT_SETTINGS, RunConfig
+from batch_tokenizer.data.token_files import ANY_CODEBOOKS, take_apart
 from batch_tokenizer.manifest import Manifest
-from batch_tokenizer.records import OUTPUT_FIELDS, TASKS, LedgerEntry, ManifestRow, RunError, Task
+from batch_tokenizer.records import SHARD_SINKS, TASKS, LedgerEntry, ManifestRow, RowError, RunError, Task
 from batch_tokenizer.run_source import find_manifest
 from batch_tokenizer.runtime.ledger import LedgerState, LedgerWriter, RowStatus, matched_entries, read_ledger
 from batch_tokenizer.runtime.processes import ProcessGroup
 from batch_tokenizer.runtime.run_folder import RunFolder, read_settings
+from batch_tokenizer.runtime.shard_ledger import recover
 from batch_tokenizer.status import seems_at_work
+from batch_tokenizer.verify_contents import (
+    AUDIO_HEADER_BYTES,
+    Wrong,
+    check_audio,
+    check_codes,
+    check_info,
+)
+from batch_tokenizer.verify_shards import (
+    Places,
+    Shard,
+    ShardChecker,
+    ShardReport,
+    orphans,
+    shards_of_ledger,
+    take_back,
+)
+from batch_tokenizer.writers.shard_folder import ShardFolder
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +75,8 @@ KINDS: Mapping[str, str] = {
     "unreadable": "outputs that cannot be read",
     "length": "outputs of another length than their row's audio",
     "content": "outputs with content that this run does not write",
+    "twice": "rows in more than one place",
+    "orphan": "files in the folder of shards that no ledger file names",
     "stray": "temporary files in output folders",
 }
 
@@ -68,20 +88,13 @@ _DURATION_SECONDS, _DURATION_SHARE = 0.5, 0.02
 
 _CHUNK_LINES = 256
 _LEAST_LINES_FOR_PROCESSES = 4 * _CHUNK_LINES
+#: Settings of a run that its outputs do not name.
+_NOT_IN_INFO = ("task", "num_quantizers", "segment_samples", *OUTPUT_SETTINGS)
+
 _TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.part")
-_WAV_HEADER_BYTES = 4096
 
 
 # --------------------------------------------------------------------------------------------------------------- files
-
-
-class Wrong(Exception):
-    """A file is not what it should be. ``kind`` is one of ``KINDS``."""
-
-    def __init__(self, kind: str, what: str) -> None:
-        super().__init__(kind, what)
-        self.kind = kind
-        self.what = what
 
 
 @contextmanager
@@ -103,37 +116,15 @@ def _regular_file(path: str) -> Iterator[tuple[int, int]]:
         raise Wrong("unreadable", f"cannot be read: {error.strerror}") from error
 
 
-def check_wav(path: str, *, sample_rate: int, num_samples: int) -> None:
-    """Whether ``path`` is a mono PCM-16 wav file of ``num_samples`` samples, by its header and its size.
+def check_audio_file(path: str, audio_format: str, *, sample_rate: int, num_samples: int) -> None:
+    """Whether ``path`` is such a file, by its header and its size; see ``check_audio``.
 
     Raises:
         Wrong: it is not.
     """
     with _regular_file(path) as (descriptor, size):
-        head = os.pread(descriptor, _WAV_HEADER_BYTES, 0)
-    if head[:4] != b"RIFF" or head[8:12] != b"WAVE":
-        raise Wrong("unreadable", f"not a wav file ({size} bytes)")
-    chunks: dict[bytes, tuple[int, int]] = {}
-    at = 12
-    while b"data" not in chunks and at + 8 <= len(head):
-        name, length = struct.unpack_from("<4sI", head, at)
-        chunks[name] = at + 8, length
-        at += 8 + length + length % 2
-    if b"data" not in chunks or b"fmt " not in chunks or chunks[b"fmt "][0] + 16 > len(head):
-        raise Wrong("unreadable", f"not a wav file that can be read: its header is damaged ({size} bytes)")
-    tag, channels, rate, _, _, bits = struct.unpack_from("<HHIIHH", head, chunks[b"fmt "][0])
-    if (tag, channels, bits) != (1, 1, 16):
-        raise Wrong("content", f"format {tag}, {channels} channels, {bits} bits, and not PCM, 1 channel, 16 bits")
-    if rate != sample_rate:
-        raise Wrong("content", f"{rate} Hz, not {sample_rate} Hz")
-    begin, length = chunks[b"data"]
-    if begin + length > size:
-        raise Wrong("length", f"cut short: {size - begin} of {length} bytes of audio are there")
-    if length != 2 * num_samples:
-        raise Wrong("length", f"{length / 2:.16g} samples where {num_samples} are expected")
-    (promised,) = struct.unpack_from("<I", head, 4)
-    if begin + length != size or promised + 8 != size:
-        raise Wrong("content", f"{size} bytes, and not the {begin + length} that its header implies")
+        head = os.pread(descriptor, AUDIO_HEADER_BYTES, 0)
+    check_audio(audio_format, head, size, sample_rate=sample_rate, num_samples=num_samples)
 
 
 def check_tokens(
@@ -157,48 +148,18 @@ def check_tokens(
     with _regular_file(path) as (descriptor, size), open(descriptor, "rb", closefd=False) as stream:
         content = stream.read()
     try:
-        document = orjson.loads(content)
-    except orjson.JSONDecodeError as error:
-        raise Wrong("unreadable", f"not JSON ({size} bytes): {error}") from error
-    tokens = document.get("quantized_tokens") if isinstance(document, dict) else None
-    info = document.get("info") if isinstance(document, dict) else None
-    if not isinstance(tokens, list) or not isinstance(info, dict):
-        raise Wrong("unreadable", "JSON without quantized_tokens and info")
-    if len(tokens) != num_frames:
-        raise Wrong("length", f"{len(tokens)} frames where {num_samples} samples make {num_frames}")
-    _check_codes(tokens, codebook_sizes, may_hold_bools=b"true" in content or b"false" in content)
-    expected = {
-        **settings,
-        "key": key,
-        "num_samples": num_samples,
-        "num_frames": num_frames,
-        "num_quantizers": len(codebook_sizes),
-    }
-    for name, value in expected.items():
-        if name not in info or info[name] != value:
-            found = info.get(name, "absent")
-            raise Wrong("content", f"its info has {name} {found}, not {value}")
-
-
-def _check_codes(tokens: list[Any], codebook_sizes: tuple[int, ...], *, may_hold_bools: bool) -> None:
-    num_codebooks = len(codebook_sizes)
+        raw, info = take_apart(content, "")
+    except RowError as error:
+        raise Wrong("unreadable", f"{error.reason[2:]} ({size} bytes)") from error
+    if not isinstance(info, Mapping):
+        raise Wrong("unreadable", "tokens without info")
     try:
-        codes = np.array(tokens)
-    except ValueError as error:  # frames of several lengths
-        raise Wrong("content", "frames have different numbers of codes") from error
-    if codes.ndim != 2 or codes.shape[1] != num_codebooks:
-        raise Wrong("content", f"codes of shape {codes.shape}, not ({len(tokens)}, {num_codebooks})")
-    # numpy takes true for 1 when it stands among integers.
-    if codes.dtype.kind not in "iu" or (may_hold_bools and any(type(code) is bool for row in tokens for code in row)):
-        raise Wrong("content", "codes that are not integers")
-    outside = (codes < 0) | (codes >= np.array(codebook_sizes))
-    if outside.any():
-        frame, codebook = map(int, np.argwhere(outside)[0])
-        raise Wrong(
-            "content",
-            f"frame {frame}, codebook {codebook}: code {codes[frame, codebook]} is outside "
-            f"0 to {codebook_sizes[codebook] - 1}",
-        )
+        codes = raw.check("", ANY_CODEBOOKS)
+    except RowError as error:
+        raise Wrong("content", error.reason[2:]) from error
+    check_codes(codes, codebook_sizes, num_samples=num_samples, num_frames=num_frames)
+    own = {"key": key, "num_samples": num_samples, "num_frames": num_frames, "num_quantizers": len(codebook_sizes)}
+    check_info(info, {**settings, **own})
 
 
 # -------------------------------------------------------------------------------------------------------------- ledger
@@ -322,6 +283,7 @@ class Checker:
     manifest: Manifest
     sample_rate: int
     output_sample_rate: int
+    audio_format: str
     codebook_sizes: tuple[int, ...]
     settings: Mapping[str, Any]
 
@@ -340,7 +302,7 @@ class Checker:
                 report.problems.append(Problem(row.line + 1, row.key, "pending", None, "neither done nor failed"))
             if not isinstance(row, ManifestRow):
                 continue
-            outputs = [str(row.fields[name]) for name in OUTPUT_FIELDS[self.manifest.task]]
+            outputs = [str(row.fields[name]) for name in self.manifest.form.outputs]
             report.folders.update(os.path.dirname(path) for path in outputs)
             before = len(report.problems)
             if chunk.contradicts[number] == 1:
@@ -359,12 +321,14 @@ class Checker:
         return report
 
     def _check_outputs(self, row: ManifestRow, chunk: Chunk, number: int) -> Iterator[Problem]:
-        for name in OUTPUT_FIELDS[self.manifest.task]:
+        for name in self.manifest.form.outputs:
             path = str(row.fields[name])
             try:
                 if name == "reconstructed_wav":
                     rate = self.output_sample_rate
-                    check_wav(path, sample_rate=rate, num_samples=int(chunk.output_samples[number]))
+                    check_audio_file(
+                        path, self.audio_format, sample_rate=rate, num_samples=int(chunk.output_samples[number])
+                    )
                 else:
                     check_tokens(
                         path,
@@ -477,7 +441,7 @@ def main(arguments: argparse.Namespace) -> int:
     spec = _open_spec(arguments.model_path, settings, run_dir)
 
     with ExitStack() as stack:
-        ledger = None
+        folder = ledger = None
         if arguments.repair:
             # With the lock of a job of one shard no other job can start, and none can be at work.
             alone = ProcessGroup.from_environment({})
@@ -488,7 +452,8 @@ def main(arguments: argparse.Namespace) -> int:
                 log.warning("a job seems to be at work on %s: what it has not done yet will be found wanting", run_dir)
         sink = settings.get("sink", "json")
         manifest = Manifest.open(find_manifest(run_dir, arguments.data_list), task, run_dir / "index", sink=sink)
-        return _verify(run_dir, manifest, spec, settings, ledger, workers=arguments.workers, show=arguments.show)
+        verification = Verification(run_dir, manifest, spec, settings, folder, ledger)
+        return verification.run(workers=arguments.workers, show=arguments.show)
 
 
 def find_run_dir(data_list: str | Path, task: Task | None, run_dir: Path | None) -> Path:
@@ -526,65 +491,132 @@ def _open_spec(model_path: str | None, settings: Mapping[str, Any], run_dir: Pat
     return spec
 
 
-def _verify(
-    run_dir: Path,
-    manifest: Manifest,
-    spec: CodecSpec,
-    settings: Mapping[str, Any],
-    ledger: LedgerWriter | None,
-    *,
-    workers: int | None,
-    show: int,
-) -> int:
-    began = time.monotonic()
-    state = read_ledger(run_dir, manifest)
-    audit = audit_ledger(run_dir, manifest, state)
-    checker = Checker(
-        manifest,
-        spec.info.sample_rate,
-        spec.info.output_sample_rate,
-        spec.info.codebook_sizes[: settings["num_quantizers"]],
-        {name: value for name, value in settings.items() if name not in ("task", "num_quantizers", "segment_samples")},
-    )
-    path = run_dir / "verify.jsonl"
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    folders: set[str] = set()
-    num_files = num_taken_back = 0
-    try:
-        with aside.open("wb") as stream, _processes(checker, manifest, workers) as run:
-            findings = Findings(stream, show)
-            with _progress_bar(len(manifest)) as bar:
-                for report in run.map(_check, _chunks(manifest, spec, state, audit, settings.get("segment_samples"))):
-                    for problem in report.problems:
-                        findings.add(problem)
-                    if ledger is not None:
-                        for line, key in report.wrong_rows:
-                            ledger.append(LedgerEntry(line, f"{int(manifest.digests[line]):016x}", key, "redo"))
-                    num_taken_back += len(report.wrong_rows) if ledger is not None else 0
-                    num_files += report.num_files
-                    folders |= report.folders
-                    bar.update(report.num_lines)
-            for strays in run.map(_find_strays, iter(sorted(folders))):
-                for problem in strays:
-                    findings.add(problem)
-        aside.replace(path)
-    except OSError as error:
-        raise RunError(f"{path} cannot be written: {error.strerror}", exit_code=1) from error
-    finally:
-        aside.unlink(missing_ok=True)
+@dataclass(slots=True)
+class Verification:
+    """One look at a run.
 
-    seconds = time.monotonic() - began
-    _print_report(run_dir, manifest, state, audit, findings)
-    print(f"checked    {num_files:,} files in {seconds:.1f} s, {len(manifest) / seconds:,.0f} rows/s")
-    if not findings.num_wrong:
-        print("everything holds")
-        return 0
-    print(f"NOT RIGHT  {findings.num_wrong:,} findings, all of them in {path}")
-    if ledger is not None:
-        print(f"repair     {num_taken_back:,} rows taken back: start the run again, and it does just those")
-    elif findings.counts.keys() - {"pending", "stray", DURATION}:
-        print("           verify --repair takes the rows with wrong outputs back, so that the next run does them again")
-    return 1
+    Attributes:
+        folder, ledger: open for repairing; None to look only.
+    """
+
+    run_dir: Path
+    manifest: Manifest
+    spec: CodecSpec
+    settings: Mapping[str, Any]
+    folder: RunFolder | None
+    ledger: LedgerWriter | None
+    num_checked: int = 0
+    num_taken_back: int = 0
+
+    def run(self, *, workers: int | None, show: int) -> int:
+        """Look, print what was found, repair if that was asked for. Returns the exit status.
+
+        Raises:
+            RunError: something could not be read or written.
+        """
+        began = time.monotonic()
+        run_dir, manifest = self.run_dir, self.manifest
+        state = read_ledger(run_dir, manifest)
+        audit = audit_ledger(run_dir, manifest, state)
+        path = run_dir / "verify.jsonl"
+        aside = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            with aside.open("wb") as stream, _processes(self._checker(), manifest, workers) as processes:
+                findings = Findings(stream, show)
+                wrong_lines = self._look_at_rows(processes, state, audit, findings)
+                if self.settings.get("sink") in SHARD_SINKS:
+                    self._look_at_shards(processes, wrong_lines, findings)
+            aside.replace(path)
+        except OSError as error:
+            raise RunError(f"{path} cannot be written: {error.strerror}", exit_code=1) from error
+        finally:
+            aside.unlink(missing_ok=True)
+
+        seconds = time.monotonic() - began
+        _print_report(run_dir, manifest, state, audit, findings)
+        print(f"checked    {self.num_checked:,} files in {seconds:.1f} s, {len(manifest) / seconds:,.0f} rows/s")
+        if not findings.num_wrong:
+            print("everything holds")
+            return 0
+        print(f"NOT RIGHT  {findings.num_wrong:,} findings, all of them in {path}")
+        if self.folder is not None:
+            print(f"repair     {self.num_taken_back:,} rows taken back: start the run again, and it does just those")
+        elif findings.counts.keys() - {"pending", "stray", "orphan", DURATION}:
+            print("           --repair takes the rows with wrong outputs back, so that the next run does them again")
+        return 1
+
+    def _checker(self) -> Checker:
+        info = self.spec.info
+        return Checker(
+            self.manifest,
+            info.sample_rate,
+            info.output_sample_rate,
+            self.settings.get("audio_format", "wav"),
+            info.codebook_sizes[: self.settings["num_quantizers"]],
+            {name: value for name, value in self.settings.items() if name not in _NOT_IN_INFO},
+        )
+
+    def _look_at_rows(
+        self, processes: _Processes, state: LedgerState, audit: LedgerAudit, findings: Findings
+    ) -> set[int]:
+        """What the ledger and the rows' own files say; returns the lines that are wrong."""
+        folders: set[str] = set()
+        wrong_lines: set[int] = set()
+        # Rows of shards are taken back with their whole shard.
+        ledger = None if self.settings.get("sink") in SHARD_SINKS else self.ledger
+        segment_samples = self.settings.get("segment_samples")
+        with _progress_bar(len(self.manifest)) as bar:
+            for report in processes.map(_check, _chunks(self.manifest, self.spec, state, audit, segment_samples)):
+                for problem in report.problems:
+                    findings.add(problem)
+                wrong_lines.update(line for line, _ in report.wrong_rows)
+                if ledger is not None:
+                    for line, key in report.wrong_rows:
+                        ledger.append(LedgerEntry(line, f"{int(self.manifest.digests[line]):016x}", key, "redo"))
+                    self.num_taken_back += len(report.wrong_rows)
+                self.num_checked += report.num_files
+                folders |= report.folders
+                bar.update(report.num_lines)
+        for strays in processes.map(_find_strays, iter(sorted(folders))):
+            for problem in strays:
+                findings.add(problem)
+        return wrong_lines
+
+    def _look_at_shards(self, processes: _Processes, wrong_lines: set[int], findings: Findings) -> None:
+        """The shards, and with ``--repair`` those taken back that are wrong or have a row that is."""
+        checker, task = self._checker(), self.manifest.task
+        suffix = str(self.settings["sink"])
+        shards = ShardFolder(str(self.settings["output_dir"]))
+        shard_checker = ShardChecker(
+            task, checker.output_sample_rate, checker.audio_format, checker.codebook_sizes, checker.settings
+        )
+        places = Places(self.manifest.num_lines)
+        wrong: list[Shard] = []
+
+        def lengths(samples: int, counted: int) -> tuple[int, int]:
+            if task == "token2wav":
+                return counted, samples
+            return _lengths(self.spec, samples, self.settings.get("segment_samples"))
+
+        reports: Iterator[ShardReport] = processes.map(
+            shard_checker.check, shards_of_ledger(self.run_dir, shards, task, suffix, lengths)
+        )
+        for report in reports:
+            shard = report.shard
+            self.num_checked += 1
+            repeated = places.repeated(shard)
+            for entry in repeated:
+                what = "is in an earlier shard as well"
+                findings.add(Problem(entry.line + 1, entry.key, "twice", shard.path, what))
+            for problem in report.problems:
+                findings.add(Problem(problem.line, problem.key, problem.kind, shard.path, problem.what))
+            if repeated or report.problems or any(entry.line in wrong_lines for entry in shard.entries):
+                wrong.append(shard)
+        for path, what in orphans(self.run_dir, shards, task):
+            findings.add(Problem(None, None, "orphan", path, what))
+        if self.folder is not None:
+            self.num_taken_back += take_back(wrong)
+            recover(self.run_dir, shards, task, suffix, attempt=self.folder.attempt, num_shards=1, shard=0)
 
 
 def _print_report(
@@ -640,15 +672,13 @@ def _chunks(
         for number in np.flatnonzero(status == RowStatus.DONE).tolist():
             samples, counted = int(num_samples[number]), int(ledger_frames[number])
             if manifest.task == "token2wav":
+                # Codes of several segments are decoded to less than their frames hold: each segment is cut.
                 frames[number] = counted
                 fits = counted > 0 and 0 < samples <= spec.num_output_samples(counted)
                 output_samples[number] = samples
-                # Codes of several segments are decoded to less than their frames hold: each segment is cut.
             else:
                 frames[number], output_samples[number] = _lengths(spec, samples, segment_samples)
                 fits = counted > 0 and frames[number] == counted
-            if frames[number] > 0:
-                output_samples[number] = spec.num_output_samples(int(frames[number]))
             if not fits and not contradicts[number]:
                 contradicts[number] = 2
         yield Chunk(first, status, num_samples, frames, output_samples, contradicts)

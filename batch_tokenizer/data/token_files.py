@@ -100,7 +100,7 @@ def parse_tokens(
     Raises:
         RowError: they are not of such a form.
     """
-    raw, origin = _parse(content, name)
+    raw, origin = take_apart(content, name)
     return raw.check(name, codebooks), origin if isinstance(origin, Mapping) else {}
 
 
@@ -119,7 +119,7 @@ def _open(location: str) -> tuple[_Lists | _Array, object]:
     if row is not None:
         values, about = read_row(*row)
         return _Array(values), about
-    return _parse(_read(location), spoken(location))
+    return take_apart(_read(location), spoken(location))
 
 
 def _read(location: str) -> bytes:
@@ -134,7 +134,12 @@ def _read(location: str) -> bytes:
             raise RowError("load", f"{spoken(location)}: cannot be read: {error.strerror}") from error
 
 
-def _parse(content: bytes, name: str) -> tuple[_Lists | _Array, object]:
+def take_apart(content: bytes, name: str) -> tuple[_Lists | _Array, object]:
+    """What stands for codes in a JSON or npy file's bytes, yet to be checked, and its ``info``.
+
+    Raises:
+        RowError: it is no such file.
+    """
     if content.startswith(_NPY):
         return _parse_npy(content, name)
     try:
@@ -143,11 +148,14 @@ def _parse(content: bytes, name: str) -> tuple[_Lists | _Array, object]:
         raise RowError("load", f"{name}: not JSON: {error}") from error
     # numpy takes true for 1 when it stands among integers.
     may_hold_bools = b"true" in content or b"false" in content
-    if not isinstance(document, Mapping):
-        return _Lists(document, may_hold_bools), None
-    if "quantized_tokens" not in document:
-        raise RowError("load", f"{name}: has no field quantized_tokens")
-    return _Lists(document["quantized_tokens"], may_hold_bools), document.get("info")
+    tokens, origin = document, None
+    if isinstance(document, Mapping):
+        if "quantized_tokens" not in document:
+            raise RowError("load", f"{name}: has no field quantized_tokens")
+        tokens, origin = document["quantized_tokens"], document.get("info")
+    if not isinstance(tokens, list):
+        raise RowError("load", f"{name}: quantized_tokens is {_kind(tokens)}, not a list of frames")
+    return _Lists(tokens, may_hold_bools), origin
 
 
 # --------------------------------------------------------------------------------------------------------------- arrays
@@ -160,6 +168,7 @@ class _Array:
     values: npt.NDArray[Any]
 
     def check(self, name: str, codebooks: Codebooks) -> npt.NDArray[np.uint16]:
+        """uint16 (T, K) within the codebooks, or ``RowError`` with the first fault."""
         values, sizes = self.values, codebooks.sizes
         if values.ndim != 2 or values.dtype.kind not in "iu":
             raise RowError("load", f"{name}: an array {values.shape} of {values.dtype}, not integers (T, K)")
@@ -217,13 +226,12 @@ def _parse_npy(content: bytes, name: str) -> tuple[_Array, object]:
 class _Lists:
     """Codes as whatever JSON had in their place."""
 
-    tokens: Any
+    tokens: list[Any]
     may_hold_bools: bool
 
     def check(self, name: str, codebooks: Codebooks) -> npt.NDArray[np.uint16]:
+        """As ``_Array.check``."""
         tokens = self.tokens
-        if not isinstance(tokens, list):
-            raise RowError("load", f"{name}: quantized_tokens is {_kind(tokens)}, not a list of frames")
         if not tokens:
             raise RowError("load", f"{name}: has no frames")
         codes = None if self.may_hold_bools and not _all_integers(tokens) else _as_array(tokens, codebooks.sizes)

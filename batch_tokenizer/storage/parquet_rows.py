@@ -43,7 +43,7 @@ def parse_row_location(location: str) -> tuple[str, int] | None:
 
 @dataclass(slots=True)
 class TokenParquet:
-    """An open parquet file with codes.
+    """An open parquet file.
 
     Attributes:
         name: for messages.
@@ -59,11 +59,11 @@ class TokenParquet:
     num_quantizers: int | None
 
     @classmethod
-    def open(cls, path: str) -> TokenParquet:
+    def open(cls, path: str, *, must_have_codes: bool = True) -> TokenParquet:
         """
         Raises:
-            RowError: it cannot be read, or is no parquet file with a column of lists of integers, ``codes``; or pyarrow
-                is not installed.
+            RowError: it cannot be read, its column ``codes`` is none of lists of integers, or is not there although it
+                must be; or pyarrow is not installed.
         """
         try:
             import pyarrow as pa
@@ -74,7 +74,7 @@ class TokenParquet:
         with opened(path, "a parquet file") as (descriptor, _):
             stream = os.fdopen(os.dup(descriptor), "rb")
         try:
-            file = pq.ParquetFile(stream)
+            file = pq.ParquetFile(stream, page_checksum_verification=True)
             about = file.metadata
             sizes = [about.row_group(group).num_rows for group in range(about.num_row_groups)]
             schema = file.schema_arrow
@@ -82,7 +82,9 @@ class TokenParquet:
             stream.close()
             raise RowError("load", f"{name}: not a parquet file that can be read: {_first_line(error)}") from error
         field = schema.field("codes") if "codes" in schema.names else None
-        if field is None or not pa.types.is_list(field.type) or not pa.types.is_integer(field.type.value_type):
+        if (field is None and must_have_codes) or (
+            field is not None and not (pa.types.is_list(field.type) and pa.types.is_integer(field.type.value_type))
+        ):
             stream.close()
             raise RowError("load", f"{name}: has no column codes of lists of integers")
         metadata = schema.metadata or {}

@@ -22,7 +22,8 @@ from batch_tokenizer.records import LedgerEntry, ManifestRow, RowFailure, Tokeni
 from batch_tokenizer.runtime.ledger import LedgerWriter, RowStatus, read_ledger
 from batch_tokenizer.runtime.processes import ProcessGroup
 from batch_tokenizer.runtime.run_folder import RunFolder
-from batch_tokenizer.verify import Wrong, check_tokens, check_wav
+from batch_tokenizer.verify import check_audio_file, check_tokens
+from batch_tokenizer.verify_contents import Wrong
 from batch_tokenizer.writers.file_sink import FileSink
 from batch_tokenizer.writers.wav_file import wav_bytes
 from tests.support.checkpoints import write_mimo_checkpoint
@@ -299,15 +300,14 @@ class TestWavFiles:
         content = content[:36] + chunk + content[36:]
         content = content[:4] + struct.pack("<I", len(content) - 8) + content[8:]
         (tmp_path / "a.wav").write_bytes(content)
-        check_wav(str(tmp_path / "a.wav"), sample_rate=24000, num_samples=100)
+        check_audio_file(str(tmp_path / "a.wav"), "wav", sample_rate=24000, num_samples=100)
 
     def test_reads_the_header_only(self, run, monkeypatch):
         read = []
         pread = os.pread
         monkeypatch.setattr(os, "pread", lambda *call: read.append(call[1]) or pread(*call))
-        check_wav(
-            str(run.wav(5)), sample_rate=24000, num_samples=run.spec.num_output_samples(run.spec.num_frames(14000))
-        )
+        expected = run.spec.num_output_samples(run.spec.num_frames(14000))
+        check_audio_file(str(run.wav(5)), "wav", sample_rate=24000, num_samples=expected)
         assert sum(read) <= 4096 < run.wav(5).stat().st_size
 
 

@@ -1,0 +1,180 @@
+"""``verify`` on runs to shards: every way in which a shard can be wrong is found, and one repair puts it right."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from batch_tokenizer.audio.encoding import flac_bytes
+from batch_tokenizer.cli import main
+from batch_tokenizer.codecs.checkpoint import Checkpoint
+from batch_tokenizer.codecs.registry import find_family
+from batch_tokenizer.config import RunConfig
+from batch_tokenizer.manifest import Manifest
+from batch_tokenizer.outputs import open_sink, recover_shards, run_settings
+from batch_tokenizer.records import ManifestRow, TokenizedRow
+from batch_tokenizer.runtime.ledger import RowStatus, read_ledger
+from batch_tokenizer.runtime.processes import ProcessGroup
+from batch_tokenizer.runtime.run_folder import RunFolder
+from batch_tokenizer.verify_contents import Wrong, check_audio
+from tests.support.checkpoints import write_mimo_checkpoint
+from tests.support.shards import read_shards
+
+ALONE = ProcessGroup.from_environment({})
+NUM_ROWS, NUM_QUANTIZERS = 6, 3
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_mimo_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+class ShardRun:
+    """A run of three shards of two rows, made without a model."""
+
+    def __init__(self, folder: Path, checkpoint: Path, sink: str) -> None:
+        self.folder, self.checkpoint = folder, checkpoint
+        opened = Checkpoint.open(str(checkpoint))
+        self.spec = find_family(opened).open_spec(opened)
+        info = self.spec.info
+        self.info = {
+            "codec": info.family, "fingerprint": info.fingerprint, "sample_rate": info.sample_rate,
+            "frame_rate": info.frame_rate, "codebook_sizes": list(info.codebook_sizes[:NUM_QUANTIZERS]),
+        }  # fmt: skip
+        rows = [{"key": f"r.{number}", "wav": "in.wav"} for number in range(NUM_ROWS)]
+        self.data_list = folder / "data.jsonl"
+        self.data_list.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        self.config = RunConfig(
+            data_list=self.data_list, task="wav2token2wav", sink=sink, output_dir=str(folder / "out"),  # type: ignore[arg-type]
+            audio_format="flac",
+        )  # fmt: skip
+        self.attempt(range(NUM_ROWS))
+
+    @property
+    def shards(self) -> list[Path]:
+        return sorted((self.folder / "out").glob("[!.]*"))
+
+    @property
+    def run_dir(self) -> Path:
+        return self.config.default_run_dir()
+
+    def attempt(self, wanted: range, per_shard: int = 2) -> None:
+        """An attempt that does those rows that are pending."""
+        settings = run_settings(self.config, NUM_QUANTIZERS, self.info)
+        with RunFolder.open(self.run_dir, settings, processes=ALONE) as folder:
+            recover_shards(self.config, folder, lambda: None)
+            manifest = Manifest.open(self.data_list, self.config.task, folder.index_dir, sink=self.config.sink)
+            pending = read_ledger(folder.path, manifest).status == RowStatus.PENDING
+            rate = self.spec.info.output_sample_rate
+            with open_sink(self.config, folder, self.info, NUM_QUANTIZERS, rate, lambda entry: None) as sink:
+                sink._most_rows = per_shard  # type: ignore[attr-defined]
+                for row in manifest.read(0, NUM_ROWS):
+                    if row.line in wanted and pending[row.line]:
+                        assert isinstance(row, ManifestRow)
+                        sink.write(self.result(row))
+
+    def result(self, row: ManifestRow) -> TokenizedRow:
+        num_samples = 9000 + 1000 * row.line
+        frames = self.spec.num_frames(num_samples)
+        codes = np.random.default_rng(row.line).integers(0, 8, (frames, NUM_QUANTIZERS)).astype(np.uint16)
+        return TokenizedRow(row, codes, np.zeros(self.spec.num_output_samples(frames), np.float32), num_samples)
+
+    def verify(self, *more: str) -> set[tuple[int | None, str]]:
+        """(line, kind) of what is found."""
+        words = ["--data_list", str(self.data_list), "--model_path", str(self.checkpoint), *more]
+        status = main(["verify", *words])
+        found = [json.loads(line) for line in (self.run_dir / "verify.jsonl").read_text().splitlines()]
+        assert status == (1 if found else 0)
+        return {(problem["line"], problem["kind"]) for problem in found}
+
+    def repair(self) -> None:
+        """Repair, run again, and look: all must be well, with every row in one shard."""
+        self.verify("--repair")
+        self.attempt(range(NUM_ROWS))
+        assert self.verify() == set()
+        assert sorted(read_shards(self.folder / "out")) == [f"r.{number}" for number in range(NUM_ROWS)]
+
+
+@pytest.fixture(params=["tar", "parquet"])
+def run(request: pytest.FixtureRequest, tmp_path: Path, checkpoint: Path) -> ShardRun:
+    return ShardRun(tmp_path, checkpoint, request.param)
+
+
+def test_a_good_run(run: ShardRun, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.verify() == set()
+    assert "checked    3 files" in capsys.readouterr().out
+
+
+def test_a_shard_that_is_gone(run: ShardRun) -> None:
+    run.shards[1].unlink()
+    assert run.verify() == {(None, "missing")}
+    run.repair()
+
+
+def test_a_shard_of_other_rows(run: ShardRun) -> None:
+    shutil.copy(run.shards[0], run.shards[2])
+    assert run.verify() == {(5, "content"), (6, "content")}
+    run.repair()
+
+
+def test_a_shard_that_is_cut_short(run: ShardRun) -> None:
+    content = run.shards[1].read_bytes()
+    run.shards[1].write_bytes(content[: len(content) // 2])
+    assert (None, "unreadable") in run.verify()
+    run.repair()
+
+
+def test_a_flipped_bit_in_the_codes(run: ShardRun) -> None:
+    """Parquet's pages have checksums; in a tar, only what makes a code impossible can be seen."""
+    content = bytearray(run.shards[0].read_bytes())
+    if run.config.sink == "tar":
+        place = content.index(b"\x93NUMPY") + 129
+        content[place] |= 0x80
+    else:
+        content[200] ^= 0x40
+    run.shards[0].write_bytes(content)
+    assert {kind for _, kind in run.verify()} <= {"content", "unreadable"}
+    assert run.verify()
+    run.repair()
+
+
+def test_a_row_in_two_shards(run: ShardRun) -> None:
+    first, second = sorted((run.run_dir / "ledger").glob("*.000*.jsonl"))[:2]
+    second.write_bytes(first.read_bytes())
+    shutil.copy(run.shards[0], run.shards[1])
+    assert run.verify() == {(1, "twice"), (2, "twice"), (3, "pending"), (4, "pending")}
+    run.repair()
+
+
+def test_orphans_and_leftovers(run: ShardRun) -> None:
+    shutil.copy(run.shards[0], run.shards[0].with_name(run.shards[0].name.replace("-000000.", "-000099.")))
+    run.shards[0].with_name(f".{run.shards[0].name}.part").write_bytes(b"half")
+    assert run.verify() == {(None, "orphan")}
+    run.repair()
+
+
+def test_a_ledger_that_contradicts_the_arithmetic(run: ShardRun) -> None:
+    path = sorted((run.run_dir / "ledger").glob("*.000*.jsonl"))[1]
+    path.write_text(path.read_text().replace('"num_samples":11000', '"num_samples":31000'))
+    assert {(3, "ledger"), (3, "content")} <= run.verify()
+    run.repair()
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"RIFF" + bytes(60), "unreadable"),
+        (flac_bytes(np.zeros(100, np.float32), 24000)[:20], "unreadable"),
+        (flac_bytes(np.zeros(99, np.float32), 24000), "length"),
+        (flac_bytes(np.zeros(100, np.float32), 16000), "content"),
+    ],
+)
+def test_flac_is_looked_at(content: bytes, kind: str) -> None:
+    check_audio("flac", flac_bytes(np.zeros(100, np.float32), 24000), 999, sample_rate=24000, num_samples=100)
+    with pytest.raises(Wrong) as raised:
+        check_audio("flac", content, len(content), sample_rate=24000, num_samples=100)
+    assert raised.value.kind == kind
