@@ -41,7 +41,7 @@ from batch_tokenizer.quality.recordings import align
 from batch_tokenizer.quality.results import ResultsFolder
 from batch_tokenizer.quality.speakers import SpeakerEncoder
 from batch_tokenizer.reconstruction import at_input_rate, decode, encode
-from batch_tokenizer.records import ManifestRow, RowError, RowFailure, RunError
+from batch_tokenizer.records import AudioCut, ManifestRow, RowError, RowFailure, RunError
 
 log = logging.getLogger(__name__)
 
@@ -211,6 +211,7 @@ class Job:
 
     Attributes:
         made: number of codebooks to samples, or to the path of a wav file.
+        cut: the part of ``wav`` that is the original.
     """
 
     record: Mapping[str, Any]
@@ -218,6 +219,7 @@ class Job:
     made: Mapping[int, npt.NDArray[np.float32] | str]
     sample_rate: int
     resampler: Any
+    cut: AudioCut | None = None
 
 
 _scorer: Scorer | None = None
@@ -238,7 +240,7 @@ def _score_in_worker(job: Job) -> list[dict[str, Any]]:
 def score_job(job: Job, scorer: Scorer) -> list[dict[str, Any]]:
     """The records of one utterance, one a number of codebooks; one with ``failed`` if it cannot be compared."""
     try:
-        original = load_samples(job.wav, job.sample_rate, job.resampler)
+        original = load_samples(job.wav, job.sample_rate, job.resampler, cut=job.cut)
         made = [
             load_samples(one, job.sample_rate, "soxr") if isinstance(one, str) else one for one in job.made.values()
         ]
@@ -316,7 +318,7 @@ def _made(
         results.append_codes(row.line, row.digest, coded[number])
         record["frames"] = len(coded[number])
         assert row.wav is not None
-        yield Job(record, row.wav, made[number], source.sample_rate, source.resampler)
+        yield Job(record, row.wav, made[number], source.sample_rate, source.resampler, row.cut)
 
 
 def _results(jobs: Iterator[Job | dict[str, Any]], request: Request, workers: int) -> Iterator[list[dict[str, Any]]]:

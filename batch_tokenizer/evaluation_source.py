@@ -156,7 +156,8 @@ def load_input(source: Source, row: ManifestRow) -> Any:
         raise RowError("load", "the row has no wav to compare with")
     if source.run_settings is None:
         assert source.info is not None
-        return load_samples(row.wav, source.sample_rate, source.resampler, max_samples=source.info.max_samples)
+        most = source.info.max_samples
+        return load_samples(row.wav, source.sample_rate, source.resampler, cut=row.cut, max_samples=most)
     if row.quantized_tokens is None:
         raise RowError("load", "the row has no quantized_tokens")
     if source.info is not None:
@@ -172,7 +173,7 @@ def recordings(source: Source, row: ManifestRow) -> tuple[Recording, Recording]:
     """
     if row.wav is None:
         raise RowError("load", "the row has no wav to compare with")
-    original = load_samples(row.wav, source.sample_rate, source.resampler)
+    original = load_samples(row.wav, source.sample_rate, source.resampler, cut=row.cut)
     most = source.num_quantizers[-1]
     made: Any
     if source.codec is None:

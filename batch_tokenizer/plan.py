@@ -27,7 +27,7 @@ from batch_tokenizer.codecs.checkpoint import Checkpoint
 from batch_tokenizer.codecs.registry import find_family
 from batch_tokenizer.config import RunConfig
 from batch_tokenizer.data.loading import RowLoader
-from batch_tokenizer.data.pieces import PassLimit
+from batch_tokenizer.data.pieces import PassLimit, piece_of
 from batch_tokenizer.manifest import LineState, Manifest, in_shard, plan_units
 from batch_tokenizer.outputs import run_settings
 from batch_tokenizer.records import OUTPUT_FIELDS, LoadedRow, ManifestRow, RowError, RowForm, RunError, TokenizedRow
@@ -122,7 +122,7 @@ def dry_run(
         of_shard = f" of shard {config.shard} of {config.num_shards}" if config.num_shards > 1 else ""
         ranks = f"{processes.world_size} ranks ({processes.launcher})"
         _print("to do", f"{len(rows):,} rows{of_shard} in {len(units):,} units for {ranks}")
-        trouble += _too_long(manifest, rows, spec)
+        trouble += _too_long(manifest, rows, spec, limit)
 
         sample, opened = _open_sample(config, manifest, rows, spec, num_quantizers, trouble, idle)
         seconds = _estimate_seconds(manifest, rows, opened)
@@ -227,15 +227,15 @@ def _earlier_run(
     return state.status, trouble
 
 
-def _too_long(manifest: Manifest, rows: npt.NDArray[np.int64], spec: CodecSpec) -> list[str]:
-    if spec.info.max_samples is None or manifest.task == "token2wav":
+def _too_long(manifest: Manifest, rows: npt.NDArray[np.int64], spec: CodecSpec, limit: PassLimit) -> list[str]:
+    if limit.samples is None or limit.policy != "native" or manifest.task == "token2wav":
         return []
-    most = spec.info.max_samples / spec.info.sample_rate
+    most = limit.samples / spec.info.sample_rate
     lines = rows[manifest.durations[rows] > most]
     if not len(lines):
         return []
     first = f"the first on line {lines[0] + 1}"
-    return [f"{len(lines):,} rows are by the manifest longer than the {most:g} s that the model takes, {first}"]
+    return [f"{len(lines):,} rows are by the manifest longer than the {most:g} s that one pass takes, {first}"]
 
 
 # -------------------------------------------------------------------------------------------------------------- sample
@@ -254,7 +254,8 @@ def _open_sample(
     spread = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), SAMPLE_ROWS)).round().astype(np.int64))
     sample = [item for line in rows[spread].tolist() for item in manifest.read(line, line + 1)]
     sampled = [item for item in sample if isinstance(item, ManifestRow)]
-    load = RowLoader(config.task, spec, config.resampler, num_quantizers)
+    limit = PassLimit.of(spec, config.long_audio, config.max_seconds)
+    load = RowLoader(config.task, spec, config.resampler, num_quantizers, limit)
     opened = []
     for row in sampled:
         idle()
@@ -264,6 +265,10 @@ def _open_sample(
             else:
                 header = probe_audio(str(row.wav))
                 seconds = None if header.frames is None else header.frames / header.sample_rate
+                if row.cut is not None and row.cut.end is not None:
+                    seconds = row.cut.end - row.cut.start
+                elif row.cut is not None and seconds is not None:
+                    seconds -= row.cut.start
         except RowError as error:
             trouble.append(f"line {row.line + 1}, {row.key}: {error}")
         else:
@@ -309,16 +314,28 @@ def _load_some(
             room -= length
     if opened and not chosen:
         chosen.append(opened[int(np.argmin(lengths))])
-    load = RowLoader(config.task, spec, config.resampler, num_quantizers)
+    limit = PassLimit.of(spec, config.long_audio, config.max_seconds)
+    load = RowLoader(config.task, spec, config.resampler, num_quantizers, limit)
     loaded: list[LoadedRow] = []
     for sampled in chosen:
         idle()
         try:
-            loaded.append(load(sampled.row))
+            loaded.append(_first_piece(load, load(sampled.row)))
         except RowError as error:
             trouble.append(f"line {sampled.row.line + 1}, {sampled.row.key}: {error}")
     _print("sample", f"{len(opened)} inputs opened, {len(loaded)} of {len(chosen)} decoded")
     return loaded
+
+
+def _first_piece(load: RowLoader, loaded: LoadedRow) -> LoadedRow:
+    """What stands for a row that is done in pieces; other rows as they are."""
+    if loaded.pieces is None:
+        return loaded
+    if loaded.codes is None:
+        return load(piece_of(loaded.row, loaded.pieces, 0, load.spec.info.sample_rate))
+    assert loaded.pieces.frames is not None
+    codes = loaded.codes[: loaded.pieces.frames[1]]
+    return LoadedRow(loaded.row, None, codes, load.spec.num_output_samples(len(codes)), len(codes))
 
 
 def _measure(

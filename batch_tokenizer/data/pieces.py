@@ -16,7 +16,7 @@ from batch_tokenizer.records import AudioCut, LongAudio, ManifestRow, Pieces, Ro
 PIECE_SECONDS = 60.0
 
 #: Seconds of codes that a window has on each side beyond what is used of it. ``docs/long_audio.md`` has the seam error.
-CONTEXT_SECONDS = 5.0
+CONTEXT_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,11 +15,13 @@ from collections import deque
 from collections.abc import Mapping
 from types import TracebackType
 
+import numpy as np
+
 from batch_tokenizer.audio.loading import load_samples
 from batch_tokenizer.audio.resampling import Resampler, resample
 from batch_tokenizer.quality.metrics import CHEAP_METRICS, METRICS, Scorer, Scores
-from batch_tokenizer.quality.recordings import align
-from batch_tokenizer.records import RowError, RunError, TokenizedRow
+from batch_tokenizer.quality.recordings import MOST_SECONDS, align
+from batch_tokenizer.records import AudioCut, RowError, RunError, TokenizedRow
 
 log = logging.getLogger(__name__)
 
@@ -105,8 +107,13 @@ class LiveQuality:
     def _score(self, scorer: Scorer, result: TokenizedRow) -> None:
         assert result.row.wav is not None
         assert result.samples is not None
-        original = load_samples(result.row.wav, self._sample_rate, self._resampler)
-        made = resample(result.samples[None], self._output_rate, self._sample_rate, "soxr")[0]
+        cut, samples = result.row.cut, result.samples
+        if len(samples) > MOST_SECONDS * self._output_rate:  # hours, perhaps
+            cut = cut or AudioCut()
+            cut = AudioCut(cut.start, cut.start + MOST_SECONDS, cut.channel)
+            samples = np.array(samples[: round(MOST_SECONDS * self._output_rate)])
+        original = load_samples(result.row.wav, self._sample_rate, self._resampler, cut=cut)
+        made = resample(samples[None], self._output_rate, self._sample_rate, "soxr")[0]
         reference, (reconstruction,) = align(original, [made], self._sample_rate)
         scores = scorer.score(reference, reconstruction)
         log.info("quality of row %s: %s", result.row.key, in_words(scores))
