@@ -25,7 +25,7 @@ from batch_tokenizer.storage.streams import StreamReader
 Kind = Literal["rows", "tar", "parquet", "folder", "list"]
 
 #: Locations that one pattern may name.
-MOST_LOCATIONS = 10_000_000
+MOST_LOCATIONS = 1_000_000
 
 _INNERMOST = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(-?\d{1,18})\.\.(-?\d{1,18})")

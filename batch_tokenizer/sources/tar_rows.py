@@ -44,6 +44,11 @@ class _Group:
     members: list[tuple[str, Member]] = field(default_factory=list)
     sidecars: dict[str, bytes | int] = field(default_factory=dict)  # content, or the size of one too large
 
+    @property
+    def suffixes(self) -> set[str]:
+        """Of all of them."""
+        return {suffix for suffix, _ in self.members} | self.sidecars.keys()
+
 
 def tar_rows(location: str, field_name: str, note: Note) -> Iterator[dict[str, Any]]:
     """The rows of one shard, in its order; refused ones have the field ``REFUSED``.
@@ -56,7 +61,7 @@ def tar_rows(location: str, field_name: str, note: Note) -> Iterator[dict[str, A
     """
     endings = AUDIO_ENDINGS if field_name == "wav" else TOKEN_ENDINGS
     group = _Group("")
-    had_sidecars = False
+    usual: set[str] = set()
     latest: tuple[str, Member] | None = None  # of the members that were handed out: its prefix, and itself
     try:
         with _tape(location) as (tape, streamed):
@@ -68,20 +73,20 @@ def tar_rows(location: str, field_name: str, note: Note) -> Iterator[dict[str, A
             try:
                 for member in walk(tape, note):
                     name = member.name.removeprefix("./")
-                    match = _NAME.fullmatch(name)
-                    if match is None:
-                        note("members without a name and an ending", name)
-                        continue
-                    prefix, suffix = match[1], match[2].lower()
-                    ending = suffix.rpartition(".")[2]
+                    ending = name.rpartition(".")[2].lower()
                     if fault := _fault(name):
                         if ending in endings:
                             reason = f"{spoken(location)} has member {name[:200]!a}, {fault}"
                             yield _refusal(name[:_MOST_NAME], reason)
                         continue
+                    match = _NAME.fullmatch(name)
+                    if match is None:
+                        note("members without a name and an ending", name)
+                        continue
+                    prefix, suffix = match[1], match[2].lower()
                     if prefix != group.prefix:
                         yield from rows()
-                        had_sidecars = had_sidecars or bool(group.sidecars)
+                        usual = group.suffixes
                         group = _Group(prefix)
                     latest = prefix, member
                     if ending in endings:
@@ -93,10 +98,11 @@ def tar_rows(location: str, field_name: str, note: Note) -> Iterator[dict[str, A
             except (TornTar, StorageError) as error:
                 if isinstance(error, StorageError) and error.transient:
                     raise
-                # Of the last group a part may be missing: then it is no row until the shard is whole.
+                # Of the last group a part may be missing. It is no row then until the shard is whole, as a row that
+                # changes when it is done already would be done twice. Whole it is if it has what the one before has.
                 whole = latest is None or tape.position >= latest[1].offset + latest[1].size
                 lost = None
-                if whole and (group.sidecars or not had_sidecars):
+                if whole and usual and usual <= group.suffixes:
                     yield from rows()
                 elif latest is not None:
                     lost = latest[1].name if not whole else group.prefix

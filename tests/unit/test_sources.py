@@ -1,0 +1,504 @@
+"""Sources: whatever names a corpus becomes one manifest, and what cannot be a row is a refused one."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import tarfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from batch_tokenizer.config import RunConfig, beside
+from batch_tokenizer.manifest import MAX_LINE, REFUSED, Manifest
+from batch_tokenizer.records import ManifestRow, RowFailure, RunError
+from batch_tokenizer.sources.finishing import SourceSettings
+from batch_tokenizer.sources.foreign_rows import Refused, convert
+from batch_tokenizer.sources.listing import local_manifest
+from batch_tokenizer.sources.output_paths import MOST_NAME, output_path
+from batch_tokenizer.sources.patterns import expand_braces, find_sources
+from batch_tokenizer.storage.opening import opened
+from tests.support.tars import header, tar_bytes, wav_content
+
+NO_OUTPUTS = SourceSettings(sink="tar")
+
+
+def rows_of(data_list: str | Path, folder: Path, given_settings: SourceSettings = NO_OUTPUTS) -> list[dict[str, Any]]:
+    """The rows that a source becomes."""
+    path = local_manifest(str(data_list), folder / "index", given_settings)
+    return [json.loads(line) for line in path.read_bytes().splitlines() if line.strip()]
+
+
+def read(location: str) -> bytes:
+    with opened(location) as (descriptor, size):
+        return os.pread(descriptor, size, 0)
+
+
+# --- patterns
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        ("a", ["a"]),
+        ("s{0..2}.tar", ["s0.tar", "s1.tar", "s2.tar"]),
+        ("{008..011}", ["008", "009", "010", "011"]),
+        ("{2..0}", ["2", "1", "0"]),
+        ("{a,b}{1..2}", ["a1", "a2", "b1", "b2"]),
+        ("{a,{x,y}}", ["a", "x", "a", "y"]),
+        ("{}{a}", ["{}{a}"]),
+        ("{a}{1..2}", ["{a}1", "{a}2"]),
+    ],
+)
+def test_braces(pattern: str, words: list[str]) -> None:
+    assert sorted(expand_braces(pattern)) == sorted(words)
+
+
+def test_too_many_files_are_refused_at_once() -> None:
+    began = time.monotonic()
+    with pytest.raises(RunError, match="more than"):
+        sum(1 for _ in expand_braces("{0..99999999999}"))
+    assert time.monotonic() - began < 30
+
+
+def test_globs_lists_and_files_with_braces_in_their_names(tmp_path: Path) -> None:
+    for name in ("s1.tar", "s0.tar", "x{0..1}.tar", "b.txt"):
+        (tmp_path / name).write_bytes(tar_bytes([("a.wav", b"x")]))
+    (tmp_path / "list.txt").write_text(f"# shards\n{tmp_path}/s*.tar\n\n{tmp_path}/s1.tar\n")
+    located = [source.location for source in find_sources(f"{tmp_path}/s*.tar")]
+    assert located == [f"{tmp_path}/s0.tar", f"{tmp_path}/s1.tar"]
+    assert [source.location for source in find_sources(f"{tmp_path}/x{{0..1}}.tar")] == [f"{tmp_path}/x{{0..1}}.tar"]
+    assert [source.location for source in find_sources(f"{tmp_path}/list.txt")] == [*located, f"{tmp_path}/s1.tar"]
+    with pytest.raises(RunError, match="no file matches"):
+        find_sources(f"{tmp_path}/none*.tar")
+    with pytest.raises(RunError, match=r"2 of 4 files do not exist, the first .*s2\.tar"):
+        rows_of(f"{tmp_path}/s{{0..3}}.tar", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("data_list", "name"),
+    [
+        ("a/data.jsonl", "a/data.T"),
+        ("a/data.jsonl.gz", "a/data.T"),
+        ("a/shards/{000..999}.tar", "a/shards.T"),
+        ("shards/*.tar", "shards.T"),
+        ("*.tar", "shards.T"),
+        ("../{0..3}.tar", "../shards.T"),
+        ("s3://bucket/deep/data.jsonl", "data.T"),
+        ("s3://bucket/shards/{0..3}.tar", "shards.T"),
+        ("https://host/x/data.jsonl?token=a/b", "data.T"),
+        ("pipe:cat a/b.tar", "pipe.T"),
+    ],
+)
+def test_run_folders_lie_where_a_person_would_look(data_list: str, name: str) -> None:
+    assert beside(data_list, ".T") == Path(name)
+
+
+def test_run_folder_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "audio").mkdir()
+    assert RunConfig(data_list=f"{tmp_path}/audio/").default_run_dir() == tmp_path / "audio.wav2token.run"
+    monkeypatch.chdir(tmp_path / "audio")
+    assert beside(".", ".x") == tmp_path / "audio.x"
+
+
+# --- JSON lines
+
+
+def test_complete_rows_are_taken_as_they_stand(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"key":"a","wav":"a.wav","quantized_tokens":"a.json"}\n')
+    assert local_manifest(str(path), tmp_path / "index", SourceSettings()) == path
+    assert not (tmp_path / "index").exists()
+    missing = tmp_path / "none.jsonl"
+    assert local_manifest(str(missing), tmp_path / "index", SourceSettings()) == missing
+
+
+def test_every_line_stays_in_its_place(tmp_path: Path) -> None:
+    """Lines that are no rows pass through, for the manifest to refuse by their line."""
+    path = tmp_path / "data.jsonl"
+    long = b'{"key":"' + b"x" * (MAX_LINE + 5000)
+    lines = [b'\xef\xbb\xbf{"key":"a","audio_filepath":"a.wav","duration":1.5}', b"", b"not JSON", b"[1]", long,
+             b"\xff", b'{"key":"b","wav":"b.wav","quantized_tokens":"own/b.json"}', b'{"wav":"c.wav"}']  # fmt: skip
+    path.write_bytes(b"\n".join(lines))
+    made = local_manifest(str(path), tmp_path / "index", SourceSettings(output_dir="out"))
+    manifest = Manifest.open(made, "wav2token", tmp_path / "index")
+    assert manifest.num_lines == len(lines)
+    items = {item.line: item for item in manifest.read(0, len(lines))}
+    assert isinstance(items[0], ManifestRow)
+    assert (items[0].wav, items[0].fields["duration"]) == ("a.wav", 1.5)
+    assert isinstance(items[6], ManifestRow)
+    assert items[6].quantized_tokens == "own/b.json"
+    reasons = {line: item.reason for line, item in items.items() if isinstance(item, RowFailure)}
+    assert sorted(reasons) == [2, 3, 4, 5, 7]
+    assert "longer than 16 MiB" in reasons[4]
+    assert 'field "key" is missing' in reasons[7]
+
+
+NEMO = {"audio_filepath": "wavs/a.wav", "duration": 2.0, "text": "hello", "lang": "en"}
+
+
+def test_nemo_rows() -> None:
+    assert convert(NEMO) == {"key": "wavs/a", "wav": "wavs/a.wav", "duration": 2.0, "text": "hello", "lang": "en"}
+    assert convert({**NEMO, "offset": 0.0})["key"] == "wavs/a"
+    assert "offset" not in convert({**NEMO, "offset": 0})
+    cut = convert({**NEMO, "offset": 12.5})
+    assert (cut["key"], cut["offset"], cut["duration"]) == ("wavs/a-12.5", 12.5, 2.0)
+    assert convert({**NEMO, "id": "u1"})["key"] == "u1"
+    assert convert(NEMO, "base")["wav"] == "base/wavs/a.wav"
+    assert convert({**NEMO, "audio_filepath": "/x/a.wav"}, "base")["wav"] == "/x/a.wav"
+    for row, reason in (({**NEMO, "shard_id": 3}, "name its tars"), ({"audio_filepath": 7}, "not a path")):
+        with pytest.raises(Refused, match=reason):
+            convert(row)
+
+
+def test_nemo_paths_are_beside_their_manifest_where_they_are_not_here(tmp_path: Path) -> None:
+    (tmp_path / "wavs").mkdir()
+    (tmp_path / "wavs" / "a.wav").write_bytes(wav_content())
+    (tmp_path / "nemo.json").write_text(json.dumps(NEMO) + "\n")
+    assert rows_of(tmp_path / "nemo.json", tmp_path)[0]["wav"] == f"{tmp_path}/wavs/a.wav"
+
+
+def lhotse(**more: Any) -> dict[str, Any]:
+    recording = {
+        "id": "rec", "sources": [{"type": "file", "channels": [0], "source": "rec.flac"}],
+        "sampling_rate": 16000, "num_samples": 160000, "duration": 10.0,
+    }  # fmt: skip
+    supervision = {"id": "s", "text": "hello", "speaker": "sp", "language": "en", "start": 0, "duration": 2}
+    return {"id": "cut-1", "start": 1.25, "duration": 2.5, "channel": 0, "type": "MonoCut", "recording": recording,
+            "supervisions": [supervision], **more}  # fmt: skip
+
+
+def test_lhotse_cuts_and_recordings() -> None:
+    row = convert(lhotse())
+    assert row == {
+        "key": "cut-1", "wav": "rec.flac", "start": 1.25, "duration": 2.5, "text": "hello", "speaker": "sp",
+        "language": "en",
+    }  # fmt: skip
+    whole = convert(lhotse(start=0, duration=10.0))
+    assert ("start" in whole, whole["duration"]) == (False, 10.0)
+    assert convert(lhotse()["recording"]) == {"key": "rec", "wav": "rec.flac", "duration": 10.0}
+    two = lhotse(channel=3)
+    two["recording"]["sources"][0]["channels"] = [2, 3]
+    assert convert(two)["channel"] == 1
+    assert convert({**two, "channel": [3]})["channel"] == 1
+    assert "channel" not in convert({**two, "channel": [2, 3]})
+    texts = convert(lhotse(supervisions=[{"text": "a", "speaker": "x"}, {"text": "b", "speaker": "y"}]))
+    assert (texts["text"], "speaker" in texts, len(texts["supervisions"])) == ("a b", False, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda row: row.update(type="MixedCut", tracks=[]), "MixedCut"),
+        (lambda row: row["recording"]["sources"].append({}), "2 sources"),
+        (lambda row: row["recording"].update(sources=[]), "0 sources"),
+        (lambda row: row["recording"]["sources"][0].update(type="command"), "type 'command'"),
+        (lambda row: row["recording"].update(transforms=[{"name": "Speed"}]), "transforms"),
+        (lambda row: row.update(id=None), '"id" is missing'),
+        (lambda row: row.update(channel=[0, 5]), "only one or all"),
+    ],
+)
+def test_lhotse_rows_without_a_counterpart_are_refused(
+    change: Callable[[dict[str, Any]], object], reason: str, tmp_path: Path
+) -> None:
+    row = lhotse()
+    change(row)
+    with gzip.open(tmp_path / "cuts.jsonl.gz", "wb") as stream:
+        stream.write(json.dumps(row).encode() + b"\n" + json.dumps(lhotse(id="good")).encode())
+    path = local_manifest(str(tmp_path / "cuts.jsonl.gz"), tmp_path / "index", NO_OUTPUTS)
+    bad, good = Manifest.open(path, "wav2token", tmp_path / "index", sink="tar").read(0, 2)
+    assert isinstance(bad, RowFailure)
+    assert reason in bad.reason
+    assert isinstance(good, ManifestRow)
+    assert good.cut is not None
+    assert good.cut.end == 3.75
+
+
+# --- tars
+
+
+def test_tar_rows_are_grouped_as_webdataset_groups_them(tmp_path: Path) -> None:
+    (tmp_path / "x.tar").write_bytes(
+        tar_bytes(
+            [
+                ("./d/a.FLAC", b"1"),
+                ("./d/a.json", b'{"text":"A","n":NaN,"key":"evil","wav":"/etc/passwd","quantized_tokens":"/x",'
+                               b'"offset":5,"channel":1,"__refused__":"no"}'),
+                ("./d/a.txt", b"other text\n"),
+                ("b.16k.wav", b"22"),
+                ("b.48k.wav", b"333"),
+                ("b.48k.txt", "h\u00e9".encode()),
+                ("b.txt", b"of both"),
+                ("c.cls", b"7"),
+                ("d.tokens.npy", b"x"),
+                (".hidden.wav", b"x"),
+                ("noending", b"x"),
+                ("e.wav", b"4444"),
+                ("e.json", b"[1, 2]"),
+            ]
+        )
+    )  # fmt: skip
+    rows = rows_of(tmp_path / "x.tar", tmp_path)
+    by_key = {row.pop("key"): row for row in rows}
+    contents = {key: read(row.pop("wav")) for key, row in by_key.items()}
+    assert contents == {"d/a": b"1", "b.16k": b"22", "b.48k": b"333", "e": b"4444"}
+    assert by_key["d/a"] == {"text": "A", "n": None, "original_offset": 5, "original_channel": 1}
+    assert by_key["b.16k"] == {"text": "of both"}
+    assert by_key["b.48k"] == {"text": "h\u00e9"}
+    assert by_key["e"] == {"json": [1, 2]}
+    tokens = rows_of(tmp_path / "x.tar", tmp_path, SourceSettings("token2wav", "tar"))
+    assert [row["key"] for row in tokens] == ["d"]
+    assert tokens[0]["quantized_tokens"].startswith("tar://")
+
+
+PARTS = st.text("aB.c-_é/", min_size=1, max_size=6).filter(lambda name: not name.startswith("/") and ".." not in name)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    groups=st.lists(st.tuples(PARTS, st.sets(st.sampled_from(["wav", "flac", "json", "txt"]), min_size=1)), max_size=6)
+)
+def test_each_audio_member_of_any_tar_is_one_row_with_its_own_bytes(
+    tmp_path_factory: pytest.TempPathFactory, groups: list[tuple[str, set[str]]]
+) -> None:
+    folder = tmp_path_factory.mktemp("tar")
+    members = []
+    for number, (stem, endings) in enumerate(groups):
+        for ending in sorted(endings):
+            content = b'{"n": %d}' % number if ending == "json" else f"{number}{ending}".encode()
+            members.append((f"{stem}.{ending}", content))
+    content = tar_bytes(members, tarfile.PAX_FORMAT)
+    (folder / "x.tar").write_bytes(content)
+    (folder / "y.tar.gz").write_bytes(gzip.compress(content))
+    expected = [
+        content
+        for name, content in members
+        if name.endswith((".wav", ".flac")) and not os.path.basename(name).startswith(".")
+    ]
+    for name in ("x.tar", "y.tar.gz"):
+        rows = rows_of(folder / name, folder)
+        assert [read(row["wav"]) for row in rows] == expected
+        assert not any(REFUSED in row for row in rows)
+
+
+def members(count: int = 4) -> list[tuple[str, bytes]]:
+    """Clips with texts beside them."""
+    pairs = [(f"u{number}.{end}", b"%d" % number * 300) for number in range(count) for end in ("txt", "wav")]
+    return sorted(pairs, key=lambda pair: (pair[0].split(".")[0], pair[0].endswith("txt")))
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("place", [0.1, 0.3, 0.5, 0.7, 0.9])
+def test_a_torn_shard_costs_its_tail_and_one_failed_row(tmp_path: Path, place: float, compressed: bool) -> None:
+    content = tar_bytes(members())[: 8 * 1024 + 1024]
+    whole = gzip.compress(content, 0) if compressed else content
+    path = tmp_path / ("x.tar.gz" if compressed else "x.tar")
+    path.write_bytes(whole)
+    complete = rows_of(path, tmp_path)
+    path.write_bytes(whole[: int(place * len(whole))])
+    *rows, torn = rows_of(path, tmp_path)
+    # What is left is a beginning of what would have been, row by row, so that mending the shard changes no row.
+    assert rows == complete[: len(rows)]
+    # The one before the tear may be lost too, if nothing shows that it is whole.
+    assert int(place * len(content) / 2048) - len(rows) in (0, 1)
+    assert torn["key"] == str(path)
+    assert torn[REFUSED].startswith(f"{path}: ")
+    assert "fetch or pack it again" in torn[REFUSED]
+
+
+def test_a_shard_that_is_no_tar_costs_one_failed_row_and_no_other_shard(tmp_path: Path) -> None:
+    (tmp_path / "0.tar").write_bytes(b"")
+    (tmp_path / "1.tar").write_bytes(b"RIFF" * 1000)
+    (tmp_path / "2.tar").write_bytes(tar_bytes([("a.wav", b"x")]))
+    (tmp_path / "3.tar").mkdir()
+    rows = rows_of(f"{tmp_path}/{{0..3}}.tar", tmp_path)
+    assert [("is empty" in str(row.get(REFUSED)), "is no tar" in str(row.get(REFUSED))) for row in rows] == [
+        (True, False), (False, True), (False, False), (False, False),
+    ]  # fmt: skip
+    assert "is not a file" in rows[3][REFUSED]
+
+
+def test_hostile_members_are_refused_by_name_and_write_nothing(tmp_path: Path) -> None:
+    bomb = b'{"a":' * 100_000
+    content = tar_bytes(
+        [
+            ("/etc/evil.wav", b"x"),
+            ("a/../../evil.wav", b"x"),
+            ("C:\\evil.wav", b"x"),
+            ("..\\evil.wav", b"x"),
+            ("n" * 2000 + ".wav", b"x"),
+            ("bomb.wav", b"x"),
+            ("bomb.json", bomb),
+            ("large.wav", b"x"),
+            ("large.json", b'"' + b"x" * (1 << 20) + b'"'),
+            ("huge number.wav", b"x"),
+            ("huge number.json", b'{"n": %s}' % (b"9" * 400)),
+            ("good.wav", b"fine"),
+        ],
+        tarfile.GNU_FORMAT,
+    )
+    (tmp_path / "x.tar").write_bytes(header(b"link.wav", 0, b"2") + content)
+    rows = rows_of(tmp_path / "x.tar", tmp_path, SourceSettings(output_dir=str(tmp_path / "out")))
+    refused = {row["key"]: row[REFUSED] for row in rows if REFUSED in row}
+    assert set(refused) >= {"/etc/evil.wav", "a/../../evil.wav", "C:\\evil.wav", "..\\evil.wav", "bomb", "large"}
+    assert "an absolute name" in refused["/etc/evil.wav"]
+    assert "leads out of the shard" in refused["a/../../evil.wav"]
+    assert "a name of 2,004 characters" in refused[("n" * 2000)[:1024]]
+    assert "its .json is not valid" in refused["bomb"]
+    assert "1,048,578 bytes" in refused["large"]
+    good = [row for row in rows if REFUSED not in row]
+    assert read(good[-1]["wav"]) == b"fine"
+    for row in good:
+        assert os.path.realpath(row["quantized_tokens"]).startswith(f"{tmp_path}/out/")
+
+
+def test_equal_keys_in_two_shards_are_duplicates(tmp_path: Path) -> None:
+    for number in range(2):
+        (tmp_path / f"{number}.tar").write_bytes(tar_bytes([("a.wav", b"x")]))
+    path = local_manifest(f"{tmp_path}/*.tar", tmp_path / "index", NO_OUTPUTS)
+    first, second = Manifest.open(path, "wav2token", tmp_path / "index", sink="tar").read(0, 2)
+    assert isinstance(first, ManifestRow)
+    assert isinstance(second, RowFailure)
+    assert "duplicate key" in second.reason
+
+
+def test_rows_of_shards_without_outputs_are_refused_with_the_remedy(tmp_path: Path) -> None:
+    (tmp_path / "x.tar").write_bytes(tar_bytes([("a.wav", b"x")]))
+    with pytest.raises(RunError, match="give --output_dir"):
+        local_manifest(f"{tmp_path}/x.tar", tmp_path / "index", SourceSettings())
+
+
+def test_a_source_is_listed_once_and_again_when_it_changed(tmp_path: Path) -> None:
+    shard = tmp_path / "0.tar"
+    shard.write_bytes(tar_bytes([("a.wav", b"x")]))
+    first = local_manifest(f"{tmp_path}/*.tar", tmp_path / "index", NO_OUTPUTS)
+    first_inode = first.stat().st_ino
+    assert local_manifest(f"{tmp_path}/*.tar", tmp_path / "index", NO_OUTPUTS).stat().st_ino == first_inode
+    (tmp_path / "1.tar").write_bytes(tar_bytes([("b.wav", b"x")]))
+    second = local_manifest(f"{tmp_path}/*.tar", tmp_path / "index", NO_OUTPUTS)
+    assert second.read_bytes().startswith(first.read_bytes())
+    assert second.read_bytes().count(b"\n") == 2
+    changed = local_manifest(f"{tmp_path}/*.tar", tmp_path / "index", SourceSettings(output_dir="o"))
+    assert changed != second
+    assert not list((tmp_path / "index").glob("listing-*"))
+
+
+def test_a_listing_that_is_stopped_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stopped(Exception):
+        pass
+
+    def stop() -> None:
+        raise Stopped
+
+    (tmp_path / "0.tar").write_bytes(tar_bytes([("a.wav", b"x")]))
+    with pytest.raises(Stopped):
+        local_manifest(f"{tmp_path}/0.tar", tmp_path / "index", NO_OUTPUTS, stop)
+    assert [path.name for path in (tmp_path / "index").iterdir()] == ["source.lock"]
+
+
+# --- folders
+
+
+def test_a_folder_is_walked_in_order(tmp_path: Path) -> None:
+    audio = tmp_path / "audio"
+    for name in ("b/z.wav", "b/a.Mp3", "a.b.flac", "b/a.txt", "b/a.json", ".hidden/x.wav", "readme.md", "b/.x.wav"):
+        (audio / name).parent.mkdir(parents=True, exist_ok=True)
+        (audio / name).write_bytes(b'{"speaker":1}' if name.endswith("json") else b"text")
+    (audio / "loop").symlink_to(audio)
+    (audio / "link.wav").symlink_to(audio / "b" / "z.wav")
+    rows = rows_of(audio, tmp_path)
+    assert [row["key"] for row in rows] == ["a.b", "link", "b/a", "b/z"]
+    assert rows[2] == {"key": "b/a", "wav": f"{audio}/b/a.Mp3", "speaker": 1, "text": "text"}
+    first = local_manifest(str(audio), tmp_path / "index", NO_OUTPUTS)
+    (audio / "new.wav").write_bytes(b"x")
+    assert local_manifest(str(audio), tmp_path / "index", NO_OUTPUTS) != first
+
+
+def test_names_that_no_manifest_can_hold_are_refused(tmp_path: Path) -> None:
+    audio = tmp_path / "audio"
+    audio.mkdir()
+    (Path(os.fsdecode(os.fsencode(str(audio)) + b"/\xff.wav"))).write_bytes(b"x")
+    (row,) = rows_of(audio, tmp_path)
+    assert "not UTF-8" in row[REFUSED]
+
+
+# --- outputs and channels
+
+KEYS = st.text(min_size=1, max_size=300)
+
+
+ODD_KEYS = st.sampled_from(["a", "A", "a/b", "a_b", ".", "..", "../x", "/", "a.", "CON", "é", "e\u0301"])
+
+
+@settings(max_examples=300)
+@given(st.lists(KEYS | ODD_KEYS, min_size=2, max_size=6, unique=True))
+def test_distinct_keys_have_distinct_paths_inside_the_folder(keys: list[str]) -> None:
+    paths = [output_path("out", key, ".json") for key in keys]
+    assert len({path.lower() for path in paths}) == len(keys)
+    for path in paths:
+        top, first, second, name = path.split("/")
+        assert (top, len(first), len(second)) == ("out", 2, 2)
+        assert os.path.normpath(path) == path
+        assert len(name.encode()) <= MOST_NAME + len(".json")
+        assert name.isascii()
+        assert not name.startswith((".", "-"))
+
+
+def test_plain_keys_keep_their_names() -> None:
+    assert output_path("out/", "utt-00012_3.a", ".json").endswith("/utt-00012_3.a.json")
+    # A key that looks like another's name with its hash does not get that name.
+    forged = output_path("out", "A", ".json").split("/")[-1].removesuffix(".json").lower()
+    assert output_path("out", forged, ".json").split("/")[-1] != f"{forged}.json"
+    assert output_path("s3://bucket/x", "a", ".npy").startswith("s3://bucket/x/")
+
+
+@pytest.mark.parametrize(
+    ("given_settings", "fields"),
+    [
+        (SourceSettings("wav2token", "json", "o"), {"quantized_tokens": ".json"}),
+        (
+            SourceSettings("wav2token2wav", "npy", "o", "flac"),
+            {"quantized_tokens": ".npy", "reconstructed_wav": ".flac"},
+        ),
+        (SourceSettings("wav2token2wav", "tar", "o"), {}),
+    ],
+)
+def test_rows_get_the_outputs_that_the_sink_needs(
+    tmp_path: Path, given_settings: SourceSettings, fields: dict[str, str]
+) -> None:
+    (tmp_path / "data.jsonl").write_text('{"key":"a","wav":"a.wav"}\n')
+    (row,) = rows_of(tmp_path / "data.jsonl", tmp_path, given_settings)
+    assert {name: os.path.splitext(row[name])[1] for name in row.keys() - {"key", "wav"}} == fields
+
+
+def test_channels(tmp_path: Path) -> None:
+    for count in (1, 2, 3):
+        (tmp_path / f"c{count}.wav").write_bytes(wav_content(channels=count))
+    (tmp_path / "bad.wav").write_bytes(b"no audio")
+    rows = [{"key": f"c{count}", "wav": f"{tmp_path}/c{count}.wav"} for count in (1, 2, 3)]
+    rows += [{"key": "own", "wav": f"{tmp_path}/c3.wav", "channel": 1}, {"key": "bad", "wav": f"{tmp_path}/bad.wav"}]
+    rows += [{"key": "named", "wav": f"{tmp_path}/c2.wav", "quantized_tokens": "x.y/out"}]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    channels = {
+        name: [
+            (row["key"], row.get("channel"))
+            for row in rows_of(tmp_path / "data.jsonl", tmp_path, SourceSettings(output_dir="o", channels=name))
+        ]
+        for name in ("left", "right", "split")
+    }
+    assert channels["left"] == [("c1", 0), ("c2", 0), ("c3", 0), ("own", 1), ("bad", 0), ("named", 0)]
+    assert channels["right"][:4] == [("c1", 1), ("c2", 1), ("c3", 1), ("own", 1)]
+    assert channels["split"] == [
+        ("c1-0", 0), ("c2-0", 0), ("c2-1", 1), ("c3-0", 0), ("c3-1", 1), ("c3-2", 2), ("own", 1), ("bad", None),
+        ("named-0", 0), ("named-1", 1),
+    ]  # fmt: skip
+    split = rows_of(tmp_path / "data.jsonl", tmp_path, SourceSettings(output_dir="o", channels="split"))
+    assert [row["quantized_tokens"] for row in split[-2:]] == ["x.y/out-0", "x.y/out-1"]
+    assert len({row["quantized_tokens"] for row in split if REFUSED not in row}) == 9
+    assert "not audio" in split[-3][REFUSED]
