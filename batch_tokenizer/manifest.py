@@ -578,24 +578,25 @@ class Manifest:
             RunError: the manifest cannot be read, or is no longer what it was when it was indexed.
         """
         items: list[ManifestRow | RowFailure] = []
-        for line, raw in zip(range(first_line, last_line), self._raw_lines(first_line, last_line), strict=True):
+        digests, states = (array[first_line:last_line].tolist() for array in (self.digests, self.states))
+        lines = self._raw_lines(first_line, last_line)
+        for line, raw, digest, state in zip(range(first_line, last_line), lines, digests, states, strict=True):
             text = raw.strip()
-            if _hash_bytes(text) != int(self.digests[line]).to_bytes(8, "big"):
+            if _hash_bytes(text) != digest.to_bytes(8, "big"):
                 raise RunError(
                     f"line {line + 1} of manifest {self.path} changed during the run: start the same command again",
                     exit_code=1,
                 )
-            if self.states[line] != LineState.BLANK:
-                items.append(self._item(line, text))
+            if state != LineState.BLANK:
+                items.append(self._item(line, text, f"{digest:016x}", state == LineState.DUPLICATE))
         return items
 
-    def _item(self, line: int, text: bytes) -> ManifestRow | RowFailure:
-        digest = f"{int(self.digests[line]):016x}"
+    def _item(self, line: int, text: bytes, digest: str, duplicate: bool) -> ManifestRow | RowFailure:
         try:
             row = _check_line(text, self.form)
         except _Refused as refused:
             return RowFailure(line, digest, refused.key, "manifest", refused.reason)
-        if self.states[line] == LineState.DUPLICATE:
+        if duplicate:
             return RowFailure(line, digest, row["key"], "manifest", self._explain_duplicate(line, row))
         paths = {
             name: row[name] if isinstance(row.get(name), str) else None for name in REQUIRED_FIELDS["wav2token2wav"][1:]

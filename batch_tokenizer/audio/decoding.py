@@ -185,7 +185,13 @@ def _decode_with_libsndfile(
     _check_length(name, promised, sample_rate, max_seconds)
     check_plausible(name, promised, size)
     try:
-        interleaved = file.read(promised, dtype="float32", always_2d=True)
+        if file.format in ("WAV", "WAVEX") and file.subtype == "PCM_16":
+            # libsndfile copies these as they stand, and numpy scales them several times faster than it; by a power of
+            # two, so to the same values.
+            integers = file.read(promised, dtype="int16", always_2d=True)
+            interleaved = np.multiply(integers, np.float32(2.0**-15), dtype=np.float32)
+        else:
+            interleaved = file.read(promised, dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
         raise RowError("load", f"{name}: damaged or cut short ({libsndfile_cause(error)})") from error
     except MemoryError as error:

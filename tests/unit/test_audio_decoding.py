@@ -471,3 +471,16 @@ def test_descriptors_are_closed(tmp_path: Path) -> None:
             except RowError:
                 assert path.stem in ("junk", "cut")
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("form", ["WAV", "WAVEX", "FLAC"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sixteen_bits_decode_to_what_libsndfile_makes_of_them(tmp_path, form, channels):
+    every = np.arange(-32768, 32768, dtype=np.int16)
+    path = tmp_path / "every.audio"
+    soundfile.write(path, np.resize(every, (65538 // channels, channels)), 24000, format=form, subtype="PCM_16")
+    expected = soundfile.read(path, dtype="float32", always_2d=True)[0].T
+    samples, _ = decode_audio(str(path))
+    assert samples.dtype == np.float32
+    assert samples.flags.c_contiguous
+    assert np.array_equal(samples, expected)
