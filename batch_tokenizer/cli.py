@@ -41,6 +41,8 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "verify": ("batch_tokenizer.verify", "prove that a run is complete and its outputs right"),
     "bench": ("batch_tokenizer.bench", "measure how fast a codec and everything around it run here"),
     "manifest": ("batch_tokenizer.manifest_command", "make a manifest of a folder, tars or other rows; describe one"),
+    "convert": ("batch_tokenizer.convert", "tokens from one sink into another, or into a language model's stream"),
+    "show": ("batch_tokenizer.show", "print one item, wherever it is stored"),
     "onnx": ("batch_tokenizer.onnx_tools", "export a codec as ONNX graphs, check graphs, describe them"),
     "codecs": ("batch_tokenizer.codecs_command", "list the families of codecs, or describe a checkpoint"),
 }

@@ -152,10 +152,9 @@ def shards_of_ledger(run_dir: Path, folder: ShardFolder, task: Task, suffix: str
         RunError: a ledger file cannot be read, or is damaged (exit code 1).
     """
     for path in sorted((run_dir / "ledger").iterdir()):
-        match = _LEDGER_NAME.fullmatch(path.name)
-        if match is None:
+        name = shard_of_ledger_file(path.name, task, suffix)
+        if name is None:
             continue
-        name = f"{shard_name(task, int(match[1]), int(match[2]), int(match[3]))}.{suffix}"
         try:
             entries = tuple(_entries(path.read_bytes(), lengths))
         except OSError as error:
@@ -163,6 +162,12 @@ def shards_of_ledger(run_dir: Path, folder: ShardFolder, task: Task, suffix: str
         except (ValueError, KeyError, TypeError) as error:
             raise RunError(f"{path} is damaged: remove it, and the next start does its rows again") from error
         yield Shard(name, str(folder.path(name)), path, entries)
+
+
+def shard_of_ledger_file(name: str, task: Task, suffix: str) -> str | None:
+    """The name of the shard whose rows a ledger file has; None of the ledger files that are no shard's."""
+    match = _LEDGER_NAME.fullmatch(name)
+    return None if match is None else f"{shard_name(task, *map(int, match.groups()))}.{suffix}"
 
 
 def _entries(content: bytes, lengths: Lengths) -> Iterator[Entry]:

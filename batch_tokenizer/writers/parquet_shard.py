@@ -45,22 +45,18 @@ class ParquetShard:
     """A parquet file that is being written.
 
     Args:
-        run_info: what is the same for all rows; left out of their ``info``.
-        num_quantizers: K; None without tokens.
-        has_audio: whether rows have audio.
+        common: what is the same for all rows, ``num_quantizers`` (K) among it where there are tokens.
+        has_tokens, has_audio: what rows have.
     """
 
     suffix = "parquet"
 
-    def __init__(
-        self, stream: BinaryIO, run_info: Mapping[str, Any], num_quantizers: int | None, has_audio: bool
-    ) -> None:
+    def __init__(self, stream: BinaryIO, common: Mapping[str, Any], *, has_tokens: bool, has_audio: bool) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        common = {**run_info, **({} if num_quantizers is None else {"num_quantizers": num_quantizers})}
         fields = [("key", pa.string()), ("num_frames", pa.int32()), ("duration", pa.float64())]
-        if num_quantizers is not None:
+        if has_tokens:
             fields.insert(1, ("codes", pa.list_(pa.uint16())))
         fields += [("text", pa.string()), ("info", pa.string())]
         if has_audio:
@@ -69,9 +65,9 @@ class ParquetShard:
         self._schema = pa.schema(fields, metadata={**metadata, "batch_tokenizer": json_bytes(common)})
         self._stream = stream
         # Codes of a codebook are few, so a dictionary packs them into as many bits as they need.
-        dictionary = ["codes.list.element"] if num_quantizers is not None else False
+        dictionary = ["codes.list.element"] if has_tokens else False
         compression = dict.fromkeys(("key", "num_frames", "duration", "text", "info"), "zstd")
-        if num_quantizers is not None:
+        if has_tokens:
             compression["codes.list.element"] = "zstd"
         if has_audio:
             compression |= {"audio.bytes": "none", "audio.path": "zstd"}
@@ -117,12 +113,12 @@ class ParquetShard:
 
 
 def parquet_row(row: EncodedRow, common: Mapping[str, Any]) -> ParquetRow:
-    """The row's columns; ``common`` are the names of what is in the metadata.
+    """The row's columns; what the metadata has, ``common``, is left out of its ``info``.
 
     Raises:
         RowError: its info is nested too deeply to be written.
     """
-    kept = {name: value for name, value in row.info.items() if name not in common and name != "num_quantizers"}
+    kept = {name: value for name, value in row.info.items() if name not in common or common[name] != value}
     info = json_bytes(kept)
     text = row.info.get("text")
     text = text if isinstance(text, str) and not any("\ud800" <= letter <= "\udfff" for letter in text) else None

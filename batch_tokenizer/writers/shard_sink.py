@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
@@ -67,7 +67,7 @@ class ShardForm:
     open: Callable[[BinaryIO], OpenShard]
 
 
-def shard_form(sink: str, run_info: dict[str, Any], num_quantizers: int | None, has_audio: bool) -> ShardForm:
+def shard_form(sink: str, run_info: Mapping[str, Any], num_quantizers: int | None, has_audio: bool) -> ShardForm:
     """The form of ``tar`` or ``parquet`` shards.
 
     Args:
@@ -80,10 +80,12 @@ def shard_form(sink: str, run_info: dict[str, Any], num_quantizers: int | None, 
     if sink == "tar":
         return ShardForm(TarShard.suffix, TarShard.encode, TarShard)
     require_pyarrow()
+    has_tokens = num_quantizers is not None
+    common = {**run_info, "num_quantizers": num_quantizers} if has_tokens else run_info
     return ShardForm(
         ParquetShard.suffix,
-        lambda row: parquet_row(row, run_info),
-        lambda stream: ParquetShard(stream, run_info, num_quantizers, has_audio),
+        lambda row: parquet_row(row, common),
+        lambda stream: ParquetShard(stream, common, has_tokens=has_tokens, has_audio=has_audio),
     )
 
 

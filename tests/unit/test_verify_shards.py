@@ -20,6 +20,7 @@ from batch_tokenizer.records import ManifestRow, TokenizedRow
 from batch_tokenizer.runtime.ledger import RowStatus, read_ledger
 from batch_tokenizer.runtime.processes import ProcessGroup
 from batch_tokenizer.runtime.run_folder import RunFolder
+from batch_tokenizer.stored_source import stored_rows
 from batch_tokenizer.verify_contents import Wrong, check_audio
 from tests.support.checkpoints import write_mimo_checkpoint
 from tests.support.shards import read_shards
@@ -178,3 +179,12 @@ def test_flac_is_looked_at(content: bytes, kind: str) -> None:
     with pytest.raises(Wrong) as raised:
         check_audio("flac", content, len(content), sample_rate=24000, num_samples=100)
     assert raised.value.kind == kind
+
+
+def test_a_run_folder_is_a_source_of_what_is_done(run: ShardRun, capsys: pytest.CaptureFixture[str]) -> None:
+    """A shard that the ledger does not name is none of the run's."""
+    shutil.copy(run.shards[0], run.shards[0].with_name(run.shards[0].name.replace("-000000.", "-000099.")))
+    assert [row.key for row in stored_rows(str(run.run_dir))] == [f"r.{number}" for number in range(NUM_ROWS)]
+    assert [row.key for row in stored_rows(str(run.run_dir), "r.3")] == ["r.3"]
+    assert main(["show", "r.3", "--in", str(run.run_dir)]) == 0
+    assert "12,000 samples at 24000 Hz" in capsys.readouterr().out

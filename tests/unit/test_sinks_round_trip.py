@@ -1,0 +1,306 @@
+"""Any codes under any key go into any sink and come back equal, by our own readers and by those of other programs."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import soundfile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from batch_tokenizer.audio.encoding import flac_bytes
+from batch_tokenizer.codecs.base import CodecInfo
+from batch_tokenizer.data.stored_rows import shard_rows
+from batch_tokenizer.data.token_files import parse_tokens, read_tokens
+from batch_tokenizer.manifest import REFUSED
+from batch_tokenizer.records import RowError, Sink
+from batch_tokenizer.sources.tar_rows import tar_rows
+from batch_tokenizer.sources.token_parquet import parquet_rows
+from batch_tokenizer.storage.member_names import member_name
+from batch_tokenizer.storage.parquet_rows import TokenParquet, row_location
+from batch_tokenizer.writers import parquet_shard
+from batch_tokenizer.writers.file_sink import FileSink
+from batch_tokenizer.writers.row_encoding import RowEncoder
+from batch_tokenizer.writers.shard_sink import shard_form
+from batch_tokenizer.writers.token_files import npy_bytes, tokens_as_npy
+from tests.support.loading import INFO
+from tests.support.shards import RUN_INFO, tokenized
+
+WIDE = replace(INFO, codebook_sizes=(65536,) * 4)
+KEYS = st.one_of(
+    st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), min_size=1, max_size=300),
+    st.sampled_from(["a.b.c", "../../etc/passwd", "/abs", "spk/utt.1", "..", ".", "x" * 300, "щ" * 300, "a~b", "con:"]),
+)
+CODES = st.tuples(st.integers(1, 9), st.just(3)).flatmap(lambda shape: arrays(np.uint16, shape))
+ROWS = st.lists(st.tuples(KEYS, CODES), min_size=1, max_size=6, unique_by=lambda row: row[0])
+
+
+def write_shard(path: Path, results: list[Any], *, audio: bool = False, audio_format: str = "wav") -> Path:
+    encode = RowEncoder("wav2token2wav" if audio else "wav2token", RUN_INFO, 24000)
+    if audio_format == "flac":
+        encode = replace(encode, encode_audio=flac_bytes, audio_format="flac")
+    form = shard_form(path.suffix[1:], RUN_INFO, 3, audio)
+    with path.open("wb") as stream:
+        shard = form.open(stream)
+        for result in results:
+            shard.append(form.encode(encode(result)))
+        shard.finish()
+    return path
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=ROWS, sink=st.sampled_from(["json", "npy", "tar", "parquet"]))
+def test_what_goes_in_comes_out(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, Any]], sink: Sink
+) -> None:
+    folder = tmp_path_factory.mktemp("sink")
+    results = [
+        tokenized(line, codes, key=key, quantized_tokens=str(folder / f"{line}.tokens"), text="щи")
+        for line, (key, codes) in enumerate(rows)
+    ]
+    locations: Iterator[dict[str, Any]]
+    if sink == "json" or sink == "npy":
+        files = FileSink("wav2token", 24000, RUN_INFO, form=sink)
+        for result in results:
+            files.write(result)
+        locations = iter([dict(result.row.fields) for result in results])
+    else:
+        path = str(write_shard(folder / f"x.{sink}", results))
+        locations = parquet_rows(path) if sink == "parquet" else tar_rows(path, "quantized_tokens", print)  # type: ignore[arg-type]
+        for (key, codes), stored in zip(rows, shard_rows(path), strict=True):
+            assert (stored.key, stored.info["key"]) == (key, key)
+            assert np.array_equal(stored.codes, codes)  # type: ignore[arg-type]
+            assert stored.info["text"] == "щи"
+    for (key, codes), row in zip(rows, locations, strict=True):
+        assert row["key"] == key
+        found, about = read_tokens(row["quantized_tokens"], WIDE, row)
+        assert np.array_equal(found, codes)
+        assert (about["fingerprint"], about["num_frames"]) == ("feedface", len(codes))
+
+
+@pytest.mark.parametrize("sink", ["json", "npy", "tar", "parquet"])
+def test_the_same_row_has_the_same_bytes(tmp_path: Path, sink: Sink) -> None:
+    contents = []
+    for number in range(2):
+        result = tokenized(3, quantized_tokens=str(tmp_path / "a"))
+        if sink == "json" or sink == "npy":
+            FileSink("wav2token", 24000, RUN_INFO, form=sink).write(result)
+            contents.append((tmp_path / "a").read_bytes())
+        else:
+            contents.append(write_shard(tmp_path / f"{number}.{sink}", [result]).read_bytes())
+    assert contents[0] == contents[1]
+
+
+@pytest.mark.parametrize("sink", ["tar", "parquet"])
+def test_audio_lies_beside_the_tokens(tmp_path: Path, sink: str) -> None:
+    samples = np.sin(np.arange(2000, dtype=np.float32) / 9) / 2
+    path = write_shard(tmp_path / f"x.{sink}", [tokenized(0, samples=samples)], audio=True, audio_format="flac")
+    [row] = shard_rows(str(path))
+    assert row.audio is not None
+    assert row.audio_format == "flac"
+    read, rate = soundfile.read(io.BytesIO(row.audio), dtype="float32")
+    assert rate == 24000
+    np.testing.assert_allclose(read, samples, atol=1 / 32768)
+
+
+class TestNames:
+    def test_plain_keys_are_their_own_names(self) -> None:
+        assert member_name("LJ001-0001_a") == "LJ001-0001_a"
+
+    @given(KEYS, KEYS)
+    def test_names_are_safe_and_tell_keys_apart(self, first: str, second: str) -> None:
+        name = member_name(first)
+        assert len(name) <= 90
+        assert name.isascii()
+        assert not set("./\\ \n") & set(name)
+        assert (first == second) == (name == member_name(second))
+
+
+class TestOtherReaders:
+    """The same rows, by programs that know nothing of ours."""
+
+    @pytest.fixture
+    def results(self) -> list[Any]:
+        samples = np.zeros(1000, np.float32)
+        return [tokenized(line, samples=samples, key=f"utt.{line}/a", text=f"text {line}") for line in range(2500)]
+
+    def test_webdataset(self, tmp_path: Path, results: list[Any]) -> None:
+        import webdataset as wds
+
+        path = write_shard(tmp_path / "x.tar", results[:50], audio=True)
+        dataset = wds.WebDataset(str(path), shardshuffle=False, empty_check=False).decode()
+        samples = list(dataset)
+        assert len(samples) == 50
+        for sample, result in zip(samples, results, strict=False):
+            assert np.array_equal(sample["tokens.npy"], result.codes)
+            assert sample["json"]["key"] == result.row.key
+            assert sample["wav"][:4] == b"RIFF"
+
+    def test_datasets(self, tmp_path: Path, results: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+        datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+        path = write_shard(tmp_path / "x.parquet", results, audio=True)
+        read = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+        for row, result in zip(read, results, strict=True):
+            assert row["key"] == result.row.key
+            assert np.array_equal(np.reshape(row["codes"], (row["num_frames"], 3)), result.codes)
+            assert row["audio"]["bytes"][:4] == b"RIFF"
+
+    def test_polars(self, tmp_path: Path, results: list[Any]) -> None:
+        polars = pytest.importorskip("polars", reason="polars is not installed")
+        frame = polars.read_parquet(write_shard(tmp_path / "x.parquet", results))
+        assert frame["key"].to_list() == [result.row.key for result in results]
+        assert frame["codes"][7].to_list() == results[7].codes.reshape(-1).tolist()
+        assert frame["text"][7] == "text 7"
+
+    def test_duckdb(self, tmp_path: Path, results: list[Any]) -> None:
+        duckdb = pytest.importorskip("duckdb", reason="duckdb is not installed")
+        path = write_shard(tmp_path / "x.parquet", results)
+        query = f"select count(*), sum(num_frames), sum(len(codes)), sum(duration) from '{path}'"
+        [(rows, frames, codes, seconds)] = duckdb.sql(query).fetchall()
+        expected = sum(len(result.codes) for result in results)
+        assert (rows, frames, codes) == (2500, expected, 3 * expected)
+        assert seconds == pytest.approx(expected * 960 / 24000)
+
+    def test_numpy_reads_the_array_and_json_what_is_behind_it(self, tmp_path: Path, results: list[Any]) -> None:
+        codes = results[4].codes
+        (tmp_path / "a.npy").write_bytes(content := tokens_as_npy(codes, {"key": "щ"}))
+        assert np.array_equal(np.load(tmp_path / "a.npy"), codes)
+        assert np.array_equal(np.load(tmp_path / "a.npy", mmap_mode="r"), codes)
+        assert json.loads(content[len(npy_bytes(codes)) :]) == {"info": {"key": "щ"}}
+
+
+def test_row_groups_are_small_enough_to_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_shard(tmp_path / "x.parquet", [tokenized(line) for line in range(2500)])
+    about = pq.ParquetFile(path).metadata
+    assert [about.row_group(group).num_rows for group in range(about.num_row_groups)] == [1024, 1024, 452]
+    assert json.loads(about.metadata[b"batch_tokenizer"]) == {**RUN_INFO, "num_quantizers": 3}
+    assert about.metadata[b"num_quantizers"] == b"3"
+    monkeypatch.setattr(parquet_shard, "BYTES_PER_GROUP", 4096)
+    path = write_shard(tmp_path / "y.parquet", [tokenized(line) for line in range(100)])
+    assert pq.ParquetFile(path).metadata.num_row_groups > 2
+
+
+class TestHostile:
+    """Files that anybody may have made."""
+
+    INFO: CodecInfo = INFO
+
+    def reason(self, content: bytes) -> str:
+        with pytest.raises(RowError) as raised:
+            parse_tokens(content, "x")
+        assert "\n" not in raised.value.reason
+        return raised.value.reason
+
+    def npy(self, array: Any) -> bytes:
+        stream = io.BytesIO()
+        np.save(stream, array, allow_pickle=True)
+        return stream.getvalue()
+
+    @pytest.mark.parametrize(
+        ("array", "words"),
+        [
+            (np.array([{"a": 1}], dtype=object), "not integers"),
+            (np.zeros((2, 3)), "not integers"),
+            (np.zeros(3, np.uint16), "not integers"),
+            (np.zeros((2, 2, 2), np.uint16), "not integers"),
+            (np.zeros((0, 3), np.uint16), "no frames"),
+            (np.zeros((3, 0), np.uint16), "no codes"),
+            (np.full((1, 2), -1), "outside"),
+            (np.full((1, 2), 65536), "outside"),
+            (np.zeros((1, 300), np.uint16), "300 codes"),
+            (np.array([[(1, 2)]], dtype="i4,i4"), "not integers"),
+        ],
+    )
+    def test_arrays_that_are_no_codes(self, array: Any, words: str) -> None:
+        assert words in self.reason(self.npy(array))
+
+    def test_a_header_that_promises_more_than_there_is(self) -> None:
+        content = self.npy(np.zeros((2, 3), np.uint16))
+        for shape in (b"(2**40, 3)", b"(9999999999999, 8)", b"(-2, -3)", b"(2, 3" + b"0" * 30 + b")"):
+            bomb = content.replace(b"(2, 3)", shape)[: 128 + 12]
+            self.reason(bomb)
+
+    def test_a_header_that_never_ends(self) -> None:
+        self.reason(b"\x93NUMPY\x02\x00" + (1 << 30).to_bytes(4, "little") + b"{" * 5000)
+        self.reason(b"\x93NUMPY\x09\x00" + bytes(50))
+        self.reason(b"\x93NUMPY\x01\x00\xff\xff" + b"(" * 65535)
+
+    @pytest.mark.parametrize("cut", [7, 60, 129, 139])
+    def test_cut_short(self, cut: int) -> None:
+        self.reason(self.npy(np.zeros((2, 3), np.uint16))[:cut])
+
+    def test_what_is_behind_an_array_must_be_info(self) -> None:
+        assert "behind the array" in self.reason(npy_bytes(np.zeros((1, 1), np.uint16)) + b"PK\x03\x04")
+
+    @given(st.binary(max_size=200))
+    def test_any_bytes_behind_the_magic(self, noise: bytes) -> None:
+        try:
+            codes, _ = parse_tokens(b"\x93NUMPY" + noise, "x")
+        except RowError:
+            return
+        assert codes.dtype == np.uint16
+
+    def test_arrays_in_fortran_order_and_of_other_integers(self) -> None:
+        array = np.asfortranarray(np.arange(6).reshape(2, 3).astype(">i4"))
+        assert parse_tokens(self.npy(array), "x")[0].tolist() == [[0, 1, 2], [3, 4, 5]]
+
+    @pytest.mark.parametrize(
+        ("table", "words"),
+        [
+            (pa.table({"key": ["a"]}), "no column codes"),
+            (pa.table({"key": ["a"], "codes": [1]}), "no column codes"),
+            (pa.table({"key": ["a"], "codes": [[0.5]]}), "no column codes"),
+            (pa.table({"key": ["a"], "codes": [[1, 2]], "num_frames": [3]}), "2 codes"),
+            (pa.table({"key": ["a"], "codes": [[1, None]], "num_frames": [1]}), "null"),
+            (pa.table({"key": ["a"], "codes": pa.array([None], pa.list_(pa.uint16()))}), "has no codes"),
+            (pa.table({"key": ["a"], "codes": [[-1, 2]], "num_frames": [1]}), "outside"),
+        ],
+    )
+    def test_parquet_of_others(self, tmp_path: Path, table: Any, words: str) -> None:
+        path = tmp_path / "x.parquet"
+        pq.write_table(table, path)
+        with pytest.raises(RowError, match=words):
+            read_tokens(row_location(str(path), 0), INFO)
+
+    def test_parquet_that_is_none(self, tmp_path: Path) -> None:
+        path = tmp_path / "x.parquet"
+        write_shard(path, [tokenized(line) for line in range(20)])
+        content = path.read_bytes()
+        with pytest.raises(RowError, match="no row 20"):
+            read_tokens(row_location(str(path), 20), INFO)
+        for damaged in (b"", b"PAR1", content[:-9], content[: len(content) // 2], b"\0" * 500):
+            other = tmp_path / f"{len(damaged)}.parquet"
+            other.write_bytes(damaged)
+            with pytest.raises(RowError):
+                TokenParquet.open(str(other))
+            [row] = parquet_rows(str(other))
+            assert REFUSED in row
+
+    def test_tokens_of_another_codec(self, tmp_path: Path) -> None:
+        other = replace(INFO, fingerprint="0123")
+        path = write_shard(tmp_path / "x.parquet", [tokenized(0)])
+        with pytest.raises(RowError, match="made by codec fake"):
+            read_tokens(row_location(str(path), 0), other)
+        path = write_shard(tmp_path / "x.tar", [tokenized(0)])
+        [row] = tar_rows(str(path), "quantized_tokens", print)  # type: ignore[arg-type]
+        with pytest.raises(RowError, match="made by codec fake"):
+            read_tokens(row["quantized_tokens"], other, row)
+
+    def test_a_tar_member_may_not_take_another_rows_key(self, tmp_path: Path) -> None:
+        path = write_shard(tmp_path / "x.tar", [tokenized(0, key="mine")])
+        content = path.read_bytes().replace(b'"key":"mine"', b'"key":"your"')
+        path.write_bytes(content)
+        [row] = tar_rows(str(path), "quantized_tokens", print)  # type: ignore[arg-type]
+        assert row["key"] == "mine"
+        assert [stored.key for stored in shard_rows(str(path))] == ["mine"]
