@@ -11,7 +11,8 @@ fails; then what comes of the others is dropped.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import IO
@@ -22,7 +23,7 @@ import numpy.typing as npt
 from batch_tokenizer.codecs.base import Codec, CodecStream
 from batch_tokenizer.data.loader import Loader
 from batch_tokenizer.data.pieces import CONTEXT_SECONDS, piece_of
-from batch_tokenizer.records import LoadedRow, ManifestRow, Pieces, RowFailure, RunError, TokenizedRow
+from batch_tokenizer.records import LoadedRow, ManifestRow, RowFailure, RunError, TokenizedRow
 from batch_tokenizer.runtime.signals import StopRequest
 
 Samples = npt.NDArray[np.float32]
@@ -30,6 +31,9 @@ Codes = npt.NDArray[np.uint16]
 RowId = tuple[int, str | None]
 
 _SAMPLE_BYTES = 4
+
+#: Rows whose pieces are loaded side by side. Each of them has a file, and a stream its state.
+ROWS_AT_ONCE = 2
 
 #: Token frames over which one window's audio fades into the next one's.
 FADE_FRAMES = 1
@@ -52,22 +56,26 @@ class LongRows:
         self._pieces_ahead = pieces_ahead
         self._folder = folder
         self._rows: dict[RowId, _LongRow] = {}
+        self._waiting: deque[LoadedRow] = deque()
         self._failed: set[RowId] = set()
 
     def unfold(self, loaded: LoadedRow) -> Iterator[LoadedRow]:
         """What the codec is to be given of what came from the loader: it itself, or pieces whose turn it is."""
         if loaded.pieces is not None:
-            long = _LongRow(loaded, loaded.pieces, self._codec, self._folder)
-            self._rows[_id(loaded.row)] = long
-            if loaded.codes is not None:
-                yield from long.pieces_of_codes()
-            else:
-                self._submit(long.next_to_load(self._pieces_ahead))
+            if loaded.codes is None:
+                self._waiting.append(loaded)
+                self._start_rows()
+                return
+            for piece in self._open(loaded).pieces_of_codes():
+                if self._stop.requested or _id(piece.row) not in self._rows:
+                    return
+                yield piece
         elif loaded.row.piece is None:
             yield loaded
         elif _id(loaded.row) in self._rows:
             long = self._rows[_id(loaded.row)]
-            self._submit(long.next_to_load(1))
+            self._load(long, 1)
+            self._start_rows()
             yield from long.in_turn(loaded)
 
     def stream_of(self, row: ManifestRow) -> CodecStream | None:
@@ -102,10 +110,24 @@ class LongRows:
             return False
         if self._rows.pop(row, None) is not None:
             self._failed.add(row)
+            self._start_rows()
         return True
 
-    def _submit(self, pieces: Sequence[ManifestRow]) -> None:
-        if not self._stop.requested:  # the loader may be stopped already
+    def _open(self, loaded: LoadedRow) -> _LongRow:
+        long = self._rows[_id(loaded.row)] = _LongRow(loaded, self._codec, self._folder)
+        return long
+
+    def _start_rows(self) -> None:
+        """Begin with rows that wait, as far as they may be loaded beside each other."""
+        while True:
+            loading = sum(not long.is_requested for long in self._rows.values())
+            if not self._waiting or loading >= ROWS_AT_ONCE:
+                return
+            self._load(self._open(self._waiting.popleft()), self._pieces_ahead)
+
+    def _load(self, long: _LongRow, count: int) -> None:
+        pieces = long.next_to_load(count)
+        if pieces and not self._stop.requested:  # the loader may be stopped already
             self._loader.submit(pieces)
 
 
@@ -116,15 +138,21 @@ def _id(row: ManifestRow) -> RowId:
 class _LongRow:
     """One row while it is being done."""
 
-    def __init__(self, loaded: LoadedRow, pieces: Pieces, codec: Codec, folder: Path) -> None:
-        self.stream = codec.open_stream() if pieces.kind == "stream" else None
+    def __init__(self, loaded: LoadedRow, codec: Codec, folder: Path) -> None:
+        assert loaded.pieces is not None
+        self.stream = codec.open_stream() if loaded.pieces.kind == "stream" else None
         self._whole = loaded
-        self._pieces = pieces
+        self._pieces = loaded.pieces
         self._info = codec.info
         self._samples = _SampleFile(folder)
         self._codes: dict[int, Codes] = {}
         self._requested = 0
         self._waiting: dict[int, LoadedRow] = {}
+
+    @property
+    def is_requested(self) -> bool:
+        """Whether no piece is left to be loaded."""
+        return self._whole.codes is not None or self._requested == len(self._pieces)
 
     def next_to_load(self, count: int) -> list[ManifestRow]:
         """The rows of the next pieces."""
@@ -188,16 +216,15 @@ class _LongRow:
             cut = samples[: end - begin]
             self._samples.add(begin, np.pad(cut, (0, end - begin - len(cut))))
         else:
-            first, last = self._window(number)
-            origin = self._output(first * self._info.samples_per_frame)
-            whole = self._pieces.frames is not None and last == self._pieces.frames[-1]
-            faded = fade(
+            origin = self._output(self._window(number)[0] * self._info.samples_per_frame)
+            is_last = number + 1 == len(self._pieces)
+            place, used = fade(
                 samples,
                 begin - origin,
-                None if whole else end - origin,
+                None if is_last else end - origin,
                 self._output(FADE_FRAMES * self._info.samples_per_frame),
             )
-            self._samples.add(origin + faded[0], faded[1])
+            self._samples.add(origin + place, used)
 
     def _output(self, sample: int) -> int:
         """A place in the row's audio at the rate of what is decoded."""
@@ -212,15 +239,14 @@ def fade(samples: Samples, begin: int, end: int | None, width: int) -> tuple[int
     Returns:
         where the samples begin in the window, and they themselves.
     """
-    half = width // 2
-    first = max(0, begin - half) if begin else 0
-    last = len(samples) if end is None else min(len(samples), end + half)
+    first = begin - width // 2 if begin else 0
+    last = len(samples) if end is None else end + width // 2
     used = samples[first:last].copy()
-    ramp = ((np.arange(2 * half) + 0.5) / (2 * half)).astype(np.float32)
+    middles = np.arange(first, first + len(used), dtype=np.float32) + 0.5
     if begin:
-        used[: 2 * half] *= ramp[-len(used[: 2 * half]) :]
+        used *= np.clip((middles - begin) / width + 0.5, 0, 1)
     if end is not None:
-        used[-2 * half :] *= ramp[::-1][: len(used[-2 * half :])]
+        used *= np.clip((end - middles) / width + 0.5, 0, 1)
     return first, used
 
 
