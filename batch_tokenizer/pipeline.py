@@ -31,9 +31,9 @@ from batch_tokenizer.config import RunConfig
 from batch_tokenizer.data.batching import Packer, split
 from batch_tokenizer.data.loader import Loader
 from batch_tokenizer.data.loading import RowLoader
-from batch_tokenizer.manifest import Manifest, Units, in_shard, plan_units
 from batch_tokenizer.data.pieces import PassLimit
 from batch_tokenizer.long_audio import LongRows
+from batch_tokenizer.manifest import Manifest, Units, in_shard, plan_units
 from batch_tokenizer.outputs import ResultSink, open_sink, recover_shards, run_settings
 from batch_tokenizer.plan import dry_run
 from batch_tokenizer.quality.live import LiveQuality
@@ -134,24 +134,24 @@ class Job:
         if config.num_quantizers is not None and config.num_quantizers > most:
             raise RunError(f"--num_quantizers {config.num_quantizers}: this checkpoint has {most} codebooks")
         job = cls(config, processes, compute, checkpoint, family, spec, config.num_quantizers or most)
+        limit = job.limit
         log.info("batch_tokenizer %s: %s, rank 0 of %d (%s)",
                  __version__, config.task, processes.world_size, processes.launcher)  # fmt: skip
         log.info("%s", compute.reason)
-        limit = job.limit
         log.info("model %s (%s, fingerprint %s), %d of %d codebooks", checkpoint.folder, spec.info.family,
                  spec.info.fingerprint, job.num_quantizers, most)  # fmt: skip
-        return job
-
-    @property
         if limit.policy != "native" and limit.samples is not None:
             log.info("audio longer than %g s: %s", limit.samples / spec.info.sample_rate, limit.policy)
-    def info(self) -> dict[str, Any]:
-        """What every token file of the run says about how it was made. Nothing about when, where or with whom."""
+        return job
+
     @property
     def limit(self) -> PassLimit:
         """What goes through the model in one pass."""
         return PassLimit.of(self.spec, self.config.long_audio, self.config.max_seconds)
 
+    @property
+    def info(self) -> dict[str, Any]:
+        """What every token file of the run says about how it was made. Nothing about when, where or with whom."""
         return {
             "codec": self.spec.info.family,
             "fingerprint": self.spec.info.fingerprint,
@@ -260,10 +260,10 @@ def run_job(job: Job, stop: StopRequest, started: float) -> int:
                         ) as sink,
                         _live_quality(config, job.spec) as quality,
                     ):
+                        codec = job.load_codec()
                         worker = Worker(
                             config=config,
                             claims=claims,
-                        codec = job.load_codec()
                             loader=loader,
                             codec=codec,
                             long_rows=LongRows(codec, loader, stop, max(2, config.num_workers + 1), folder.path),
@@ -393,10 +393,10 @@ class Worker:
     ledger: LedgerWriter
     progress: ProgressReporter
     stop: StopRequest
+    long_rows: LongRows
     quality: LiveQuality | None = None
     failures_logged: int = 0
 
-    long_rows: LongRows
     def work(self) -> None:
         """Until no row is left, or a stop signal: then what is loaded is finished within the grace time."""
         with WriterPool(
@@ -411,12 +411,12 @@ class Worker:
             packer = Packer(batch_size, max(1, self.codec.frame_budget * 15 // 16))
             held = 0
             for loaded in self._loaded():
-                held += 1
-                batches = packer.add(loaded)
-                if held >= self.claims.share(batch_size):
                 if (stream := self.long_rows.stream_of(loaded.row)) is not None:
                     self._compute(Batch((loaded,)), writers, stream)
                     continue
+                held += 1
+                batches = packer.add(loaded)
+                if held >= self.claims.share(batch_size):
                     batches += packer.flush()
                 for batch in batches:
                     held -= len(batch.rows)
@@ -439,14 +439,8 @@ class Worker:
         while True:
             if self.quality is not None:
                 self.quality.check()
-            while source is not None and self.loader.pending < self.claims.share(most) and not self.stop.requested:
-                item = next(source, None)
-                if item is None:
-                    source = None
-                elif isinstance(item, RowFailure):
-                    self._fail(item)
-                else:
-                    self.loader.submit([item])
+            if source is not None and not self._feed(source, most):
+                source = None
             if self.stop.requested:
                 source = None
                 self.loader.stop_loading()
@@ -458,6 +452,29 @@ class Worker:
             elif record is not None:
                 self.progress.add_seconds("load", record.load_seconds)
                 yield from self.long_rows.unfold(record)
+
+    def _feed(self, source: Iterator[ManifestRow | RowFailure], most: int) -> bool:
+        """Submits rows up to this process's share of them, some at a time; False when there are no more.
+
+        A submission wakes the loader's thread, which for each single row would cost more than reading the row.
+        """
+        pending = self.loader.pending
+        share = self.claims.share(most)
+        if share - pending < min(16, (share + 3) // 4):
+            return True
+        rows: list[ManifestRow] = []
+        more = True
+        while more and pending + len(rows) < self.claims.share(most) and not self.stop.requested:
+            item = next(source, None)
+            if item is None:
+                more = False
+            elif isinstance(item, RowFailure):
+                self._fail(item)
+            else:
+                rows.append(item)
+        if rows:
+            self.loader.submit(rows)
+        return more
 
     def _compute(self, batch: Batch, writers: WriterPool, stream: CodecStream | None = None) -> None:
         """A batch through the codec and on to the writers; in halves, down to one row, if it does not fit in memory.
@@ -540,11 +557,11 @@ class Worker:
         self._fail(RowFailure.of(result.row, error.stage, error.reason))
 
     def _fail(self, failure: RowFailure) -> None:
+        if not self.long_rows.fails(failure):
+            return
         self.ledger.append(
             LedgerEntry(
                 line=failure.line,
-        if not self.long_rows.fails(failure):
-            return
                 digest=failure.digest,
                 key=failure.key,
                 status="failed",
