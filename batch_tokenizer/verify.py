@@ -47,6 +47,8 @@ from batch_tokenizer.runtime.processes import ProcessGroup
 from batch_tokenizer.runtime.run_folder import RunFolder, read_settings
 from batch_tokenizer.runtime.shard_ledger import recover
 from batch_tokenizer.status import seems_at_work
+from batch_tokenizer.storage.names import is_url
+from batch_tokenizer.storage.opening import opened
 from batch_tokenizer.verify_contents import (
     AUDIO_HEADER_BYTES,
     Wrong,
@@ -100,6 +102,13 @@ _TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.part")
 @contextmanager
 def _regular_file(path: str) -> Iterator[tuple[int, int]]:
     """A descriptor and the size of a regular file; whatever the system has against reading it is ``Wrong``."""
+    if is_url(path):
+        try:
+            with opened(path, "an output") as place:
+                yield place
+        except RowError as error:
+            raise Wrong("missing" if "no such file" in error.reason else "unreadable", error.reason) from error
+        return
     try:
         # Without waiting for a writer, should it be a pipe.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
