@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import IO
@@ -202,11 +202,8 @@ class _LongRow:
     def _window(self, number: int) -> tuple[int, int]:
         """The frames that the codec is given for a piece."""
         assert self._pieces.frames is not None
-        first, last = self._pieces.frames[number : number + 2]
-        if self._pieces.kind != "windows":
-            return first, last
-        context = round(CONTEXT_SECONDS * self._info.frame_rate)
-        return max(0, first - context), min(self._pieces.frames[-1], last + context)
+        context = round(CONTEXT_SECONDS * self._info.frame_rate) if self._pieces.kind == "windows" else 0
+        return window(self._pieces.frames, number, context)
 
     def _keep(self, number: int, samples: Samples) -> None:
         begin, end = (self._output(place) for place in self._pieces.samples[number : number + 2])
@@ -229,6 +226,11 @@ class _LongRow:
     def _output(self, sample: int) -> int:
         """A place in the row's audio at the rate of what is decoded."""
         return round(sample * self._info.output_sample_rate / self._info.sample_rate)
+
+
+def window(frames: Sequence[int], number: int, context: int) -> tuple[int, int]:
+    """First frame, and frame after the last, of a piece with its context; ``frames`` are where pieces begin and end."""
+    return max(0, frames[number] - context), min(frames[-1], frames[number + 1] + context)
 
 
 def fade(samples: Samples, begin: int, end: int | None, width: int) -> tuple[int, Samples]:

@@ -6,8 +6,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from batch_tokenizer.audio.decoding import AudioTooLong, decode_audio, printable_path
-from batch_tokenizer.audio.reader import open_audio
+from batch_tokenizer.audio.decoding import AudioHeader, AudioTooLong, decode_audio, printable_path
+from batch_tokenizer.audio.reader import open_audio, read_piece
 from batch_tokenizer.audio.resampling import Piece, Resampler, resample, resampled_length
 from batch_tokenizer.records import AudioCut, RowError
 
@@ -91,12 +91,13 @@ def _load_cut(
     if last is not None and max_samples is not None and last - first > max_samples:
         raise _too_long(path, last - first, sample_rate, max_samples)
     asked = last if last is not None else first + (_ENDLESS if max_samples is None else max_samples + 1)
-    with open_audio(path) as audio:
-        file_rate, frames = audio.header.sample_rate, audio.header.frames
-        if frames is not None:
-            _check_cut(name, cut, frames / file_rate)
-        piece = Piece.plan(first, asked, frames, file_rate, sample_rate, resampler)
-        channels = audio.read(piece.start, piece.stop, cut.channel)
+
+    def plan(header: AudioHeader) -> Piece:
+        if header.frames is not None:
+            _check_cut(name, cut, header.frames / header.sample_rate)
+        return Piece.plan(first, asked, header.frames, header.sample_rate, sample_rate, resampler)
+
+    channels, piece = read_piece(path, plan, cut.channel)
     if not channels.shape[1]:
         raise RowError("load", f"{name}: ends before {cut.start:g} s, where the segment starts")
     if resampler == "reference":

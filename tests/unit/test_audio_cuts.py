@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import soundfile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from batch_tokenizer.audio import reader
 from batch_tokenizer.audio.decoding import decode_audio
 from batch_tokenizer.audio.loading import load_samples, measure_samples
 from batch_tokenizer.audio.reader import open_audio
@@ -145,6 +147,29 @@ def test_a_cut_may_be_too_long_or_too_short(files: dict[str, str]) -> None:
     assert len(load_samples(files["wav"], RATE, cut=AudioCut(1), max_samples=8 * RATE)) == 8 * RATE
     with pytest.raises(RowError, match="shorter than a sample"):
         load_samples(files["wav"], RATE, cut=AudioCut(1, 1.00001))
+
+
+@pytest.mark.parametrize("suffix", ["mp3", "mka", "aac", "wav", "m4a"])
+def test_cuts_in_their_order_take_one_decoding(
+    files: dict[str, str], suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = load_samples(files[suffix], 16000)
+    opened: list[str] = []
+    again = reader.open_audio
+    monkeypatch.setattr(reader, "open_audio", lambda path: opened.append(path) or again(path))
+    for second in (0, 1, 2, 5, 7):
+        cut = load_samples(files[suffix], 16000, cut=AudioCut(second, second + 1))
+        np.testing.assert_allclose(cut, whole[16000 * second :][:16000], atol=1e-6)
+    assert len(opened) == (5 if suffix in ("wav", "m4a") else 1)
+    # Backwards, and a file that is another now.
+    np.testing.assert_allclose(load_samples(files[suffix], 16000, cut=AudioCut(0, 1)), whole[:16000], atol=1e-6)
+    before, other = files[suffix] + ".old", files[suffix]
+    os.rename(other, before)
+    soundfile.write(other, np.zeros(RATE), RATE, format="WAV")
+    try:
+        assert not load_samples(other, 16000, cut=AudioCut(0.5, 1)).any()
+    finally:
+        os.replace(before, other)
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
