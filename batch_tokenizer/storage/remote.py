@@ -216,6 +216,8 @@ def _file_system(url: str) -> tuple[Any, str]:
             options = {"client_kwargs": {"timeout": timeout}, "headers": {"Accept-Encoding": "identity"}}
             if not urlsplit(url).netloc:
                 raise ValueError("no host in it")
+        for library in ("botocore", "aiobotocore"):  # which tell in each process where they found credentials
+            logging.getLogger(library).setLevel(logging.WARNING)
         system, path = fsspec.core.url_to_fs(url, use_listings_cache=False, **options)
     except ImportError as error:
         raise StorageError(f"{spoken(url)}: pip install {package}, which reads {scheme}:// addresses") from error

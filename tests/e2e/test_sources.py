@@ -7,10 +7,11 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from batch_tokenizer.storage import remote
 from tests.e2e.conftest import Open
 from tests.support.command import batch_tokenizer
 from tests.support.runs import Workspace
-from tests.support.stores import web_store
+from tests.support.stores import s3_store, web_store
 from tests.support.tars import tar_bytes
 
 NUM_ROWS = 100
@@ -93,16 +94,28 @@ def test_shards_killed_resumed_and_mended_give_what_files_give(
     assert f"{NUM_ROWS} done + 0 failed" in verified.stdout
 
 
-def test_a_corpus_behind_http_whose_server_fails_now_and_then(
+def test_a_corpus_behind_http_whose_server_fails_now_and_then_to_a_bucket(
     open_workspace: Open, undisturbed: Mapping[str, bytes]
 ) -> None:
     workspace = open_workspace(12)
     (shard,) = pack(workspace, 1)
-    with web_store() as store:
+    with web_store() as store, s3_store(["corpus"]):
         store.files["x.tar"] = shard.read_bytes()
         store.faults[:] = ["none", "none", 503, "drop", "none", "none", 502, "none", "drop"]
-        run = workspace.finish(1, "--data_list", f"{store.url}/x.tar", "--output_dir", "tokens")
-    assert "trying again" in run.output()
+        source = f"{store.url}/x.tar"
+        run = workspace.finish(1, "--data_list", source, "--output_dir", "s3://corpus/tokens")
+        assert "trying again" in run.output()
+        verified = batch_tokenizer(
+            "verify", "--data_list", source, "--model_path", workspace.corpus.checkpoint, cwd=workspace.folder
+        )
+        assert "12 done + 0 failed" in verified.stdout
+        assert verified.returncode == 0, verified.stdout + verified.stderr
+        outputs = remote.list_folder("s3://corpus/tokens")
+        assert len(outputs) == 24
+        for url in outputs:
+            path = workspace.folder / "tokens" / url.rpartition("/")[2]
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(b"".join(remote.fetch(url)))
     assert results(workspace) == of_files(undisturbed, workspace.corpus.keys)
     assert (workspace.folder / "x.wav2token2wav.run" / "summary.json").exists()
 
