@@ -1,7 +1,8 @@
 """``opened``: any location enters, a descriptor that can be read at any place leaves, or one ``RowError``.
 
 A plain file is opened as it stands, after a look at what it is (a pipe would hang). Everything else is brought here
-first: into memory that looks like a file, or, above ``_IN_MEMORY`` bytes, into a file without a name.
+first: into memory that looks like a file, or, above ``_IN_MEMORY`` bytes, into a file without a name. The latest large
+one is kept, as the parts of a long recording are asked for one after the other.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import os
 import stat
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,6 +21,9 @@ from batch_tokenizer.storage.streams import read_member
 from batch_tokenizer.storage.tar import HEADER, is_member_header
 
 _IN_MEMORY = 64 * 2**20
+
+#: Smaller contents are not kept: they are hardly ever asked for twice.
+_WORTH_KEEPING = 2**20
 
 #: Most bytes of a member or object: forty hours of CD audio.
 MOST_BYTES = 1 << 34
@@ -42,8 +47,11 @@ def opened(location: str, what: str = "an audio file") -> Iterator[tuple[int, in
         descriptor = _open_file(location, name, what)
     else:
         try:
-            pieces = _fetch_member(member) if member is not None else fetch(location)
-            descriptor = _keep(pieces, name)
+            kept = _kept.reopen(location)
+            if kept is None:
+                kept = _gather(_fetch_member(member) if member is not None else fetch(location), name)
+                _kept.offer(location, kept)
+            descriptor = kept
         except StorageError as error:
             raise RowError("load", error.reason) from error
         except OSError as error:
@@ -55,6 +63,41 @@ def opened(location: str, what: str = "an audio file") -> Iterator[tuple[int, in
         yield descriptor, size
     finally:
         os.close(descriptor)
+
+
+class _Kept:
+    """The latest large content that was brought here, for whoever asks for it next."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._location = ""
+        self._descriptor = -1
+        os.register_at_fork(after_in_child=self._forget_lock)
+
+    def _forget_lock(self) -> None:
+        self._lock = threading.Lock()  # which another thread of the parent may hold for ever
+
+    def offer(self, location: str, descriptor: int) -> None:
+        """Keep it, instead of the one before."""
+        if os.fstat(descriptor).st_size < _WORTH_KEEPING:
+            return
+        with self._lock:
+            if self._descriptor >= 0:
+                os.close(self._descriptor)
+            self._location, self._descriptor = location, os.dup(descriptor)
+
+    def reopen(self, location: str) -> int | None:
+        """A descriptor with a place of its own in the content; None if it is not here."""
+        with self._lock:
+            if self._descriptor < 0 or self._location != location:
+                return None
+            try:
+                return os.open(f"/proc/self/fd/{self._descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+            except OSError:  # another system than Linux
+                return None
+
+
+_kept = _Kept()
 
 
 def _open_file(path: str, name: str, what: str) -> int:
@@ -133,7 +176,7 @@ class _Ranges:
             os.close(self._descriptor)
 
 
-def _keep(pieces: Iterator[bytes], name: str) -> int:
+def _gather(pieces: Iterator[bytes], name: str) -> int:
     """A descriptor of the pieces, put together.
 
     Raises:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -366,6 +367,17 @@ def test_equal_keys_in_two_shards_are_duplicates(tmp_path: Path) -> None:
     assert isinstance(first, ManifestRow)
     assert isinstance(second, RowFailure)
     assert "duplicate key" in second.reason
+
+
+def test_rows_of_compressed_tars_stay_in_their_order(tmp_path: Path) -> None:
+    """Longest first would read the archive from its beginning again and again."""
+    content = tar_bytes([(f"{n}.{end}", b'{"duration": %d}' % n) for n in range(3) for end in ("json", "wav")])
+    (tmp_path / "x.tar").write_bytes(content)
+    (tmp_path / "x.tar.gz").write_bytes(gzip.compress(content))
+    for name, durations in (("x.tar", [0, 1, 2]), ("x.tar.gz", [-1, -1, -1])):
+        path = local_manifest(f"{tmp_path}/{name}", tmp_path / "index", NO_OUTPUTS)
+        manifest = Manifest.open(path, "wav2token", tmp_path / "index", sink="tar")
+        assert np.nan_to_num(manifest.durations, nan=-1).tolist() == durations
 
 
 def test_rows_of_shards_without_outputs_are_refused_with_the_remedy(tmp_path: Path) -> None:

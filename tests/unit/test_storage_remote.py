@@ -105,6 +105,20 @@ def test_large_objects_come_in_parts(web: WebStore, monkeypatch: pytest.MonkeyPa
     assert bytes(iter(StreamReader(f"{web.url}/a.wav").read(5000))) == content
 
 
+def test_a_long_recording_is_fetched_once_for_its_parts(web: WebStore) -> None:
+    web.files |= {"long.wav": os.urandom(1 << 20), "short.wav": b"x", "other.wav": os.urandom(1 << 20)}
+    long, other = f"{web.url}/long.wav", f"{web.url}/other.wav"
+    for location in (long, long, f"{web.url}/short.wav", f"{web.url}/short.wav", long):
+        assert content_of(location) == web.files[location.rpartition("/")[2]]
+    assert (web.requests["long.wav"], web.requests["short.wav"]) == (1, 2)
+    with opened(long) as (first, _), opened(long) as (second, _):  # threads do not share a place in it
+        os.read(first, 100)
+        assert os.lseek(second, 0, os.SEEK_CUR) == 0
+    assert content_of(other) == web.files["other.wav"]
+    assert content_of(long) == web.files["long.wav"]
+    assert web.requests["long.wav"] == 2
+
+
 def test_members_of_a_remote_tar_are_fetched_alone(web: WebStore, tmp_path: Path) -> None:
     clips = [wav_content(number, seconds=20) for number in range(4)]
     web.files["x.tar"] = tar_bytes([(f"{number}.wav", clip) for number, clip in enumerate(clips)])
