@@ -393,6 +393,10 @@ class RunFolder:
             word = _read_word(self._notices.wait(f"{self.attempt_id}.resume", timeout, idle), timeout)
             self.manifest = Path(word["manifest"]) if word.get("manifest") else None
             deadline = time.monotonic() + _VISIBLE_SECONDS
+            # Where it was listed a moment ago. That it is not there at all, whoever opens it says better.
+            while self.manifest is not None and not self.manifest.exists() and time.monotonic() < deadline:
+                idle()
+                time.sleep(0.5)
             while True:
                 try:
                     return np.asarray(np.load(self._resume_path))
