@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import mmap
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,8 @@ from batch_tokenizer.runtime.shard_ledger import ShardJournal, recover
 from batch_tokenizer.writers.file_sink import FileSink
 from batch_tokenizer.writers.row_encoding import AudioEncoder, RowEncoder
 from batch_tokenizer.writers.shard_folder import ShardFolder
-from batch_tokenizer.writers.shard_sink import ShardSink, shard_form
+from batch_tokenizer.writers.shard_sink import ShardForm, ShardSink, shard_form
+from batch_tokenizer.writers.token_files import tokens_as_json, tokens_as_npy
 from batch_tokenizer.writers.wav_file import wav_bytes, wav_pieces
 
 
@@ -101,6 +103,40 @@ def recover_shards(config: RunConfig, folder: RunFolder, idle: Callable[[], None
         )  # fmt: skip
 
 
+def output_bytes(
+    config: RunConfig,
+    results: Sequence[TokenizedRow],
+    run_info: Mapping[str, Any],
+    num_quantizers: int,
+    sample_rate: int,
+) -> dict[str, int]:
+    """What the sink would write for some rows: bytes by output field, or of ``shards``. Nothing is written."""
+    encode = RowEncoder(
+        config.task, run_info, sample_rate, audio_encoder(config.audio_format), config.audio_format
+    )  # fmt: skip
+    rows = [encode(result) for result in results]
+    if config.sink in SHARD_SINKS:
+        form = _shard_form(config, run_info, num_quantizers)
+        stream = io.BytesIO()
+        shard = form.open(stream)
+        for row in rows:
+            shard.append(form.encode(row))
+        shard.finish()
+        return {"shards": len(stream.getvalue())}
+    to_bytes = tokens_as_json if config.sink == "json" else tokens_as_npy
+    sizes = {
+        "quantized_tokens": sum(len(to_bytes(row.codes, row.info)) for row in rows if row.codes is not None),
+        "reconstructed_wav": sum(len(row.audio) for row in rows if row.audio is not None),
+    }
+    return {name: sizes[name] for name in OUTPUT_FIELDS[config.task]}
+
+
+def _shard_form(config: RunConfig, run_info: Mapping[str, Any], num_quantizers: int) -> ShardForm:
+    outputs = OUTPUT_FIELDS[config.task]
+    width = num_quantizers if "quantized_tokens" in outputs else None
+    return shard_form(config.sink, run_info, width, "reconstructed_wav" in outputs)
+
+
 def open_sink(
     config: RunConfig,
     folder: RunFolder,
@@ -125,11 +161,7 @@ def open_sink(
             encode_audio=partial(_encode_long, encode_audio, config.audio_format, folder.path),
         )  # fmt: skip
     encode = RowEncoder(config.task, run_info, sample_rate, encode_audio, config.audio_format)
-    outputs = OUTPUT_FIELDS[config.task]
-    has_tokens = "quantized_tokens" in outputs
-    form = shard_form(
-        config.sink, dict(run_info), num_quantizers if has_tokens else None, "reconstructed_wav" in outputs
-    )
+    form = _shard_form(config, run_info, num_quantizers)
     journal = ShardJournal(folder.path, config.task, folder.attempt, folder.processes.rank)
     return ShardSink(
         encode, form, ShardFolder(str(config.output_dir)), journal, most_bytes=config.shard_megabytes * 1_000_000

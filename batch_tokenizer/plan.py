@@ -29,8 +29,8 @@ from batch_tokenizer.config import RunConfig
 from batch_tokenizer.data.loading import RowLoader
 from batch_tokenizer.data.pieces import PassLimit, piece_of
 from batch_tokenizer.manifest import LineState, Manifest, in_shard, plan_units
-from batch_tokenizer.outputs import run_settings
-from batch_tokenizer.records import OUTPUT_FIELDS, LoadedRow, ManifestRow, RowError, RowForm, RunError, TokenizedRow
+from batch_tokenizer.outputs import output_bytes, run_settings
+from batch_tokenizer.records import LoadedRow, ManifestRow, RowError, RowForm, RunError, TokenizedRow
 from batch_tokenizer.run_source import settings_of
 from batch_tokenizer.runtime.devices import ComputeDevice
 from batch_tokenizer.runtime.ledger import RowStatus, read_ledger
@@ -39,8 +39,6 @@ from batch_tokenizer.runtime.run_folder import read_settings
 from batch_tokenizer.sources.listing import local_manifest
 from batch_tokenizer.status import seems_at_work, spoken_duration, spoken_size
 from batch_tokenizer.storage.names import is_url, spoken
-from batch_tokenizer.writers.token_files import token_json
-from batch_tokenizer.writers.wav_file import wav_bytes
 
 #: Rows of which the input is opened, and of these, rows that are decoded.
 SAMPLE_ROWS, DECODED_ROWS = 32, 8
@@ -67,7 +65,7 @@ class Measured:
     Attributes:
         load: processor time of one loader process.
         stages: wall time of encode and decode.
-        bytes_written: by output field.
+        bytes_written: by output field, or of ``shards``.
     """
 
     load: float
@@ -152,7 +150,7 @@ def dry_run(
         _print_time(config, processes, measured, seconds)
         needed = {field: share * seconds for field, share in measured.bytes_written.items()}
         _print("bytes", ", ".join(f"{field} {spoken_size(size)}" for field, size in needed.items()))
-    trouble += _check_places(sample, manifest.form, run_dir, needed)
+    trouble += _check_places(sample, manifest.form, config.output_dir, run_dir, needed)
 
     print()
     for line in trouble:
@@ -381,19 +379,12 @@ def _measure(
         for row, code, wav in zip(batch[: config.batch_size], codes, samples, strict=True)
     ]
     seconds = sum(result.num_samples for result in results) / codec.info.sample_rate
-    written = {}
-    if "quantized_tokens" in OUTPUT_FIELDS[config.task]:
-        written["quantized_tokens"] = sum(len(token_json(result, info)) for result in results) / seconds
-    if "reconstructed_wav" in OUTPUT_FIELDS[config.task]:
-        sizes = [
-            len(wav_bytes(result.samples, codec.info.sample_rate)) for result in results if result.samples is not None
-        ]
-        written["reconstructed_wav"] = sum(sizes) / seconds
+    sizes = output_bytes(config, results, info, num_quantizers, codec.info.output_sample_rate)
     return Measured(
         load=sum(row.load_seconds for row in loaded)
         / (sum(row.num_samples for row in loaded) / codec.info.sample_rate),
         stages={stage: spent / seconds for stage, spent in stages.items()},
-        bytes_written=written,
+        bytes_written={name: size / seconds for name, size in sizes.items()},
     )
 
 
@@ -415,36 +406,42 @@ def _print_time(config: RunConfig, processes: ProcessGroup, measured: Measured, 
 
 
 def _check_places(
-    sample: Sequence[ManifestRow], form: RowForm, run_dir: Path, needed: Mapping[str, float]
+    sample: Sequence[ManifestRow], form: RowForm, output_dir: str | None, run_dir: Path, needed: Mapping[str, float]
 ) -> Iterator[str]:
     """Prints where there is how much space; yields a line for each place where the sampled outputs cannot go.
 
     Args:
-        needed: estimated bytes of all outputs, by output field.
+        needed: estimated bytes of all outputs, by output field, or of ``shards``, which go to ``output_dir``.
     """
     places: dict[Path, str | None] = {}
     shares: Counter[int] = Counter()
     spaces: dict[int, tuple[Path, int]] = {}
     num_existing = 0
-    for field in form.outputs:
-        for row in sample:
-            if is_url(str(row.fields[field])):
-                continue  # a store says what it does not take when it is asked to
-            path = Path(str(row.fields[field]))
-            if path.is_dir():
-                yield f"line {row.line + 1}, {row.key}: {path}: is a folder, where the output should go"
-                continue
-            num_existing += path.exists()
-            try:
-                ancestor = _existing_ancestor(path)
-                if ancestor not in places:
-                    places[ancestor] = _why_not_writable(ancestor)
-                device = ancestor.stat().st_dev
-                spaces[device] = ancestor, shutil.disk_usage(ancestor).free
-            except OSError as error:
-                yield f"line {row.line + 1}, {row.key}: {path}: cannot be written: {error.strerror}"
-                continue
-            shares[device] += round(needed.get(field, 0.0) / len(sample))
+    outputs = [
+        (f"line {row.line + 1}, {row.key}", str(row.fields[field]), needed.get(field, 0.0) / len(sample))
+        for field in form.outputs
+        for row in sample
+    ]
+    if not form.outputs and output_dir is not None:
+        outputs = [("--output_dir", f"{output_dir}/shard", needed.get("shards", 0.0))]
+    for whose, output, size in outputs:
+        if is_url(output):
+            continue  # a store says what it does not take when it is asked to
+        path = Path(output)
+        if path.is_dir():
+            yield f"{whose}: {path}: is a folder, where the output should go"
+            continue
+        num_existing += path.exists()
+        try:
+            ancestor = _existing_ancestor(path)
+            if ancestor not in places:
+                places[ancestor] = _why_not_writable(ancestor)
+            device = ancestor.stat().st_dev
+            spaces[device] = ancestor, shutil.disk_usage(ancestor).free
+        except OSError as error:
+            yield f"{whose}: {path}: cannot be written: {error.strerror}"
+            continue
+        shares[device] += round(size)
     ancestor = run_dir if run_dir.is_dir() else _existing_ancestor(run_dir)
     places.setdefault(ancestor, _why_not_writable(ancestor))
     for place, reason in places.items():
