@@ -48,8 +48,12 @@ class BatchRunner:
 
 
 def to_host(parts: Sequence[Tensor], dtype: torch.dtype) -> list[npt.NDArray[Any]]:
-    """Tensors of equal width to numpy arrays, in one transfer where they are on a device."""
+    """Tensors of equal width to numpy arrays, in one transfer to pinned memory where they are on a device."""
     if all(part.device.type == "cpu" for part in parts):
         return [part.to(dtype).numpy() for part in parts]
-    host = torch.cat(list(parts)).to(dtype).cpu()
+    packed = torch.cat(list(parts)).to(dtype)
+    host = torch.empty(packed.shape, dtype=dtype, pin_memory=packed.device.type == "cuda")
+    host.copy_(packed, non_blocking=True)
+    if packed.device.type == "cuda":
+        torch.cuda.current_stream(packed.device).synchronize()
     return [part.numpy() for part in host.split([len(part) for part in parts])]

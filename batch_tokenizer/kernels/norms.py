@@ -47,6 +47,6 @@ class SegmentGroupNorm(nn.Module):
     @staticmethod
     def _spread(per_row: Tensor, segments: Segments) -> Tensor:
         """Mean over each utterance's rows, float64 (N,), handed back to every one of them as (N, 1)."""
-        lengths = torch.from_numpy(segments.lengths).to(per_row.device)
+        lengths = segments.rows_of
         means = torch.segment_reduce(per_row.double(), "mean", lengths=lengths, unsafe=True)
         return means.repeat_interleave(lengths, output_size=segments.total)[:, None]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +31,17 @@ def as_lengths(lengths: Sequence[int] | Lengths) -> Lengths:
     if array.ndim != 1 or (array < 0).any():
         raise ValueError(f"segment lengths must be a list of non-negative integers, got {lengths!r}")
     return array
+
+
+def to_device(values: npt.NDArray[Any] | Tensor, device: torch.device | str) -> Tensor:
+    """An array or a tensor on ``device``, without waiting for what the device is doing.
+
+    A copy from ordinary memory would wait until everything before it is done; one from pinned memory queues behind it.
+    """
+    tensor = values if isinstance(values, Tensor) else torch.from_numpy(values)
+    if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 class Segments:
@@ -57,12 +69,17 @@ class Segments:
     @cached_property
     def offsets(self) -> Tensor:
         """int32 (S + 1,): rows offsets[i] to offsets[i + 1] are utterance i. The form that varlen kernels take."""
-        return torch.from_numpy(np.append(self.starts, self.total).astype(np.int32)).to(self.device)
+        return to_device(np.append(self.starts, self.total).astype(np.int32), self.device)
 
     @cached_property
     def positions(self) -> Tensor:
         """int64 (N,): each row's position in its utterance, from 0."""
-        return torch.from_numpy(within(self.lengths)).to(self.device)
+        return to_device(within(self.lengths), self.device)
+
+    @cached_property
+    def rows_of(self) -> Tensor:
+        """int64 (S,): ``lengths`` on the device."""
+        return to_device(self.lengths, self.device)
 
 
 def within(lengths: Lengths) -> Lengths:
@@ -90,8 +107,8 @@ class GappedAxis:
     ) -> GappedAxis:
         """Utterance i takes ``lengths[i]`` rows from ``starts[i]`` on, all below ``size``."""
         checked = as_lengths(lengths)
-        rows = torch.from_numpy(within(checked) + np.repeat(starts, checked))
-        return cls(starts=starts, lengths=checked, size=size, rows=rows.to(device))
+        rows = to_device(within(checked) + np.repeat(starts, checked), device)
+        return cls(starts=starts, lengths=checked, size=size, rows=rows)
 
     @classmethod
     def spaced(cls, lengths: Sequence[int] | Lengths, gap: int, device: torch.device | str) -> GappedAxis:

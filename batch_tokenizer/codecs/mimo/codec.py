@@ -25,6 +25,9 @@ log = logging.getLogger(__name__)
 #: Some exports put this before every parameter's name.
 PREFIX = "audio_tokenizer."
 
+#: Parameters from which on the layers are compiled on CUDA; smaller models would take longer to compile than they run.
+COMPILED_SIZE = 100_000_000
+
 _WITHOUT_EFFECT = ("_codebook.embed_avg", "_codebook.cluster_size", "_codebook.inited")
 
 #: What each task needs of the model.
@@ -147,6 +150,8 @@ class MiMoCodec(Codec):
         self.spec = spec
         self.model = model
         self.frame_budget = DEFAULT_CAPACITY
+        if model.device.type == "cuda" and sum(weight.numel() for weight in model.parameters()) >= COMPILED_SIZE:
+            model.compile_layers()
         self._run = BatchRunner(model.device, threads)
         self.batch_limit = self._run.batch_limit
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
@@ -52,11 +54,14 @@ class SelfAttention(nn.Module):
         self.v_proj = nn.Linear(width, width)
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, rows: Tensor, rotate: Rotation, segments: Segments, backend: str) -> Tensor:
-        """(N, width) to (N, width)."""
+    def project(self, rows: Tensor, rotate: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        """(N, width) to queries and keys, rotated, and values, (N, H, D) each."""
         q, k, v = (project(rows).unflatten(-1, (self.heads, -1)) for project in (self.q_proj, self.k_proj, self.v_proj))
-        attended = varlen_attention(rotate(q), rotate(k), v, segments, window=self.window, backend=backend)
-        return self.out_proj(attended.flatten(1))
+        return rotate(q), rotate(k), v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, backend: str) -> Tensor:
+        """(N, H, D) each to (N, width)."""
+        return varlen_attention(q, k, v, segments, window=self.window, backend=backend).flatten(1)
 
 
 class TransformerLayer(nn.Module):
@@ -70,10 +75,18 @@ class TransformerLayer(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
         self.final_layer_norm = make_norm(norm, width)
 
+    def before(self, x: Tensor, rotate: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        """(N, width) to what attention takes, (N, H, D) each."""
+        return self.self_attn.project(self.self_attn_layer_norm(x), rotate)
+
+    def after(self, x: Tensor, attended: Tensor) -> Tensor:
+        """The layer's input and its attention's output, (N, width) both, to the layer's output."""
+        x = x + self.self_attn.out_proj(attended)
+        return x + self.fc2(activate(self.fc1(self.final_layer_norm(x))))
+
     def forward(self, x: Tensor, rotate: Rotation, segments: Segments, backend: str) -> Tensor:
         """(N, width) to (N, width)."""
-        x = x + self.self_attn(self.self_attn_layer_norm(x), rotate, segments, backend)
-        return x + self.fc2(activate(self.fc1(self.final_layer_norm(x))))
+        return self.after(x, self.self_attn.attend(*self.before(x, rotate), segments, backend))
 
 
 class TransformerStack(nn.ModuleList):
@@ -87,6 +100,8 @@ class TransformerStack(nn.ModuleList):
         self.head_dim = width // heads
         self.theta = theta
         self.attention = "auto"
+        #: Runs a layer, as ``TransformerLayer.__call__`` does; ``compiled.CompiledLayers`` in its place is faster.
+        self.run_layer: Callable[..., Tensor] = TransformerLayer.__call__
 
     def forward(self, x: Tensor, segments: Segments, skip: int | None = None) -> Tensor:
         """(N, width) to (N, width). The output of layer number ``skip``, from 1, is added to the last one's."""
@@ -94,7 +109,7 @@ class TransformerStack(nn.ModuleList):
         backend, _ = choose_backend(self.attention, x.device, x.dtype, self.head_dim)
         skipped: Tensor | None = None
         for number, layer in enumerate(self, start=1):
-            x = layer(x, rotate, segments, backend)
+            x = self.run_layer(layer, x, rotate, segments, backend)
             if number == skip:
                 skipped = x
         return x if skipped is None else x + skipped

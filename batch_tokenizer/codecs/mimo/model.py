@@ -20,6 +20,7 @@ from batch_tokenizer.codecs.mimo.decoder import AudioDecoder
 from batch_tokenizer.codecs.mimo.encoder import AudioEncoder, EncoderLayout
 from batch_tokenizer.codecs.mimo.layers import TransformerStack
 from batch_tokenizer.kernels.packing import filler_runs, packs
+from batch_tokenizer.kernels.segments import to_device
 
 Stats = dict[str, Any]
 
@@ -64,6 +65,14 @@ class MiMoAudioTokenizer(nn.Module):
         for module in self.modules():
             if isinstance(module, TransformerStack):
                 module.attention = backend
+
+    def compile_layers(self) -> None:
+        """Runs the layers under ``torch.compile``: faster on CUDA, where packs have one shape; see ``compiled``."""
+        from batch_tokenizer.codecs.mimo.compiled import CompiledLayers
+
+        for module in self.modules():
+            if isinstance(module, TransformerStack):
+                module.run_layer = CompiledLayers()
 
     @torch.no_grad()
     def encode(self, mels: Tensor, mels_lens: Tensor, n_q: int | None = None, **_: Any) -> tuple[Tensor, Tensor, Stats]:
@@ -141,7 +150,7 @@ class MiMoAudioTokenizer(nn.Module):
         samples: list[Tensor] = [torch.empty(0)] * len(codes)
         with torch.autocast(self.device.type, enabled=False):
             for members, capacity in self._packs([len(code) for code in codes], [code.shape[1] for code in codes]):
-                packed = torch.cat([codes[index] for index in members]).to(self.device, torch.int64)
+                packed = to_device(torch.cat([codes[index] for index in members]), self.device).to(torch.int64)
                 lengths = [len(codes[index]) for index in members]
                 filler = 0 if capacity is None else capacity - len(packed)
                 packed = torch.nn.functional.pad(packed, (0, 0, 0, filler))
@@ -158,7 +167,7 @@ class MiMoAudioTokenizer(nn.Module):
 
     def _pack_mels(self, mels: Sequence[Tensor], capacity: int | None) -> tuple[EncoderLayout, Tensor]:
         layout = EncoderLayout.build(self.config, [mel.shape[1] for mel in mels], self.device, capacity)
-        tight = torch.cat([mel.t() for mel in mels]).to(self.device)
+        tight = to_device(torch.cat([mel.t() for mel in mels]), self.device)
         return layout, layout.mel.scatter(tight)
 
     def _packs(
