@@ -24,6 +24,7 @@ from batch_tokenizer.quality.recordings import Recording, align
 from batch_tokenizer.reconstruction import at_input_rate, check_num_quantizers, decode, encode, open_codec
 from batch_tokenizer.records import ManifestRow, RowError, RunError, TokenizedRow
 from batch_tokenizer.report.figures import draw_mel, token_matrix
+from batch_tokenizer.storage.names import file_name, spoken
 from batch_tokenizer.writers.publish import publish
 from batch_tokenizer.writers.token_files import token_json
 from batch_tokenizer.writers.wav_file import wav_bytes
@@ -35,7 +36,7 @@ _CODES_PRINTED = 20
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     add = parser.add_argument
-    add("file", type=Path, help="an audio file")
+    add("file", help="an audio file, or another location: docs/corpora.md")
     add("--model_path", help="checkpoint folder or hub id; the bundled default when absent")
     add("--num_quantizers", type=int, help="codebooks to use; all when absent")
     add("--metrics", nargs="+", choices=list(METRICS), default=list(METRICS), metavar="METRIC",
@@ -52,34 +53,35 @@ def main(arguments: argparse.Namespace) -> int:
     Raises:
         RunError: the file or the checkpoint cannot be used, or the results not be written.
     """
-    path: Path = arguments.file
+    location: str = arguments.file
+    name = Path(file_name(location)).stem
     codec = open_codec(arguments.model_path, arguments.device, arguments.dtype)
     info = codec.info
     wanted = () if arguments.num_quantizers is None else (arguments.num_quantizers,)
     (num_quantizers,) = check_num_quantizers(wanted, info.num_codebooks)
-    out: Path = arguments.out or Path(f"{path.stem}.inspect")
+    out: Path = arguments.out or Path(f"{name}.inspect")
     try:
-        samples = load_samples(str(path), info.sample_rate, max_samples=info.max_samples)
+        samples = load_samples(location, info.sample_rate, max_samples=info.max_samples)
         codes = _result(encode(codec, [samples], num_quantizers))
         made = _result(decode(codec, [codes]))
         original, (reconstruction,) = align(samples, [at_input_rate(info, made)], info.sample_rate)
-        row = ManifestRow(0, "", path.stem, str(path), None, None, {"key": path.stem, "wav": str(path)})
+        row = ManifestRow(0, "", name, location, None, None, {"key": name, "wav": location})
         about = {
             "codec": info.family, "fingerprint": info.fingerprint, "sample_rate": info.sample_rate,
             "frame_rate": info.frame_rate, "resampler": "reference", "version": __version__,
         }  # fmt: skip
-        publish(str(out / f"{path.stem}.json"), token_json(TokenizedRow(row, codes, made, len(samples)), about))
-        publish(str(out / f"{path.stem}.wav"), wav_bytes(made, info.output_sample_rate))
+        publish(str(out / f"{name}.json"), token_json(TokenizedRow(row, codes, made, len(samples)), about))
+        publish(str(out / f"{name}.wav"), wav_bytes(made, info.output_sample_rate))
     except RowError as error:
         raise RunError(error.reason) from error
     scores = Scorer(tuple(name for name in METRICS if name in arguments.metrics), arguments.speaker_model).score(
         original, reconstruction
     )
-    picture = out / f"{path.stem}.png"
+    picture = out / f"{name}.png"
     drawn = _draw(picture, original, reconstruction, codes, info)
-    for line in summary(path, info, codes, len(samples), scores):
+    for line in summary(spoken(location), info, codes, len(samples), scores):
         print(line)
-    print(f"tokens: {out / path.stem}.json\nreconstruction: {out / path.stem}.wav")
+    print(f"tokens: {out / name}.json\nreconstruction: {out / name}.wav")
     print(f"picture: {picture}" if drawn else "picture: not drawn; pip install 'batch_tokenizer[report]'")
     return 0
 
@@ -92,12 +94,12 @@ def _result(results: list[Any]) -> Any:
     return result
 
 
-def summary(path: Path, info: CodecInfo, codes: npt.NDArray[np.uint16], num_samples: int, scores: Scores) -> list[str]:
+def summary(source: str, info: CodecInfo, codes: npt.NDArray[np.uint16], num_samples: int, scores: Scores) -> list[str]:
     """What there is to say, as lines of text."""
     frames, used = codes.shape
     sizes = info.codebook_sizes[:used]
     lines = [
-        f"{path}: {num_samples / info.sample_rate:.2f} s at {info.sample_rate} Hz",
+        f"{source}: {num_samples / info.sample_rate:.2f} s at {info.sample_rate} Hz",
         f"model {info.name} ({info.family}, fingerprint {info.fingerprint})",
         f"{frames} frames of {used} codes, {info.frame_rate:g} frames a second, "
         f"{bit_rate(sizes, info.frame_rate) / 1000:.2f} kbit/s",
