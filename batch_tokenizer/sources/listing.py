@@ -225,6 +225,9 @@ def _list(sources: list[Source], path: Path, settings: SourceSettings, idle: Cal
                     log.info("listing %s: %s parts%s, %s rows", spoken(sources[0].location), f"{finished:,}", of,
                              f"{rows:,}")  # fmt: skip
         notes.tell()
+        if not rows:
+            what = "audio" if settings.input_field == "wav" else "tokens"
+            raise RunError(f"--data_list {spoken(sources[0].location)}: there is no {what} in it, and no row")
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)

@@ -432,6 +432,14 @@ def test_a_folder_is_walked_in_order(tmp_path: Path) -> None:
     assert local_manifest(str(audio), tmp_path / "index", NO_OUTPUTS) != first
 
 
+def test_a_source_without_rows_is_named(tmp_path: Path) -> None:
+    (tmp_path / "audio").mkdir()
+    (tmp_path / "x.tar").write_bytes(tar_bytes([("readme.md", b"x")]))
+    for name in ("audio", "x.tar"):
+        with pytest.raises(RunError, match=f"{name}: there is no audio in it"):
+            rows_of(tmp_path / name, tmp_path)
+
+
 def test_names_that_no_manifest_can_hold_are_refused(tmp_path: Path) -> None:
     audio = tmp_path / "audio"
     audio.mkdir()
