@@ -21,7 +21,7 @@ from batch_tokenizer.runtime.run_folder import RunFolder
 from batch_tokenizer.runtime.shard_ledger import ShardJournal, recover
 from batch_tokenizer.writers.file_sink import FileSink
 from batch_tokenizer.writers.row_encoding import AudioEncoder, RowEncoder
-from batch_tokenizer.writers.shard_folder import ShardFolder
+from batch_tokenizer.writers.shard_folder import shard_folder
 from batch_tokenizer.writers.shard_sink import ShardForm, ShardSink, shard_form
 from batch_tokenizer.writers.token_files import tokens_as_json, tokens_as_npy
 from batch_tokenizer.writers.wav_file import wav_bytes, wav_pieces
@@ -94,7 +94,7 @@ def recover_shards(config: RunConfig, folder: RunFolder, idle: Callable[[], None
     """
     if config.sink not in SHARD_SINKS:
         return
-    shards = ShardFolder(str(config.output_dir))
+    shards = shard_folder(str(config.output_dir))
     with folder.alone(idle):
         shards.claim(config.task, folder.run_id, folder.path)
         recover(
@@ -164,5 +164,5 @@ def open_sink(
     form = _shard_form(config, run_info, num_quantizers)
     journal = ShardJournal(folder.path, config.task, folder.attempt, folder.processes.rank)
     return ShardSink(
-        encode, form, ShardFolder(str(config.output_dir)), journal, most_bytes=config.shard_megabytes * 1_000_000
+        encode, form, shard_folder(str(config.output_dir)), journal, most_bytes=config.shard_megabytes * 1_000_000
     )

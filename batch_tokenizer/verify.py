@@ -65,7 +65,7 @@ from batch_tokenizer.verify_shards import (
     shards_of_ledger,
     take_back,
 )
-from batch_tokenizer.writers.shard_folder import ShardFolder
+from batch_tokenizer.writers.shard_folder import shard_folder
 
 log = logging.getLogger(__name__)
 
@@ -595,7 +595,7 @@ class Verification:
         """The shards, and with ``--repair`` those taken back that are wrong or have a row that is."""
         checker, task = self._checker(), self.manifest.task
         suffix = str(self.settings["sink"])
-        shards = ShardFolder(str(self.settings["output_dir"]))
+        shards = shard_folder(str(self.settings["output_dir"]))
         shard_checker = ShardChecker(
             task, checker.output_sample_rate, checker.audio_format, checker.codebook_sizes, checker.settings
         )

@@ -52,6 +52,7 @@ class Shard:
 
     name: str
     path: str
+    exists: bool
     ledger: Path
     entries: tuple[Entry, ...]
 
@@ -93,7 +94,7 @@ class ShardChecker:
     def check(self, shard: Shard) -> ShardReport:
         """Read a whole shard."""
         report = ShardReport(shard)
-        if not Path(shard.path).is_file():
+        if not shard.exists:
             report.problems.append(RowProblem("missing", f"no such file: {len(shard.entries):,} rows are lost"))
             return report
         try:
@@ -161,7 +162,7 @@ def shards_of_ledger(run_dir: Path, folder: ShardFolder, task: Task, suffix: str
             raise RunError(f"{path} cannot be read: {error.strerror}", exit_code=1) from error
         except (ValueError, KeyError, TypeError) as error:
             raise RunError(f"{path} is damaged: remove it, and the next start does its rows again") from error
-        yield Shard(name, str(folder.path(name)), path, entries)
+        yield Shard(name, folder.location(name), folder.exists(name), path, entries)
 
 
 def shard_of_ledger_file(name: str, task: Task, suffix: str) -> str | None:
@@ -189,11 +190,11 @@ def orphans(run_dir: Path, folder: ShardFolder, task: Task) -> list[tuple[str, s
             place = parse_shard_name(task, name)
             if place is not None and not shard_ledger_file(run_dir, *place).exists():
                 what = "no ledger file names this shard: the next start of the run puts that right"
-                found.append((str(folder.path(name)), what))
+                found.append((folder.location(name), what))
         for name in folder.names_aside():
             if parse_shard_name(task, name) is not None:
                 what = "left by a killed process, unless a run is writing there: the next start removes it"
-                found.append((str(folder.path(f".{name}.part")), what))
+                found.append((folder.location(f".{name}.part"), what))
         return found
     except OSError as error:
         raise RunError(f"{folder.place} cannot be read: {error.strerror}", exit_code=1) from error

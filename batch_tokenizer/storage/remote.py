@@ -109,6 +109,16 @@ def exists(url: str) -> bool:
     return bool(_tried(url, lambda system, path: system.exists(path)))
 
 
+def remove(url: str) -> None:
+    """Remove an object, if it is there.
+
+    Raises:
+        StorageError: it cannot be removed.
+    """
+    if exists(url):
+        _tried(url, lambda system, path: system.rm_file(path))
+
+
 def find(pattern: str) -> list[str]:
     """URLs of the objects that match a pattern with ``*``, ``?`` or ``[…]``, sorted.
 

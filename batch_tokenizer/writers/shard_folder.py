@@ -1,4 +1,4 @@
-"""``ShardFolder``: the folder that shards are published in, and which run it belongs to.
+"""``ShardFolder``: the folder or URL that shards are published in, and which run it belongs to.
 
 A shard is written under ``.NAME.part`` and renamed to ``NAME`` when it is whole. Shards that no ledger names are
 removed when a run starts, so a folder belongs to one run alone: ``.batch_tokenizer.TASK.json`` says which.
@@ -6,12 +6,24 @@ removed when a run starts, so a folder belongs to one run alone: ``.batch_tokeni
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 from batch_tokenizer.records import RunError
+from batch_tokenizer.storage import remote
+from batch_tokenizer.storage.names import is_url
+from batch_tokenizer.storage.remote import StorageError
+
+
+def shard_folder(place: str) -> ShardFolder:
+    """The folder at a path or a URL."""
+    return RemoteShardFolder(place) if is_url(place) else ShardFolder(place)
 
 
 class ShardFolder:
@@ -31,16 +43,14 @@ class ShardFolder:
         Raises:
             RunError: it holds shards of the task that another run made (exit code 2), or cannot be written (1).
         """
-        marker = self._path / f".batch_tokenizer.{task}.json"
+        marker = f".batch_tokenizer.{task}.json"
         try:
-            self._path.mkdir(parents=True, exist_ok=True)
+            content = self._read_marker(marker)
             try:
-                owner = json.loads(marker.read_bytes())
+                owner = json.loads(content)
                 if owner.get("id") == run_id:
                     return
                 whose = f" (run folder {owner.get('run_folder')})"
-            except FileNotFoundError:
-                whose = ""
             except (ValueError, AttributeError):
                 whose = ""
             if any(name.startswith(f"{task}-") for name in self.names()):
@@ -48,9 +58,21 @@ class ShardFolder:
                     f"--output_dir {self.place} holds shards of another {task} run{whose}: choose another folder, or "
                     "remove them"
                 )
-            marker.write_text(json.dumps({"id": run_id, "run_folder": str(run_dir.resolve())}) + "\n")
+            about = json.dumps({"id": run_id, "run_folder": str(run_dir.resolve())}) + "\n"
+            self._write_marker(marker, about.encode())
         except OSError as error:
             raise RunError(f"--output_dir {self.place}: {error.strerror or error}", exit_code=1) from error
+
+    def _read_marker(self, name: str) -> bytes:
+        """Empty where there is none; the folder is there afterwards."""
+        self._path.mkdir(parents=True, exist_ok=True)
+        try:
+            return (self._path / name).read_bytes()
+        except FileNotFoundError:
+            return b""
+
+    def _write_marker(self, name: str, content: bytes) -> None:
+        (self._path / name).write_bytes(content)
 
     def names(self) -> list[str]:
         """Published files, sorted.
@@ -79,9 +101,9 @@ class ShardFolder:
         except FileNotFoundError:
             return []
 
-    def path(self, name: str) -> Path:
+    def location(self, name: str) -> str:
         """Where a published file lies."""
-        return self._path / name
+        return str(self._path / name)
 
     def create(self, name: str) -> BinaryIO:
         """Begin a file aside, in the place of one that a killed process left.
@@ -114,3 +136,75 @@ class ShardFolder:
 
     def _aside(self, name: str) -> Path:
         return self._path / f".{name}.part"
+
+
+class RemoteShardFolder(ShardFolder):
+    """The same behind a URL. What is written aside is a local file without a name, put as a whole object in the end.
+
+    A process that outlives its job for some seconds cannot be kept from putting an object, as a file aside can be taken
+    away from it. Its rows do not count then; ``verify`` names such a shard, and the next start removes it.
+    """
+
+    def __init__(self, place: str) -> None:
+        super().__init__(place.rstrip("/"))
+        self._aside_files: dict[str, BinaryIO] = {}
+
+    def _read_marker(self, name: str) -> bytes:
+        with _as_os_error():
+            url = self.location(name)
+            return b"".join(remote.fetch(url)) if remote.exists(url) else b""
+
+    def _write_marker(self, name: str, content: bytes) -> None:
+        with _as_os_error():
+            remote.put(self.location(name), content)
+
+    def names(self) -> list[str]:
+        """See ``ShardFolder``."""
+        with _as_os_error():
+            found = remote.find(f"{self.place}/*")
+        return sorted(name for name in (url.rpartition("/")[2] for url in found) if name and not name.startswith("."))
+
+    def names_aside(self) -> list[str]:
+        """None: they end with their process."""
+        return []
+
+    def location(self, name: str) -> str:
+        """See ``ShardFolder``."""
+        return f"{self.place}/{name}"
+
+    def create(self, name: str) -> BinaryIO:
+        """See ``ShardFolder``."""
+        self.discard(name)
+        file = tempfile.TemporaryFile(prefix="batch_tokenizer-")  # noqa: SIM115 - open until it is published
+        self._aside_files[name] = file
+        return os.fdopen(os.dup(file.fileno()), "wb")
+
+    def publish(self, name: str) -> None:
+        """See ``ShardFolder``. Takes memory of the size of the file."""
+        with self._aside_files.pop(name) as file, _as_os_error():
+            file.seek(0)
+            remote.put(self.location(name), file.read())
+
+    def exists(self, name: str) -> bool:
+        """See ``ShardFolder``."""
+        with _as_os_error():
+            return remote.exists(self.location(name))
+
+    def discard(self, name: str) -> None:
+        """See ``ShardFolder``."""
+        if name in self._aside_files:
+            self._aside_files.pop(name).close()
+
+    def remove(self, name: str) -> None:
+        """See ``ShardFolder``."""
+        with _as_os_error():
+            remote.remove(self.location(name))
+
+
+@contextmanager
+def _as_os_error() -> Iterator[None]:
+    """What a store has against it, as what a file system would have."""
+    try:
+        yield
+    except StorageError as error:
+        raise OSError(errno.EIO, error.reason) from error

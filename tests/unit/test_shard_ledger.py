@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from batch_tokenizer.data.stored_rows import shard_rows
 from batch_tokenizer.records import RunError
 from batch_tokenizer.runtime.shard_ledger import ShardJournal, parse_shard_name, recover, shard_name
 from batch_tokenizer.writers.row_encoding import RowEncoder, done_entry
-from batch_tokenizer.writers.shard_folder import ShardFolder
+from batch_tokenizer.writers.shard_folder import shard_folder
 from batch_tokenizer.writers.shard_sink import ShardSink, shard_form
 from tests.support.shards import RUN_INFO, read_shards, tokenized
 
@@ -26,12 +27,12 @@ NUM_STEPS = 4  # create and fill, prepare, publish, commit
 class Place:
     """A run folder and its output folder, and what attempts do there."""
 
-    def __init__(self, folder: Path, sink: str = "tar") -> None:
+    def __init__(self, folder: Path, sink: str = "tar", out: str | None = None) -> None:
         self.run_dir = folder / "run"
         self.sink = sink
         for name in ("ledger", "attempts"):
             (self.run_dir / name).mkdir(parents=True)
-        self.shards = ShardFolder(str(folder / "out"))
+        self.shards = shard_folder(out or str(folder / "out"))
         self.shards.claim(TASK, "id", self.run_dir)
         self.attempt = 0
 
@@ -250,3 +251,37 @@ class TestSink:
         with pytest.raises(RunError, match="cannot be written") as raised:
             sink.close()
         assert raised.value.exit_code == 1
+
+
+class TestRemoteFolder:
+    """Shards behind a URL; fsspec's store in memory stands for one."""
+
+    @pytest.fixture
+    def place(self, tmp_path: Path) -> Place:
+        pytest.importorskip("fsspec", reason="fsspec is not installed")
+        return Place(tmp_path, out=f"memory://{tmp_path.name}/out")
+
+    @pytest.mark.parametrize("killed_after", range(NUM_STEPS + 1))
+    def test_killed_between_any_two_steps(self, place: Place, killed_after: int) -> None:
+        attempt = place.begin()
+        for step in place.steps(attempt, 0, [0, 1])[:killed_after]:
+            step()
+        place.shards = shard_folder(place.shards.place)  # as another process has it
+        place.begin()
+        expected = {0, 1} if killed_after >= 3 else set()
+        assert place.done() == Counter(expected)
+        name = "wav2token-000001-00000-000000.tar"
+        assert place.shards.names() == ([name] if expected else [])
+        keys = [int(row.key.split()[1]) for _ in expected for row in shard_rows(place.shards.location(name))]
+        assert set(keys) == expected
+
+    def test_the_folder_belongs_to_one_run(self, place: Place) -> None:
+        for step in place.steps(place.begin(), 0, [0]):
+            step()
+        with pytest.raises(RunError, match="holds shards of another"):
+            shard_folder(place.shards.place).claim(TASK, "other", place.run_dir)
+
+    def test_a_store_that_cannot_be_had_is_told_in_one_line(self, tmp_path: Path) -> None:
+        with pytest.raises(RunError, match="no-such-scheme") as raised:
+            shard_folder("no-such-scheme://x/out").claim(TASK, "id", tmp_path)
+        assert "\n" not in str(raised.value)
