@@ -17,8 +17,10 @@ import json
 import logging
 import math
 import os
+import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -376,35 +378,63 @@ def train(recipe: Recipe, stop: Callable[[], bool] = lambda: False) -> Trainer:
     loader = DataLoader(
         Crops(audio, config, recipe.token_frames, recipe.seed),
         batch_sampler=Numbers(trainer.step, recipe.batch_size), num_workers=recipe.num_workers,
-        prefetch_factor=4 if recipe.num_workers else None,
+        prefetch_factor=4 if recipe.num_workers else None, worker_init_fn=_leave_signals_to_the_parent,
     )  # fmt: skip
     seconds_per_step = recipe.batch_size * crop_length(config, recipe.token_frames) / config.sampling_rate
     sums: dict[str, float] = {}
     counted = 0
     clock = saved = time.monotonic()
-    for crops in loader:
-        if trainer.progress >= 1 or stop():
-            break
-        for name, value in trainer.train_step(*(part.to(trainer.device) for part in crops)).items():
-            sums[name] = sums.get(name, 0.0) + value
-        counted += 1
-        now = time.monotonic()
-        trainer.seconds += now - clock
-        clock = now
-        if trainer.step % recipe.log_every == 0:
-            line: dict[str, Any] = {name: round(value / counted, 4) for name, value in sums.items()}
-            hours = round(trainer.step * seconds_per_step / 3600, 2)
-            _log(recipe.out, {"step": trainer.step, "minutes": round(trainer.seconds / 60, 1), "hours": hours, **line})
-            sums, counted = {}, 0
-        if now - saved >= recipe.save_every:
-            trainer.save()
-            if watched and trainer.codebooks.ready:
-                _log(recipe.out, {"step": trainer.step, "held_out": trainer.watch(watched, numbers)})
-            saved = time.monotonic()
+    with _lost_loaders_told():
+        for crops in loader:
+            if trainer.progress >= 1 or stop():
+                break
+            for name, value in trainer.train_step(*(part.to(trainer.device) for part in crops)).items():
+                sums[name] = sums.get(name, 0.0) + value
+            counted += 1
+            now = time.monotonic()
+            trainer.seconds += now - clock
+            clock = now
+            if trainer.step % recipe.log_every == 0:
+                line: dict[str, Any] = {name: round(value / counted, 4) for name, value in sums.items()}
+                hours = round(trainer.step * seconds_per_step / 3600, 2)
+                _log(
+                    recipe.out,
+                    {"step": trainer.step, "minutes": round(trainer.seconds / 60, 1), "hours": hours, **line},
+                )
+                sums, counted = {}, 0
+            if now - saved >= recipe.save_every:
+                trainer.save()
+                if watched and trainer.codebooks.ready:
+                    _log(recipe.out, {"step": trainer.step, "held_out": trainer.watch(watched, numbers)})
+                saved = time.monotonic()
     trainer.save()
     if watched and trainer.codebooks.ready and trainer.progress >= 1:
         _log(recipe.out, {"step": trainer.step, "held_out": trainer.watch(watched, numbers)})
     return trainer
+
+
+def _leave_signals_to_the_parent(_: int) -> None:
+    """A signal sent to the whole job must not take the loaders away before the last step is saved."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def _lost_loaders_told() -> Iterator[None]:
+    """
+    Raises:
+        RunError: one of the loader's processes ended. torch says so from a signal handler, at any place.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise RunError(
+            "a loading process ended, as when memory runs out (--cache_gib, --num_workers); start the same command "
+            "again to go on from the last save",
+            exit_code=1,
+        ) from error
 
 
 def _log(out: Path, line: Mapping[str, Any]) -> None:

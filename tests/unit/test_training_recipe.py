@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -25,6 +30,7 @@ from batch_tokenizer.training.crops import Audio, Crops, Numbers, crop_length, m
 from batch_tokenizer.training.losses import RESOLUTIONS, SpectralLoss
 from batch_tokenizer.training.recipe import SMALL, Recipe, Trainer, load_held_out, make_model, train
 from tests.support.checkpoints import TINY
+from tests.support.command import ROOT
 
 CONFIG: dict[str, Any] = {
     **TINY,
@@ -131,6 +137,37 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(manifest: Path, tmp_path
     # A run that is over stays as it is.
     again = train(tiny(manifest, tmp_path / "part", steps=8, quantize_from=3))
     assert again.step == 8
+
+
+def test_a_signal_to_the_whole_job_ends_it_with_its_last_step_saved(manifest: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    words = ("--data", manifest, "--out", tmp_path / "run", "--config", tmp_path / "config.json", "--token_frames", "8",
+             "--batch_size", "1")  # fmt: skip
+    with subprocess.Popen(
+        [sys.executable, "-m", "batch_tokenizer.training", *words, "--num_workers", "1", "--threads", "1"],
+        start_new_session=True, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+    ) as process:  # fmt: skip
+        assert process.stderr is not None
+        said = ""
+        while '"step": 50' not in said:
+            line = process.stderr.readline()
+            assert line, said
+            said += line
+        os.killpg(process.pid, signal.SIGTERM)
+        said += process.stderr.read()
+    assert process.returncode == 0, said
+    assert "Traceback" not in said
+    assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["step"] >= 50
+
+
+def test_a_lost_loading_process_is_told_in_one_line(manifest: Path, tmp_path: Path) -> None:
+    def kill_the_loader() -> bool:
+        for process in multiprocessing.active_children():
+            process.kill()
+        return False
+
+    with pytest.raises(RunError, match="a loading process ended"):
+        train(tiny(manifest, tmp_path, num_workers=1), stop=kill_the_loader)
 
 
 def test_a_state_of_another_shape_is_refused(manifest: Path, tmp_path: Path) -> None:
