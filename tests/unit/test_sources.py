@@ -270,7 +270,7 @@ def test_each_audio_member_of_any_tar_is_one_row_with_its_own_bytes(
 ) -> None:
     folder = tmp_path_factory.mktemp("tar")
     members = []
-    for number, (stem, endings) in enumerate(groups):
+    for number, (stem, endings) in enumerate([("first", {"wav"}), *groups]):
         for ending in sorted(endings):
             content = b'{"n": %d}' % number if ending == "json" else f"{number}{ending}".encode()
             members.append((f"{stem}.{ending}", content))
