@@ -15,11 +15,11 @@ import numpy.typing as npt
 from batch_tokenizer.audio.loading import load_samples
 from batch_tokenizer.codecs.base import Codec, CodecInfo
 from batch_tokenizer.config import Device, Dtype
-from batch_tokenizer.data.token_files import read_any_tokens, read_codes
+from batch_tokenizer.data.token_files import read_any_tokens, read_tokens
 from batch_tokenizer.manifest import Manifest
 from batch_tokenizer.quality.recordings import Recording, align
 from batch_tokenizer.reconstruction import at_input_rate, check_num_quantizers, decode, encode, open_codec, open_spec
-from batch_tokenizer.records import ManifestRow, RowError, RunError, Task
+from batch_tokenizer.records import SHARD_SINKS, ManifestRow, RowError, RunError, Task
 from batch_tokenizer.run_source import find_manifest
 from batch_tokenizer.runtime.ledger import RowStatus, read_ledger
 from batch_tokenizer.runtime.run_folder import read_settings
@@ -111,6 +111,11 @@ def open_source(
             info.sample_rate, info.frame_rate, "reference", encoder, info, info.fingerprint,
         )  # fmt: skip
     settings = read_run(run_dir)
+    if settings.get("sink") in SHARD_SINKS:
+        raise RunError(
+            f"{run_dir} made {settings['sink']} shards, and outputs are scored as files: "
+            f"batch_tokenizer convert {run_dir} --to json --out DIR, or --data_list with --model_path and no run folder"
+        )
     task: Task = settings["task"]
     manifest = Manifest.open(
         find_manifest(run_dir, data_list), task, run_dir / "index", sink=settings.get("sink", "json")
@@ -161,8 +166,12 @@ def load_input(source: Source, row: ManifestRow) -> Any:
     if row.quantized_tokens is None:
         raise RowError("load", "the row has no quantized_tokens")
     if source.info is not None:
-        return read_codes(row.quantized_tokens, source.info)
-    return read_any_tokens(row.quantized_tokens)[0]
+        codes, origin = read_tokens(row.quantized_tokens, source.info)
+    else:
+        codes, origin = read_any_tokens(row.quantized_tokens)
+    if source.codec is not None and "segments" in origin:
+        raise RowError("load", f"{row.quantized_tokens}: is in segments, which are not decoded here: run token2wav")
+    return codes
 
 
 def recordings(source: Source, row: ManifestRow) -> tuple[Recording, Recording]:

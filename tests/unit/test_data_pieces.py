@@ -78,7 +78,7 @@ def test_loading_says_how_a_long_row_is_taken_apart(tmp_path: Path) -> None:
 
 
 def test_codes_go_by_the_segments_that_they_were_made_in() -> None:
-    origin = {"segments": [[0, 0], [25, 24000]], "num_samples": 30000}
+    origin = {"segments": [[0, 0], [25, 24000]], "num_samples": 30000, "fingerprint": "feedface"}
     for limit in (PassLimit("native", 24000), PassLimit("segment", 960), PassLimit("stream", 960), PassLimit()):
         assert limit.of_codes(SPEC, 32, origin) == Pieces("segments", (0, 24000, 30000), (0, 25, 32))
 
@@ -102,7 +102,8 @@ def test_codes_go_by_the_segments_that_they_were_made_in() -> None:
 )
 def test_segments_that_are_none_are_refused(origin: dict[str, object]) -> None:
     with pytest.raises(RowError, match="segment"):
-        PassLimit().of_codes(SPEC, 32, origin)
+        PassLimit().of_codes(SPEC, 32, {**origin, "fingerprint": "feedface"})
+    assert PassLimit().of_codes(SPEC, 32, origin) is None
 
 
 def test_codes_without_segments_are_taken_apart_as_the_policy_says() -> None:
