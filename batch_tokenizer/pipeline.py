@@ -76,6 +76,9 @@ SILENCE = 90.0
 #: The same for a rank that has shown none yet: it may be loading a large model.
 STARTING = 600.0
 
+#: Seconds that the other ranks give rank 0 to list and index a corpus.
+LISTING = 6 * 3600.0
+
 Outputs = TypeVar("Outputs")
 
 
@@ -302,7 +305,7 @@ def _open_manifest(
 ) -> tuple[Manifest, npt.NDArray[np.uint8]]:
     """The manifest and each line's status. Rank 0 reads the ledger; all ranks plan from what it found."""
     if not folder.processes.is_main:
-        status = folder.await_status(idle=idle)
+        status = folder.await_status(timeout=LISTING, idle=idle)
         path = folder.manifest or Path(config.data_list)
         return Manifest.open(path, config.task, folder.index_dir, sink=config.sink), status
     path = prepare(config, folder.path, idle)
