@@ -25,6 +25,9 @@ _IN_MEMORY = 64 * 2**20
 #: Smaller contents are not kept: they are hardly ever asked for twice.
 _WORTH_KEEPING = 2**20
 
+#: Tars that a thread keeps open.
+_OPEN_ARCHIVES = 8
+
 #: Most bytes of a member or object: forty hours of CD audio.
 MOST_BYTES = 1 << 34
 
@@ -131,49 +134,57 @@ def _fetch_member(member: TarMember | StreamedMember) -> Iterator[bytes]:
     if member.size > MOST_BYTES:
         raise StorageError(f"{spoken(member.name)}: {member.size:,} bytes, too large for a member")
     begin, stop = member.offset - HEADER, member.offset + member.size
-    with _Ranges(member.archive) as read:
-        while begin < stop:
-            data = read(begin, min(begin + BLOCK, stop))
-            if begin < member.offset:
-                if not is_member_header(data[:HEADER], member.size):
-                    raise StorageError(
-                        f"{spoken(member.name)}: {spoken(member.archive)} has something else there: it has changed"
-                    )
-                data, begin = data[HEADER:], member.offset
-            if not data and begin < stop:
-                raise StorageError(f"{spoken(member.name)}: {spoken(member.archive)} is cut short")
-            yield data
-            begin += len(data)
+    while begin < stop:
+        data = _read_archive(member.archive, begin, min(begin + BLOCK, stop))
+        if begin < member.offset:
+            if not is_member_header(data[:HEADER], member.size):
+                raise StorageError(
+                    f"{spoken(member.name)}: {spoken(member.archive)} has something else there: it has changed"
+                )
+            data, begin = data[HEADER:], member.offset
+        if not data and begin < stop:
+            raise StorageError(f"{spoken(member.name)}: {spoken(member.archive)} is cut short")
+        yield data
+        begin += len(data)
 
 
-class _Ranges:
-    """Reads a file or an object by places."""
+class _Archive:
+    """A local tar that stays open."""
 
-    def __init__(self, archive: str) -> None:
-        self._archive = archive
-        self._descriptor = -1
+    def __init__(self, path: str) -> None:
+        self.descriptor = -1
+        try:
+            if not os.path.isfile(path):
+                raise StorageError(f"{spoken(path)}: {'is not a file' if os.path.exists(path) else 'no such file'}")
+            self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except (OSError, ValueError) as error:
+            raise StorageError(f"{spoken(path)}: cannot be opened: {error}") from error
 
-    def __enter__(self) -> _Ranges:
-        if self._archive.startswith(PIPE):
-            raise StorageError(f"{spoken(self._archive)}: a command's output has no places")
-        if not is_url(self._archive):
-            try:
-                if not os.path.isfile(self._archive):
-                    there = os.path.exists(self._archive)
-                    raise StorageError(f"{spoken(self._archive)}: {'is not a file' if there else 'no such file'}")
-                self._descriptor = os.open(self._archive, os.O_RDONLY | os.O_CLOEXEC)
-            except (OSError, ValueError) as error:
-                raise StorageError(f"{spoken(self._archive)}: cannot be opened: {error}") from error
-        return self
+    def __del__(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
 
-    def __call__(self, begin: int, stop: int) -> bytes:
-        if self._descriptor < 0:
-            return read_range(self._archive, begin, stop)
-        return os.pread(self._descriptor, stop - begin, begin)
 
-    def __exit__(self, *exception: object) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
+#: Each thread's archives by path, the latest last. An opening may cost more than a member's bytes do.
+_archives = threading.local()
+
+
+def _read_archive(path: str, begin: int, stop: int) -> bytes:
+    """Bytes of a tar, by their places in it.
+
+    Raises:
+        StorageError: they cannot be had.
+    """
+    if path.startswith(PIPE):
+        raise StorageError(f"{spoken(path)}: a command's output has no places")
+    if is_url(path):
+        return read_range(path, begin, stop)
+    latest: dict[str, _Archive] = _archives.__dict__.setdefault("latest", {})
+    archive = latest.pop(path, None) or _Archive(path)
+    latest[path] = archive
+    if len(latest) > _OPEN_ARCHIVES:
+        latest.pop(next(iter(latest)))
+    return os.pread(archive.descriptor, stop - begin, begin)
 
 
 def _gather(pieces: Iterator[bytes], name: str) -> int:
