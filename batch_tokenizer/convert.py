@@ -97,8 +97,7 @@ def main(arguments: argparse.Namespace) -> int:
         if not num_rows:
             raise RunError(f"{arguments.source}: has no rows")
         num_files, num_bytes = _count(folder)
-    per_token = f", {num_bytes / num_codes:.2f} bytes a code" if num_codes else ""
-    print(f"{num_rows:,} rows, {num_codes:,} codes: {num_files:,} files of {num_bytes:,} bytes in all{per_token}")
+    print(f"{num_rows:,} rows, {num_codes:,} codes: {num_files:,} files of {num_bytes:,} bytes in all")
     return 0
 
 

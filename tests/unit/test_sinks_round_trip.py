@@ -172,6 +172,13 @@ class TestOtherReaders:
         assert (rows, frames, codes) == (2500, expected, 3 * expected)
         assert seconds == pytest.approx(expected * 960 / 24000)
 
+    @pytest.mark.parametrize("shape", [(1, 1), (1, 8), (987, 20), (10**5, 8), (12345678, 1)])
+    def test_our_arrays_are_numpys_own_to_the_byte(self, shape: tuple[int, int]) -> None:
+        codes = np.zeros(shape, np.uint16)
+        stream = io.BytesIO()
+        np.save(stream, codes)
+        assert npy_bytes(codes) == stream.getvalue()
+
     def test_numpy_reads_the_array_and_json_what_is_behind_it(self, tmp_path: Path, results: list[Any]) -> None:
         codes = results[4].codes
         (tmp_path / "a.npy").write_bytes(content := tokens_as_npy(codes, {"key": "щ"}))
