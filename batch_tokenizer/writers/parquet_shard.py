@@ -21,11 +21,15 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from batch_tokenizer.records import RunError
+from batch_tokenizer.records import RowError, RunError
 from batch_tokenizer.writers.row_encoding import EncodedRow, json_bytes
 
 #: A row group ends at so many rows or bytes, whichever is first.
 ROWS_PER_GROUP, BYTES_PER_GROUP = 1024, 16 * 2**20
+
+
+#: A group's audio is counted in 31 bits, and a row may come on top of a group that is nearly full.
+_MOST_AUDIO_BYTES = 2**31 - 1 - BYTES_PER_GROUP
 
 
 class ParquetRow(NamedTuple):
@@ -116,8 +120,10 @@ def parquet_row(row: EncodedRow, common: Mapping[str, Any]) -> ParquetRow:
     """The row's columns; what the metadata has, ``common``, is left out of its ``info``.
 
     Raises:
-        RowError: its info is nested too deeply to be written.
+        RowError: its info is nested too deeply to be written, or its audio is too large.
     """
+    if row.audio is not None and len(row.audio) > _MOST_AUDIO_BYTES:
+        raise RowError("write", f"audio of {len(row.audio):,} bytes does not fit into parquet (2 GiB): use --sink tar")
     kept = {name: value for name, value in row.info.items() if name not in common or common[name] != value}
     info = json_bytes(kept)
     text = row.info.get("text")

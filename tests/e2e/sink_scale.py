@@ -224,7 +224,7 @@ def fail(result: TokenizedRow, error: RowError) -> None:
 def compare(rows: int, folder: Path, checkpoint: Path, workers: int, rounds: int) -> list[Result]:
     """Tar to tar against files to json."""
     results = []
-    for seconds, count in ((0.5, rows), (8.0, max(1, rows // 16))):
+    for seconds, count in ((0.5, rows), (8.0, max(1, rows // 8))):
         audio = clips(seconds, seconds)
         place = folder / f"{seconds:g}s"
         place.mkdir()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from batch_tokenizer.codecs.base import CodecInfo
 from batch_tokenizer.data.stored_rows import shard_rows
 from batch_tokenizer.data.token_files import parse_tokens, read_tokens
 from batch_tokenizer.manifest import REFUSED
-from batch_tokenizer.records import RowError, Sink
+from batch_tokenizer.records import RowError, RunError, Sink
 from batch_tokenizer.sources.tar_rows import tar_rows
 from batch_tokenizer.sources.token_parquet import parquet_rows
 from batch_tokenizer.storage.member_names import member_name
@@ -196,6 +197,21 @@ def test_row_groups_are_small_enough_to_stream(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(parquet_shard, "BYTES_PER_GROUP", 4096)
     path = write_shard(tmp_path / "y.parquet", [tokenized(line) for line in range(100)])
     assert pq.ParquetFile(path).metadata.num_row_groups > 2
+
+
+def test_audio_beyond_what_parquet_counts_fails_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parquet_shard, "_MOST_AUDIO_BYTES", 2043)
+    row = tokenized(0, samples=np.zeros(1000, np.float32))
+    with pytest.raises(RowError, match=r"2,044 bytes does not fit into parquet"):
+        parquet_shard.parquet_row(RowEncoder("wav2token2wav", RUN_INFO, 24000)(row), RUN_INFO)
+
+
+def test_parquet_without_its_library_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(RunError, match=r"pip install 'batch_tokenizer\[parquet\]'"):
+        shard_form("parquet", RUN_INFO, 3, False)
+    with pytest.raises(RowError, match="parquet needs pyarrow"):
+        read_tokens(row_location(__file__, 0), INFO)
 
 
 class TestHostile:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from batch_tokenizer.codecs.registry import find_family
 from batch_tokenizer.config import RunConfig
 from batch_tokenizer.manifest import Manifest
 from batch_tokenizer.outputs import open_sink, recover_shards, run_settings
-from batch_tokenizer.records import ManifestRow, TokenizedRow
+from batch_tokenizer.records import ManifestRow, RunError, TokenizedRow
 from batch_tokenizer.runtime.ledger import RowStatus, read_ledger
 from batch_tokenizer.runtime.processes import ProcessGroup
 from batch_tokenizer.runtime.run_folder import RunFolder
@@ -179,6 +180,13 @@ def test_flac_is_looked_at(content: bytes, kind: str) -> None:
     with pytest.raises(Wrong) as raised:
         check_audio("flac", content, len(content), sample_rate=24000, num_samples=100)
     assert raised.value.kind == kind
+
+
+def test_outputs_stay_where_they_are(run: ShardRun) -> None:
+    for change in ({"sink": "json"}, {"output_dir": "elsewhere"}, {"audio_format": "wav"}):
+        settings = run_settings(replace(run.config, **change), NUM_QUANTIZERS, run.info)  # type: ignore[arg-type]
+        with pytest.raises(RunError, match="made with other settings"):
+            RunFolder.open(run.run_dir, settings, processes=ALONE)
 
 
 def test_a_run_folder_is_a_source_of_what_is_done(run: ShardRun, capsys: pytest.CaptureFixture[str]) -> None:
