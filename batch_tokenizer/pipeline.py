@@ -547,7 +547,9 @@ class Worker:
 
     def _on_done(self, result: TokenizedRow) -> None:
         """The row is published, or in a shard that will be."""
-        self.progress.row_done(result.num_samples / self.codec.info.sample_rate)
+        info = self.codec.info
+        rate = info.output_sample_rate if self.config.task == "token2wav" else info.sample_rate
+        self.progress.row_done(result.num_samples / rate)
         if self.quality is not None:
             self.quality.offer(result)
 

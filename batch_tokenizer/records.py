@@ -179,7 +179,8 @@ class LoadedRow:
     Attributes:
         features: float32 (channels, length), what the codec's ``front_end`` made of the audio; None in ``token2wav``.
         codes: uint16 (T, K), codes read from the row's token file; None unless ``token2wav``.
-        num_samples: the utterance's length in samples at the codec's sample rate, before the front end pads it.
+        num_samples: the utterance's length in samples at the codec's sample rate, before the front end pads it; in
+            ``token2wav`` what its codes are decoded to, at the rate of the codec's output.
         frames: token frames, which is what a batch's budget counts.
         load_seconds: processor time of this row's loading.
         pieces: of a row that is too long for one pass. Its audio is not loaded then; its codes are.
