@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -63,14 +64,11 @@ class PublishedLoop:
             persistent_workers=num_workers > 0, worker_init_fn=_one_thread,
         )  # fmt: skip
 
-    def run(self, num_quantizers: int, write: Callable[[TokenizedRow], None]) -> float:
-        """One pass over all rows; returns the seconds of audio."""
-        samples = 0
-        for rows in self._loader:
+    def run(self, num_quantizers: int, write: Callable[[TokenizedRow], None], num_batches: int | None = None) -> None:
+        """One pass over all rows, or over the first ``num_batches`` batches."""
+        for rows in islice(self._loader, num_batches):
             for result in self._batch(rows, num_quantizers):
                 write(result)
-                samples += result.num_samples
-        return samples / self._model.config.sampling_rate
 
     @torch.inference_mode()
     def _batch(self, rows: Sequence[LoadedRow], num_quantizers: int) -> Iterator[TokenizedRow]:
