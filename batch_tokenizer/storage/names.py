@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)://")
@@ -43,6 +44,7 @@ class StreamedMember:
     archive: str
 
 
+@lru_cache(64)  # one opening asks several times
 def parse_member(location: str) -> TarMember | StreamedMember | None:
     """The member that a location means; None where it means something else."""
     if match := _MEMBER.fullmatch(location):
