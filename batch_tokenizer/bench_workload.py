@@ -188,15 +188,20 @@ class FreeCodec(Codec):
         self.spec = spec
         self.frame_budget = 1 << 20
         generator = np.random.default_rng(0)
-        self._codes = generator.integers(0, 1024, (1 << 14, spec.info.num_codebooks), dtype=np.uint16)
-        self._samples = generator.uniform(-0.5, 0.5, 1 << 14).astype(np.float32)
+        self._codes = generator.integers(0, 1024, (1 << 12, spec.info.num_codebooks), dtype=np.uint16)
+        self._samples = generator.uniform(-0.5, 0.5, 1 << 18).astype(np.float32)
 
     def encode(self, features: Sequence[npt.NDArray[np.float32]], num_quantizers: int) -> list[npt.NDArray[np.uint16]]:
         lengths = [self.spec.num_frames(part.shape[1]) for part in features]
-        return [np.resize(self._codes, (length, self._codes.shape[1]))[:, :num_quantizers] for length in lengths]
+        return [_repeated(self._codes, length)[:, :num_quantizers] for length in lengths]
 
     def decode(self, codes: Sequence[npt.NDArray[np.uint16]]) -> list[npt.NDArray[np.float32]]:
-        return [np.resize(self._samples, self.spec.num_output_samples(len(code))) for code in codes]
+        return [_repeated(self._samples, self.spec.num_output_samples(len(code))) for code in codes]
+
+
+def _repeated(rows: npt.NDArray[Any], length: int) -> npt.NDArray[Any]:
+    """``length`` of ``rows``, which begin again when they are at their end; a view where they are enough."""
+    return rows[:length] if length <= len(rows) else np.resize(rows, (length, *rows.shape[1:]))
 
 
 @dataclass(frozen=True)
