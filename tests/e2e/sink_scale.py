@@ -6,8 +6,9 @@
 
 Makes tars of short clips (``DISTINCT`` of them again and again, under new names) in a temporary folder and runs
 ``batch_tokenizer`` on them through each sink, with a tiny random model, so that the model is the least of it. For each:
-rows a second from the command's start to its end, bytes a code, files made (outputs and run folder), and the peak of
-the memory of all its processes, in the second and in the last quarter of the run (shared pages count for each).
+rows a second from the command's start to its end, processor time, bytes a code, files made (outputs and run folder),
+and the peak of the memory of all its processes, in the second and in the last quarter of the run (shared pages count
+for each). Where processor time is far below the time, the machine was busy with other things.
 ``--without_model`` writes random codes of such rows (8 codebooks, as the published model has them) with the run's own
 writer threads, a process a sink. ``--compare`` runs tar to tar against JSON lines of files to json on the same audio,
 clips of 0.5 s and of 8 s, turn and turn about. The last line is JSON.
@@ -55,11 +56,12 @@ SINKS = ("json", "npy", "tar", "parquet")
 
 @dataclass(frozen=True)
 class Result:
-    """What one run took and made; megabytes are of resident memory."""
+    """What one run took and made; processor time is that of all its processes, megabytes are of resident memory."""
 
     name: str
     rows: int
     seconds: float
+    processor_seconds: float
     rows_per_second: float
     bytes_per_code: float
     output_files: int
@@ -112,14 +114,29 @@ def write_files(folder: Path, rows: int, audio: Sequence[bytes]) -> Path:
     return folder / "data.jsonl"
 
 
-def resident_megabytes(process: psutil.Process) -> float:
-    """Of a process and all below it."""
-    total = 0
-    with contextlib.suppress(psutil.Error):
-        for member in [process, *process.children(recursive=True)]:
-            with contextlib.suppress(psutil.Error):
-                total += member.memory_info().rss
-    return total / 1e6
+class Watch:
+    """Looks at a process and all below it, now and then."""
+
+    def __init__(self, process: psutil.Process) -> None:
+        self._process = process
+        self._processor: dict[int, float] = {}
+        self.megabytes: list[float] = []
+
+    @property
+    def processor_seconds(self) -> float:
+        """Of all processes that were seen, as last seen."""
+        return sum(self._processor.values())
+
+    def look(self) -> None:
+        """Once."""
+        total = 0
+        with contextlib.suppress(psutil.Error):
+            for member in [self._process, *self._process.children(recursive=True)]:
+                with contextlib.suppress(psutil.Error):
+                    total += member.memory_info().rss
+                    times = member.cpu_times()
+                    self._processor[member.pid] = times.user + times.system
+        self.megabytes.append(total / 1e6)
 
 
 def files_below(folder: Path) -> Iterator[Path]:
@@ -135,12 +152,11 @@ def run(name: str, source: str, rows: int, folder: Path, checkpoint: Path, worke
         "--model_path", checkpoint, "--run_dir", run_dir, "--num_workers", workers, "--batch_size", 64, *flags,
     ]  # fmt: skip
     started = time.monotonic()
-    memory: list[float] = []
     with (folder / "log.txt").open("w") as log:
         process = subprocess.Popen(list(map(str, command)), env=run_environment(), stdout=log, stderr=subprocess.STDOUT)
-        watched = psutil.Process(process.pid)
+        watch = Watch(psutil.Process(process.pid))
         while process.poll() is None:
-            memory.append(resident_megabytes(watched))
+            watch.look()
             time.sleep(0.25)
     seconds = time.monotonic() - started
     summary = json.loads((run_dir / "summary.json").read_text()) if (run_dir / "summary.json").exists() else {}
@@ -150,9 +166,10 @@ def run(name: str, source: str, rows: int, folder: Path, checkpoint: Path, worke
     for path in (run_dir / "ledger").glob("*.jsonl"):
         frames += sum(json.loads(line)["frames"] for line in path.read_bytes().splitlines())
     made = list(files_below(outputs))
+    memory = watch.megabytes
     quarter = max(1, len(memory) // 4)
     result = Result(
-        name, rows, round(seconds, 1), round(rows / seconds, 1),
+        name, rows, round(seconds, 1), round(watch.processor_seconds, 1), round(rows / seconds, 1),
         round(sum(path.stat().st_size for path in made) / (frames * 5), 2), len(made),
         sum(1 for _ in files_below(run_dir)), round(max(memory[quarter : 2 * quarter] or [0.0])),
         round(max(memory[-quarter:])),
@@ -166,7 +183,8 @@ def run(name: str, source: str, rows: int, folder: Path, checkpoint: Path, worke
 def show(result: Result) -> None:
     """Print it."""
     print(
-        f"{result.name:<18} {result.rows:>8,} rows {result.seconds:>7.1f} s {result.rows_per_second:>8,.1f} rows/s "
+        f"{result.name:<18} {result.rows:>8,} rows {result.seconds:>7.1f} s "
+        f"({result.processor_seconds:.1f} s of processors) {result.rows_per_second:>8,.1f} rows/s "
         f"{result.bytes_per_code:>7.2f} bytes/code {result.output_files:>7,} + {result.run_files} files "
         f"{result.early_megabytes:>6.0f} MB, then {result.late_megabytes:.0f} MB",
         flush=True,
@@ -185,7 +203,7 @@ def write_only(sink: Sink, rows: int, folder: Path) -> Result:
     rng = np.random.default_rng(0)
     lengths = rng.integers(5, 26, rows)
     alone = ProcessGroup.from_environment({})
-    memory: list[float] = []
+    watch = Watch(psutil.Process())
     started = time.monotonic()
     with RunFolder.open(run_dir, {}, processes=alone) as run_folder, LedgerWriter(run_folder.ledger_path) as ledger:
         recover_shards(config, run_folder, lambda: None)
@@ -203,14 +221,16 @@ def write_only(sink: Sink, rows: int, folder: Path) -> Result:
                 codes = rng.integers(0, sizes, (lengths[number], len(sizes))).astype(np.uint16)
                 writers.submit(TokenizedRow(row, codes, None, 960 * len(codes)))
                 if number % 1000 == 0:
-                    memory.append(resident_megabytes(psutil.Process()))
+                    watch.look()
             writers.drain()
+            watch.look()
     seconds = time.monotonic() - started
     made = list(files_below(outputs))
     num_codes = int(lengths.sum()) * len(sizes)
+    memory = watch.megabytes
     quarter = max(1, len(memory) // 4)
     return Result(
-        f"writers-{sink}", rows, round(seconds, 1), round(rows / seconds, 1),
+        f"writers-{sink}", rows, round(seconds, 1), round(watch.processor_seconds, 1), round(rows / seconds, 1),
         round(sum(path.stat().st_size for path in made) / num_codes, 2), len(made),
         sum(1 for _ in files_below(run_dir)), round(max(memory[quarter : 2 * quarter] or [0.0])),
         round(max(memory[-quarter:])),
@@ -237,7 +257,11 @@ def compare(rows: int, folder: Path, checkpoint: Path, workers: int, rounds: int
                 "--sink", "tar", "--output_dir", place / "tokens",
             )  # fmt: skip
             results += [files, tars]
-            print(f"{seconds:g} s: tar to tar has {tars.rows_per_second / files.rows_per_second:.2f} of the throughput")
+            print(
+                f"{seconds:g} s: tar to tar has {tars.rows_per_second / files.rows_per_second:.2f} of the throughput, "
+                f"{files.processor_seconds / tars.processor_seconds:.2f} by processor time",
+                flush=True,
+            )
     return results
 
 
