@@ -322,10 +322,9 @@ class Bench:
                 self._loader()
             if "writer" in parts:
                 self._writer(results)
-            if "end_to_end" in parts:
-                self._end_to_end(codec, seconds)
-            for batch_size in baseline:
-                self._baseline(inner, batch_size, seconds)
+            contenders = [self._end_to_end(codec, seconds)] if "end_to_end" in parts else []
+            contenders += [self._baseline(inner, batch_size, seconds) for batch_size in baseline]
+            _in_turns(contenders)
         self.report["peak_memory_gb"] = self._memory()
         self.report["start_seconds"] = self.start_seconds
         return self.report
@@ -474,8 +473,8 @@ class Bench:
             "processor_milliseconds_a_row": round(1e3 * processor / len(some), 3),
         }
 
-    def _end_to_end(self, codec: TimedCodec, seconds: float) -> None:
-        """Whole runs, each into a new folder, with loader processes that are already there."""
+    def _end_to_end(self, codec: TimedCodec, seconds: float) -> Iterator[None]:
+        """Whole runs, one a step, each into a new folder, with loader processes that are already there."""
         walls, shares, idle = [], [], []
         began = time.perf_counter()
         with self.job.open_loader() as loader:
@@ -502,6 +501,7 @@ class Bench:
                     shares.append({name: rate * seconds / wall for name, rate in summary["rtf_per_stage"].items()})
                     if busy is not None:
                         idle.append(1 - busy / wall)
+                yield
         spread = Spread(tuple(walls))
         measured = {
             "rtf": spread.per(seconds).json(),
@@ -517,24 +517,26 @@ class Bench:
             measured["share_of_model_rate"] = round(model * seconds / spread.median, 4)
         self.report["end_to_end"] = measured
 
-    def _baseline(self, codec: Codec, batch_size: int, seconds: float) -> None:
-        """The published loop on the same rows, on all cores."""
+    def _baseline(self, codec: Codec, batch_size: int, seconds: float) -> Iterator[None]:
+        """The published loop on the same rows, one pass a step, on all cores."""
         if not isinstance(codec, MiMoCodec) or codec.model.decoder is None:
             raise RunError("--baseline: the published loop is of MiMo, and needs --task wav2token2wav")
         job = self.job
         sink = FileSink("wav2token2wav", job.spec.info.output_sample_rate, job.info)
         assert isinstance(job.spec, MiMoSpec)
         loop = PublishedLoop(codec.model, self.rows, job.spec, batch_size, job.config.num_workers)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(job.compute.cores)
         walls = []
-        loop.run(job.num_quantizers, sink.write, num_batches=1)  # workers start, libraries too
-        for _ in range(self.repeats):
+        for repeat in range(self.repeats + 1):
             shutil.rmtree(self.folder / "out", ignore_errors=True)
+            threads = torch.get_num_threads()
+            torch.set_num_threads(job.compute.cores)
             began = time.perf_counter()
-            loop.run(job.num_quantizers, sink.write)
-            walls.append(time.perf_counter() - began)
-        torch.set_num_threads(threads)
+            # The first batch is enough for its workers to start, and libraries too.
+            loop.run(job.num_quantizers, sink.write, num_batches=None if repeat else 1)
+            if repeat:
+                walls.append(time.perf_counter() - began)
+            torch.set_num_threads(threads)
+            yield
         spread = Spread(tuple(walls))
         measured = {"rtf": spread.per(seconds).json(), "times_real_time": round(seconds / spread.median, 2)}
         if "end_to_end" in self.report:
@@ -561,6 +563,13 @@ class Bench:
         if self.job.compute.device.type == "cuda":
             peak["device"] = torch.cuda.max_memory_allocated(self.job.compute.device) / 1e9
         return {name: round(size, 3) for name, size in peak.items()}
+
+
+def _in_turns(contenders: Sequence[Iterator[None]]) -> None:
+    """One step of each after the other until all have ended, so that what else runs on the machine meets all alike."""
+    left = list(contenders)
+    while left:
+        left = [contender for contender in left if next(contender, "ended") is None]
 
 
 def _open_job(config: RunConfig, size: str | None, random_weights: bool) -> Job:
