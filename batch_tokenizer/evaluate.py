@@ -41,7 +41,7 @@ from batch_tokenizer.quality.recordings import align
 from batch_tokenizer.quality.results import ResultsFolder
 from batch_tokenizer.quality.speakers import SpeakerEncoder
 from batch_tokenizer.reconstruction import at_input_rate, decode, encode
-from batch_tokenizer.records import AudioCut, ManifestRow, RowError, RowFailure, RunError
+from batch_tokenizer.records import AudioCut, ManifestRow, Pieces, RowError, RowFailure, RunError
 
 log = logging.getLogger(__name__)
 
@@ -265,14 +265,15 @@ def score_job(job: Job, scorer: Scorer) -> list[dict[str, Any]]:
 
 
 def _jobs(
-    source: Source, rows: Iterable[ManifestRow | RowFailure], results: ResultsFolder
+    source: Source, rows: Iterable[tuple[ManifestRow | RowFailure, Mapping[str, Any]]], results: ResultsFolder
 ) -> Iterator[Job | dict[str, Any]]:
     """Utterances ready to be scored, or the record of one that cannot be."""
     most = source.num_quantizers[-1]
     rows = iter(rows)
     while chunk := list(islice(rows, _CHUNK)):
-        ready: list[tuple[ManifestRow, dict[str, Any], npt.NDArray[np.float32] | npt.NDArray[np.uint16]]] = []
-        for row in chunk:
+        ready: list[tuple[ManifestRow, dict[str, Any]]] = []
+        loaded: list[tuple[Any, Pieces | None]] = []
+        for row, known in chunk:
             record: dict[str, Any] = {"line": row.line, "digest": row.digest, "key": row.key}
             if isinstance(row, RowFailure):
                 yield {**record, "failed": row.reason}
@@ -283,19 +284,24 @@ def _jobs(
                 if name not in (*_PATH_FIELDS, "key") and isinstance(value, str | int | float | bool)
             }
             try:
-                ready.append((row, record, load_input(source, row)))
+                loaded.append(load_input(source, row, known))
+                ready.append((row, record))
             except RowError as error:
                 yield {**record, "failed": error.reason}
         if source.run_settings is None:
             assert source.codec is not None
-            coded: list[Any] = encode(source.codec, [loaded for _, _, loaded in ready], most)  # type: ignore[misc]
+            coded: list[Any] = encode(source.codec, [samples for samples, _ in loaded], most)
         else:
-            coded = [codes[:, :most] for _, _, codes in ready]
-        yield from _made(source, [(row, record) for row, record, _ in ready], coded, results)
+            coded = [codes[:, :most] for codes, _ in loaded]
+        yield from _made(source, ready, coded, [segments for _, segments in loaded], results)
 
 
 def _made(
-    source: Source, rows: Sequence[tuple[ManifestRow, dict[str, Any]]], coded: Sequence[Any], results: ResultsFolder
+    source: Source,
+    rows: Sequence[tuple[ManifestRow, dict[str, Any]]],
+    coded: Sequence[Any],
+    segments: Sequence[Pieces | None],
+    results: ResultsFolder,
 ) -> Iterator[Job | dict[str, Any]]:
     made: list[dict[int, Any]] = [{} for _ in rows]
     failed: dict[int, RowError] = {number: codes for number, codes in enumerate(coded) if isinstance(codes, RowError)}
@@ -306,7 +312,8 @@ def _made(
                 made[number][num_quantizers] = rows[number][0].reconstructed_wav
             continue
         parts = [np.ascontiguousarray(coded[number][:, :num_quantizers]) for number in good]
-        for number, samples in zip(good, decode(source.codec, parts), strict=True):
+        decoded = decode(source.codec, parts, [segments[number] for number in good])
+        for number, samples in zip(good, decoded, strict=True):
             if isinstance(samples, RowError):
                 failed[number] = samples
             else:
@@ -382,7 +389,7 @@ def evaluate(request: Request, source: Source | None = None) -> Evaluation:
     # then leave most of it as it was, so little is scored twice.
     order = np.argsort(source.manifest.digests[source.lines], kind="stable")[: request.sample]
     chosen = np.sort(source.lines[order])
-    digests = {int(line): f"{int(source.manifest.digests[line]):016x}" for line in chosen}
+    digests = {int(line): source.digest(line) for line in chosen}
     scorer = Scorer(request.metrics, request.speaker_model)
     scored = _scored(results, digests, scorer)
     left = [line for line in digests if not all((line, number) in scored for number in source.num_quantizers)]
@@ -413,13 +420,12 @@ def _scored(
 
 
 def _score_all(source: Source, lines: Sequence[int], request: Request, results: ResultsFolder) -> None:
-    rows = (row for line in lines for row in source.manifest.read(line, line + 1))
     # Another process takes seconds to start, and a few utterances a second are scored.
     workers = max(1, min(request.workers, len(lines) // _UTTERANCES_PER_WORKER))
     on_terminal = sys.stderr.isatty()
     log.info("scoring %d utterances, %d at a time", len(lines), workers)
     with tqdm(total=len(lines), unit="utterance", mininterval=0.5 if on_terminal else 30.0) as bar:
-        jobs = _jobs(source, rows, results)
+        jobs = _jobs(source, source.rows(lines), results)
         for records in _results(jobs, request, workers):
             results.append(records)
             bar.update()

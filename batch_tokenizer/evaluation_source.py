@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,16 @@ import numpy.typing as npt
 from batch_tokenizer.audio.loading import load_samples
 from batch_tokenizer.codecs.base import Codec, CodecInfo
 from batch_tokenizer.config import Device, Dtype
+from batch_tokenizer.data.pieces import PassLimit
 from batch_tokenizer.data.token_files import read_any_tokens, read_tokens
 from batch_tokenizer.manifest import Manifest
 from batch_tokenizer.quality.recordings import Recording, align
 from batch_tokenizer.reconstruction import at_input_rate, check_num_quantizers, decode, encode, open_codec, open_spec
-from batch_tokenizer.records import SHARD_SINKS, ManifestRow, RowError, RunError, Task
+from batch_tokenizer.records import SHARD_SINKS, ManifestRow, Pieces, RowError, RowFailure, RunError, Task
 from batch_tokenizer.run_source import find_manifest
 from batch_tokenizer.runtime.ledger import RowStatus, read_ledger
 from batch_tokenizer.runtime.run_folder import read_settings
+from batch_tokenizer.shard_places import find_places
 from batch_tokenizer.sources.finishing import SourceSettings
 from batch_tokenizer.sources.listing import local_manifest
 
@@ -35,7 +37,7 @@ class Source:
 
     Attributes:
         manifest: of which ``lines`` (int64) may be scored.
-        run_settings: of the run whose outputs are scored, or None if the codec makes them.
+        run_dir, run_settings: of the run whose outputs are scored, or None if the codec makes them.
         num_quantizers: numbers of codebooks to score.
         sample_rate: Hz, of the comparison.
         resampler: how originals reach it.
@@ -45,6 +47,7 @@ class Source:
 
     manifest: Manifest
     lines: npt.NDArray[np.int64]
+    run_dir: Path | None
     run_settings: Mapping[str, Any] | None
     num_quantizers: tuple[int, ...]
     sample_rate: int
@@ -53,6 +56,42 @@ class Source:
     codec: Codec | None
     info: CodecInfo | None
     fingerprint: str
+
+    def digest(self, line: int) -> str:
+        """Of a line of the manifest, as the ledger has it."""
+        return f"{int(self.manifest.digests[line]):016x}"
+
+    def rows(self, lines: Sequence[int]) -> Iterator[tuple[ManifestRow | RowFailure, Mapping[str, Any]]]:
+        """Rows that name where their outputs lie, in the order in which these lie where they are in shards; and with
+        each what is known of its tokens should they say nothing of themselves.
+
+        Raises:
+            RunError: see ``find_places``.
+        """
+        if self.run_dir is None or self.run_settings is None or self.run_settings.get("sink") not in SHARD_SINKS:
+            for line in lines:
+                row = self._row(line)
+                yield row, row.fields if isinstance(row, ManifestRow) else {}
+            return
+        left = {self.digest(line): line for line in lines}
+        for digest, place in find_places(self.run_dir, self.run_settings, left):
+            if digest not in left:  # a second place, which ``verify`` tells
+                continue
+            row = self._row(left.pop(digest))
+            if isinstance(row, RowFailure):
+                yield row, {}
+            elif isinstance(place, RowError):
+                yield RowFailure.of(row, place.stage, place.reason), {}
+            else:
+                known = row.fields if place.tokens is None else place.info
+                tokens, audio = place.tokens or row.quantized_tokens, place.audio or row.reconstructed_wav
+                yield replace(row, quantized_tokens=tokens, reconstructed_wav=audio), known
+        for digest, line in left.items():
+            yield RowFailure(line, digest, None, "load", "no shard of the run has this row any more"), {}
+
+    def _row(self, line: int) -> ManifestRow | RowFailure:
+        (row,) = self.manifest.read(line, line + 1)
+        return row
 
 
 def read_summary(run_dir: Path) -> dict[str, Any]:
@@ -106,16 +145,11 @@ def open_source(
         listed = local_manifest(str(data_list), index_dir, SourceSettings("wav2token", "tar"))
         manifest = Manifest.open(listed, "wav2token", index_dir, sink="tar")
         return Source(
-            manifest, np.flatnonzero(manifest.is_row), None,
+            manifest, np.flatnonzero(manifest.is_row), None, None,
             check_num_quantizers(num_quantizers, info.num_codebooks),
             info.sample_rate, info.frame_rate, "reference", encoder, info, info.fingerprint,
         )  # fmt: skip
     settings = read_run(run_dir)
-    if settings.get("sink") in SHARD_SINKS:
-        raise RunError(
-            f"{run_dir} made {settings['sink']} shards, and outputs are scored as files: "
-            f"batch_tokenizer convert {run_dir} --to json --out DIR, or --data_list with --model_path and no run folder"
-        )
     task: Task = settings["task"]
     manifest = Manifest.open(
         find_manifest(run_dir, data_list), task, run_dir / "index", sink=settings.get("sink", "json")
@@ -137,8 +171,8 @@ def open_source(
     else:
         known = _info_if_here(model_path, settings["fingerprint"])
     return Source(
-        manifest, lines, settings, numbers, settings["sample_rate"], settings["frame_rate"], settings["resampler"],
-        codec, known, settings["fingerprint"],
+        manifest, lines, run_dir, settings, numbers, settings["sample_rate"], settings["frame_rate"],
+        settings["resampler"], codec, known, settings["fingerprint"],
     )  # fmt: skip
 
 
@@ -155,26 +189,32 @@ def _info_if_here(model_path: str | None, fingerprint: str) -> CodecInfo | None:
     return info
 
 
-def load_input(source: Source, row: ManifestRow) -> Any:
-    """The row's samples where the codec starts from audio, else its codes."""
+def load_input(source: Source, row: ManifestRow, known: Mapping[str, Any]) -> tuple[Any, Pieces | None]:
+    """The row's samples where the codec starts from audio; else its codes, and the segments that they were made in.
+
+    Args:
+        known: what came with the row from ``Source.rows``.
+
+    Raises:
+        RowError: they cannot be had.
+    """
     if row.wav is None:
         raise RowError("load", "the row has no wav to compare with")
     if source.run_settings is None:
         assert source.info is not None
         most = source.info.max_samples
-        return load_samples(row.wav, source.sample_rate, source.resampler, cut=row.cut, max_samples=most)
+        return load_samples(row.wav, source.sample_rate, source.resampler, cut=row.cut, max_samples=most), None
     if row.quantized_tokens is None:
         raise RowError("load", "the row has no quantized_tokens")
-    if source.info is not None:
-        codes, origin = read_tokens(row.quantized_tokens, source.info)
-    else:
-        codes, origin = read_any_tokens(row.quantized_tokens)
-    if source.codec is not None and "segments" in origin:
-        raise RowError("load", f"{row.quantized_tokens}: is in segments, which are not decoded here: run token2wav")
-    return codes
+    if source.info is None:
+        return read_any_tokens(row.quantized_tokens)[0], None
+    codes, origin = read_tokens(row.quantized_tokens, source.info, known)
+    if source.codec is None:
+        return codes, None
+    return codes, PassLimit().of_codes(source.codec.spec, len(codes), origin)
 
 
-def recordings(source: Source, row: ManifestRow) -> tuple[Recording, Recording]:
+def recordings(source: Source, row: ManifestRow, known: Mapping[str, Any]) -> tuple[Recording, Recording]:
     """A row's original and its reconstruction from the most codebooks asked for, to look at and listen to.
 
     Raises:
@@ -190,11 +230,11 @@ def recordings(source: Source, row: ManifestRow) -> tuple[Recording, Recording]:
             raise RowError("load", "the row has no reconstructed_wav")
         made = load_samples(row.reconstructed_wav, source.sample_rate, "soxr")
     else:
-        loaded = load_input(source, row)
+        loaded, segments = load_input(source, row, known)
         (codes,) = encode(source.codec, [loaded], most) if source.run_settings is None else [loaded[:, :most]]
         if isinstance(codes, RowError):
             raise codes
-        (made,) = decode(source.codec, [np.ascontiguousarray(codes)])
+        (made,) = decode(source.codec, [np.ascontiguousarray(codes)], [segments])
         if isinstance(made, RowError):
             raise made
         made = at_input_rate(source.codec.info, made)

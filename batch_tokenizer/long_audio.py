@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from batch_tokenizer.codecs.base import Codec, CodecStream
 from batch_tokenizer.data.loader import Loader
-from batch_tokenizer.data.pieces import CONTEXT_SECONDS, piece_of
+from batch_tokenizer.data.pieces import CONTEXT_SECONDS, fitted, piece_of
 from batch_tokenizer.records import LoadedRow, ManifestRow, RowFailure, RunError, TokenizedRow
 from batch_tokenizer.runtime.signals import StopRequest
 
@@ -210,8 +210,7 @@ class _LongRow:
         if self._pieces.kind == "stream":
             self._samples.add(begin, samples)
         elif self._pieces.kind == "segments":
-            cut = samples[: end - begin]
-            self._samples.add(begin, np.pad(cut, (0, end - begin - len(cut))))
+            self._samples.add(begin, fitted(samples, end - begin))
         else:
             origin = self._output(self._window(number)[0] * self._info.samples_per_frame)
             is_last = number + 1 == len(self._pieces)

@@ -7,6 +7,7 @@ they are computed beside.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,8 @@ from batch_tokenizer.codecs.base import Codec, CodecInfo, CodecSpec
 from batch_tokenizer.codecs.checkpoint import Checkpoint
 from batch_tokenizer.codecs.registry import find_family
 from batch_tokenizer.config import Device, Dtype
-from batch_tokenizer.records import RowError, RunError, Stage
+from batch_tokenizer.data.pieces import fitted
+from batch_tokenizer.records import Pieces, RowError, RunError, Stage
 from batch_tokenizer.runtime.devices import choose_device
 
 Samples = npt.NDArray[np.float32]
@@ -74,12 +76,41 @@ def encode(codec: Codec, samples: Sequence[Samples], num_quantizers: int) -> lis
     return results
 
 
-def decode(codec: Codec, codes: Sequence[Codes]) -> list[Samples | RowError]:
-    """Codes (T_i, K_i) to samples (S_i,) each at the codec's ``output_sample_rate``, or why there are none."""
+def decode(
+    codec: Codec, codes: Sequence[Codes], segments: Sequence[Pieces | None] | None = None
+) -> list[Samples | RowError]:
+    """Codes (T_i, K_i) to samples (S_i,) each at the codec's ``output_sample_rate``, or why there are none.
+
+    Args:
+        segments: for each, the segments that it was encoded in, which are decoded one by one; None where it was not.
+    """
+    segments = segments or [None] * len(codes)
+    parts = [part for one, pieces in zip(codes, segments, strict=True) for part in _parts(one, pieces)]
     results: list[Samples | RowError] = []
-    for first, last in _chunks([len(one) for one in codes], codec.frame_budget):
-        results += _with_care(codec, codec.decode, codes[first:last], "decode")
-    return results
+    for first, last in _chunks([len(part) for part in parts], codec.frame_budget):
+        results += _with_care(codec, codec.decode, parts[first:last], "decode")
+    made = iter(results)
+    return [
+        next(made) if pieces is None else _joined(codec.info, list(islice(made, len(pieces))), pieces)
+        for pieces in segments
+    ]
+
+
+def _parts(codes: Codes, segments: Pieces | None) -> list[Codes]:
+    if segments is None:
+        return [codes]
+    assert segments.frames is not None
+    return [codes[first:last] for first, last in pairwise(segments.frames)]
+
+
+def _joined(info: CodecInfo, parts: Sequence[Samples | RowError], segments: Pieces) -> Samples | RowError:
+    places = [round(sample * info.output_sample_rate / info.sample_rate) for sample in segments.samples]
+    samples = []
+    for part, (begin, end) in zip(parts, pairwise(places), strict=True):
+        if isinstance(part, RowError):
+            return part
+        samples.append(fitted(part, end - begin))
+    return np.concatenate(samples)
 
 
 def at_input_rate(info: CodecInfo, samples: Samples) -> Samples:

@@ -419,12 +419,13 @@ def _listen(evaluation: Evaluation, source: Source, count: int) -> str:
 
 
 def _articles(chosen: Sequence[Mapping[str, Any]], source: Source) -> Iterator[tuple[Mapping[str, Any], str]]:
+    rows = {row.line: (row, known) for row, known in source.rows([record["line"] for record in chosen])}
     for record in chosen:
-        (row,) = source.manifest.read(record["line"], record["line"] + 1)
+        row, known = rows[record["line"]]
         try:
             if not isinstance(row, ManifestRow):
-                raise RowError("manifest", row.reason)
-            pair = [_first_seconds(one) for one in recordings(source, row)]
+                raise RowError(row.stage, row.reason)
+            pair = [_first_seconds(one) for one in recordings(source, row, known)]
         except RowError as error:
             yield record, page.paragraph(f"{record['key']}: cannot be shown: {error.reason}", quiet=True)
             continue

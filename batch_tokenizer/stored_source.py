@@ -19,11 +19,10 @@ from batch_tokenizer.run_source import find_manifest
 from batch_tokenizer.runtime.ledger import RowStatus, read_ledger
 from batch_tokenizer.runtime.run_folder import read_settings
 from batch_tokenizer.runtime.shard_ledger import parse_shard_name
+from batch_tokenizer.shard_places import run_shards
 from batch_tokenizer.sources.listing import lines_of
 from batch_tokenizer.sources.patterns import find_sources
 from batch_tokenizer.storage.opening import opened
-from batch_tokenizer.verify_shards import shard_of_ledger_file
-from batch_tokenizer.writers.shard_folder import shard_folder
 
 _SHARD_ENDINGS = (".tar", ".parquet")
 _FILE_ENDINGS = (".json", ".npy")
@@ -68,12 +67,10 @@ def _run_rows(run_dir: Path, key: str | None) -> Iterator[StoredRow]:
     if task not in TASKS:
         raise RunError(f"{run_dir / 'run.json'} is damaged: it names no task")
     if sink in SHARD_SINKS:
-        shards = shard_folder(str(settings.get("output_dir")))
         wanted = None if key is None else orjson.dumps(key)
-        for path in sorted((run_dir / "ledger").glob("*.jsonl")):
-            name = shard_of_ledger_file(path.name, task, sink)
-            if name is not None and (wanted is None or wanted in path.read_bytes()):
-                yield from shard_rows(shards.location(name))
+        for path, shard in run_shards(run_dir, task, settings):
+            if wanted is None or wanted in path.read_bytes():
+                yield from shard_rows(shard)
         return
     manifest = Manifest.open(find_manifest(run_dir, None), task, run_dir / "index", sink=sink)
     done = read_ledger(run_dir, manifest).status == RowStatus.DONE

@@ -5,6 +5,7 @@
     tar://1536+48044/a.flac::x.tar        48,044 bytes from byte 1,536 of the tar x.tar, which may be a URL too
     targz://7/a.flac::x.tar.gz            the eighth regular member of a tar that can only be read from its beginning:
                                           a compressed one, or what a ``pipe:`` command prints
+    parquet://7::x.parquet                row 7, counted from 0, of a parquet file: its tokens or its audio, as is asked
 
 The member's name in a location is for people and for telling formats apart; it opens nothing.
 """

@@ -52,7 +52,7 @@ def opened(location: str, what: str = "an audio file") -> Iterator[tuple[int, in
         try:
             kept = _kept.reopen(location)
             if kept is None:
-                kept = _gather(_fetch_member(member) if member is not None else fetch(location), name)
+                kept = _gather(_fetch(location) if member is None else _fetch_member(member), name)
                 _kept.offer(location, kept)
             descriptor = kept
         except StorageError as error:
@@ -120,6 +120,14 @@ def _open_file(path: str, name: str, what: str) -> int:
     except ValueError as error:
         # A NUL character, or a lone surrogate out of a JSON escape.
         raise RowError("load", f"{name}: not a possible path: {error}") from error
+
+
+def _fetch(location: str) -> Iterator[bytes]:
+    """The bytes of a URL, or of the audio in a row of a parquet file."""
+    from batch_tokenizer.storage.parquet_rows import parse_row_location, read_audio  # which opens files with ``opened``
+
+    row = parse_row_location(location)
+    return fetch(location) if row is None else iter((read_audio(*row),))
 
 
 def _fetch_member(member: TarMember | StreamedMember) -> Iterator[bytes]:

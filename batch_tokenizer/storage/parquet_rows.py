@@ -1,4 +1,4 @@
-"""Rows of parquet shards by their number: ``parquet://ROW::PATH`` enters, a row's codes and its info leave.
+"""Rows of parquet shards by their number: ``parquet://ROW::PATH`` enters, codes and info leave, or audio.
 
 Rows are asked for one by one but lie in groups, so each process keeps the last few groups that it has read.
 """
@@ -155,7 +155,7 @@ class TokenParquet:
 
 _lock = threading.Lock()
 _files: OrderedDict[str, TokenParquet] = OrderedDict()
-_groups: OrderedDict[tuple[str, int], Any] = OrderedDict()
+_groups: OrderedDict[tuple[str, int, tuple[str, ...]], Any] = OrderedDict()
 
 
 def _forget() -> None:
@@ -174,23 +174,42 @@ def read_row(path: str, row: int) -> tuple[npt.NDArray[Any], Mapping[str, Any]]:
     Raises:
         RowError: it cannot be read.
     """
+    parquet, table, number = _find(path, row, ("key", "codes", "num_frames", "info"))
+    if "codes" not in table.column_names:
+        raise RowError("load", f"{parquet.name}: has no column codes of lists of integers")
+    return parquet.codes_of(table, number), {**parquet.run_info, **row_info(table, number)}
+
+
+def read_audio(path: str, row: int) -> bytes:
+    """The audio file that a row holds.
+
+    Raises:
+        RowError: it cannot be read, or there is none.
+    """
+    parquet, table, number = _find(path, row, ("audio",))
+    audio = table.column("audio")[number].as_py() if table.column_names else None
+    if not isinstance(audio, dict) or not isinstance(audio.get("bytes"), bytes):
+        raise RowError("load", f"{parquet.name}: row {row} has no audio")
+    return audio["bytes"]
+
+
+def _find(path: str, row: int, columns: tuple[str, ...]) -> tuple[TokenParquet, Any, int]:
+    """The file, those columns of the row's group, and the row's number in the group."""
     with _lock:
-        parquet = _files.pop(path, None) or TokenParquet.open(path)
+        parquet = _files.pop(path, None) or TokenParquet.open(path, must_have_codes=False)
         _files[path] = parquet
         while len(_files) > _KEPT_FILES:
             _files.popitem(last=False)[1].close()
         if row >= len(parquet):
             raise RowError("load", f"{parquet.name}: has {len(parquet):,} rows, and no row {row}")
         group = int(np.searchsorted(parquet.first_rows, row, side="right")) - 1
-        table = _groups.pop((path, group), None)
+        table = _groups.pop((path, group, columns), None)
         if table is None:
-            table = parquet.read_group(group, ["key", "codes", "num_frames", "info"])
-        _groups[path, group] = table
+            table = parquet.read_group(group, list(columns))
+        _groups[path, group, columns] = table
         while len(_groups) > _KEPT_GROUPS:
             _groups.popitem(last=False)
-        number = row - int(parquet.first_rows[group])
-        codes = parquet.codes_of(table, number)
-        return codes, {**parquet.run_info, **row_info(table, number)}
+        return parquet, table, row - int(parquet.first_rows[group])
 
 
 def row_info(table: Any, number: int) -> dict[str, Any]:

@@ -21,8 +21,9 @@ import pytest
 import soundfile
 
 from batch_tokenizer.cli import main
+from batch_tokenizer.evaluation_source import open_source, recordings
 from batch_tokenizer.long_audio import LongRows
-from batch_tokenizer.records import TokenizedRow
+from batch_tokenizer.records import ManifestRow, TokenizedRow
 from tests.support.checkpoints import write_mimo_checkpoint
 from tests.support.long_audio import anonymous_bytes, write_recording
 from tests.support.moss import write_moss_checkpoint
@@ -148,6 +149,25 @@ def test_every_sink_keeps_segments(place: Path, form: str) -> None:
     if form == "npy":
         assert run([again], task="token2wav") == 0
         np.testing.assert_array_equal(samples("again"), soundfile.read("kept/long.wav", dtype="int16")[0])
+
+
+@pytest.mark.parametrize("sink", ["json", "tar", "parquet"])
+def test_evaluate_decodes_segments_as_the_run_does(place: Path, sink: str) -> None:
+    flags = ["--long_audio", "segment", "--max_seconds", PIECE]
+    assert run([row("short", "short.wav"), row("long")], *flags) == 0
+    where = [] if sink == "json" else ["--output_dir", "shards"]
+    assert run([row("short", "short.wav"), row("long")], *flags, "--sink", sink, *where, task="wav2token") == 0
+    source = open_source(
+        run_dir=Path("data.wav2token.run"), data_list=None, model_path="mimo", num_quantizers=(), index_dir=place
+    )
+    keys = set()
+    for found, known in source.rows([0, 1]):
+        assert isinstance(found, ManifestRow)
+        _, made = recordings(source, found, known)
+        np.testing.assert_allclose(made.samples, samples(found.key)[: len(made.samples)] / 32768, atol=1e-4)
+        assert len(made.samples) >= 2 * RATE
+        keys.add(found.key)
+    assert keys == {"short", "long"}
 
 
 def test_native_fails_long_rows_and_names_the_remedy(place: Path) -> None:

@@ -143,6 +143,55 @@ def test_fewer_codebooks_are_decoded_again_and_scoring_runs_in_processes(workpla
         assert record["scores"]["si_sdr"] == pytest.approx(by_count[5][record["key"]], abs=0.2)
 
 
+@pytest.mark.parametrize(
+    ("sink", "task"),
+    [("tar", "wav2token2wav"), ("parquet", "wav2token2wav"), ("parquet", "wav2token"), ("tar", "token2wav")],
+)
+def test_shards_are_scored_as_files_are(sink, task, workplace, tmp_path, capsys):
+    if sink == "parquet":
+        pytest.importorskip("pyarrow")
+    rows = [json.loads(line) for line in (workplace[0] / "data.jsonl").open()]
+    for row in rows[:-1]:  # with durations, longest go first, so a row's place is not its line
+        row["duration"] = soundfile.info(row["reconstructed_wav"]).duration
+    assert [row["duration"] for row in rows[:-1]] != sorted((row["duration"] for row in rows[:-1]), reverse=True)
+    run_dir, shards = str(tmp_path / "shards.run"), tmp_path / "shards"
+    write_manifest(tmp_path / "data.jsonl", rows)
+    words = ["--data_list", str(tmp_path / "data.jsonl"), "--task", task, "--model_path", "model", "--run_dir", run_dir]
+    assert main([*words, "--num_workers", "0", "--batch_size", "1", "--sink", sink, "--output_dir", str(shards)]) == 0
+
+    def found(name, folder, *more):
+        out = tmp_path / name
+        assert score(folder, "--model_path", "model", "--out", str(out), *more, metrics=("si_sdr",)) == 0
+        return {record["key"]: record["scores"].get("si_sdr") for record in records(out) if "scores" in record}
+
+    files = found("files", RUN_DIR)
+    # Audio that is decoded now is not rounded to a wav file's 16 bits.
+    assert found("shards", run_dir) == (pytest.approx(files, abs=0.2) if task == "wav2token" else files)
+    assert found("two", run_dir, "--num_quantizers", "2") == found("files-two", RUN_DIR, "--num_quantizers", "2")
+    assert len(found("one", run_dir, "--sample", "1")) == 1
+
+    (shard,) = shards.glob(f"*.{sink}")
+    shard.unlink()
+    capsys.readouterr()
+    lost = str(tmp_path / "lost")
+    assert score(run_dir, "--model_path", "model", "--out", lost, metrics=("si_sdr",)) == 1
+    assert re.search(rf"\d utterances could not be scored: .*{shard.name}: no such file", capsys.readouterr().out)
+
+
+def test_another_row_in_a_rows_place_is_not_scored(tmp_path):
+    shutil.copy("data.jsonl", tmp_path / "data.jsonl")
+    words = ["--data_list", str(tmp_path / "data.jsonl"), "--task", "wav2token", "--model_path", "model"]
+    assert main([*words, "--num_workers", "0", "--sink", "tar", "--output_dir", str(tmp_path / "shards")]) == 0
+    run_dir = tmp_path / "data.wav2token.run"
+    (ledger,) = (run_dir / "ledger").glob("*.*.jsonl")
+    ledger.write_bytes(b"".join(reversed(ledger.read_bytes().splitlines(keepends=True))))
+    found = evaluate.evaluate(evaluate.Request(run_dir=run_dir, metrics=("si_sdr",), model_path="model"))
+    assert not found.utterances
+    assert [record["failed"].partition(": ")[2] for record in found.failed] == [
+        "has another row in its place: batch_tokenizer verify says what is wrong"
+    ] * 4 + ["si_sdr"]
+
+
 def test_a_manifest_goes_through_the_codec(workplace, tmp_path, capsys):
     out = str(tmp_path / "scores")
     assert score("--data_list", "data.jsonl", "--model_path", "model", "--out", out, metrics=("si_sdr",)) == 0
@@ -216,6 +265,18 @@ class TestPage:
             expected = soundfile.info(workplace[0] / row["reconstructed_wav"]).duration
             assert len(samples) / rate == pytest.approx(expected, abs=0.05), side
             assert "controls" in player
+
+    def test_shards_are_heard(self, workplace, tmp_path):
+        words = ["--data_list", "data.jsonl", "--task", "wav2token2wav", "--model_path", "model", "--num_workers", "0"]
+        run_dir = str(tmp_path / "tar.run")
+        assert main([*words, "--run_dir", run_dir, "--sink", "tar", "--output_dir", str(tmp_path / "shards")]) == 0
+        assert main(["report", run_dir, "--model_path", "model", "--sample", "2", "--listen", "2"]) == 0
+        players = parse((tmp_path / "tar.run" / "report.html").read_text(encoding="utf-8")).tags("audio")
+        assert len(players) == 4
+        for player in players:
+            key = player["aria-label"].partition(" of ")[2]
+            made = soundfile.info(io.BytesIO(base64.b64decode(player["src"].partition("base64,")[2]))).duration
+            assert made == pytest.approx(soundfile.info(workplace[0] / "out" / f"{key}.wav").duration, abs=0.05)
 
     def test_a_browser_opens_it(self, report, tmp_path):
         browser = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
