@@ -2,7 +2,8 @@
 
 A plain file is opened as it stands, after a look at what it is (a pipe would hang). Everything else is brought here
 first: into memory that looks like a file, or, above ``_IN_MEMORY`` bytes, into a file without a name. The latest large
-one is kept, as the parts of a long recording are asked for one after the other.
+one is kept, as the parts of a long recording are asked for one after the other. Small ones share one piece of memory,
+one after the other, as making it and letting it go costs more than filling it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 
 from batch_tokenizer.records import RowError
 from batch_tokenizer.storage.names import PIPE, StreamedMember, TarMember, is_url, parse_member, scheme_of, spoken
@@ -22,7 +24,7 @@ from batch_tokenizer.storage.tar import HEADER, is_member_header
 
 _IN_MEMORY = 64 * 2**20
 
-#: Smaller contents are not kept: they are hardly ever asked for twice.
+#: Smaller contents are not kept, but their memory is: they are hardly ever asked for twice, and there are very many.
 _WORTH_KEEPING = 2**20
 
 #: Tars that a thread keeps open.
@@ -46,15 +48,21 @@ def opened(location: str, what: str = "an audio file") -> Iterator[tuple[int, in
     member = parse_member(location)
     if member is None and scheme_of(location) in ("file", "local"):
         location = location.split("://", 1)[1]
+    memory: _Memory | None = None
     if member is None and not is_url(location):
         descriptor = _open_file(location, name, what)
     else:
         try:
-            kept = _kept.reopen(location)
-            if kept is None:
-                kept = _gather(_fetch(location) if member is None else _fetch_member(member), name)
-                _kept.offer(location, kept)
-            descriptor = kept
+            descriptor = _kept.reopen(location)
+            if descriptor < 0:
+                pieces = _fetch(location) if member is None else _fetch_member(member)
+                first, second = next(pieces, b""), next(pieces, None)
+                if second is None and len(first) < _WORTH_KEEPING and _HAS_MEMORY:
+                    memory = _Memory.of(first)
+                    descriptor = memory.descriptor
+                else:
+                    descriptor = _gather(chain((first,), () if second is None else (second,), pieces), name)
+                    _kept.offer(location, descriptor)
         except StorageError as error:
             raise RowError("load", error.reason) from error
         except OSError as error:
@@ -65,7 +73,10 @@ def opened(location: str, what: str = "an audio file") -> Iterator[tuple[int, in
             raise RowError("load", f"{name}: is empty (0 bytes)")
         yield descriptor, size
     finally:
-        os.close(descriptor)
+        if memory is None:
+            os.close(descriptor)
+        else:
+            memory.give_back()
 
 
 class _Kept:
@@ -89,18 +100,60 @@ class _Kept:
                 os.close(self._descriptor)
             self._location, self._descriptor = location, os.dup(descriptor)
 
-    def reopen(self, location: str) -> int | None:
-        """A descriptor with a place of its own in the content; None if it is not here."""
+    def reopen(self, location: str) -> int:
+        """A descriptor with a place of its own in the content; -1 if it is not here."""
         with self._lock:
             if self._descriptor < 0 or self._location != location:
-                return None
+                return -1
             try:
                 return os.open(f"/proc/self/fd/{self._descriptor}", os.O_RDONLY | os.O_CLOEXEC)
             except OSError:  # another system than Linux
-                return None
+                return -1
 
 
 _kept = _Kept()
+
+_HAS_MEMORY = hasattr(os, "memfd_create")
+
+
+class _Memory:
+    """A small content in memory that looks like a file. Whoever has it is the only one, until it gives it back."""
+
+    def __init__(self) -> None:
+        self._process = os.getpid()
+        self._size = 0
+        self.descriptor = -1
+        self.descriptor = os.memfd_create("batch_tokenizer", os.MFD_CLOEXEC)
+
+    def __del__(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+
+    @classmethod
+    def of(cls, content: bytes) -> _Memory:
+        """The thread's memory, or new one if that is taken, with this content and at its beginning."""
+        memory: _Memory | None = _idle.__dict__.pop("memory", None)
+        if memory is None or memory._process != os.getpid():  # a child would share its parent's
+            memory = cls()
+        memory._fill(content)
+        return memory
+
+    def _fill(self, content: bytes) -> None:
+        if len(content) < self._size:
+            os.ftruncate(self.descriptor, len(content))
+        rest = memoryview(content)
+        while rest:
+            rest = rest[os.pwrite(self.descriptor, rest, len(content) - len(rest)) :]
+        os.lseek(self.descriptor, 0, os.SEEK_SET)
+        self._size = len(content)
+
+    def give_back(self) -> None:
+        """For the thread's next content."""
+        _idle.memory = self
+
+
+#: Each thread's memory that nobody reads.
+_idle = threading.local()
 
 
 def _open_file(path: str, name: str, what: str) -> int:
@@ -202,7 +255,7 @@ def _gather(pieces: Iterator[bytes], name: str) -> int:
         StorageError: they are too many.
     """
     first = next(pieces, b"")
-    if len(first) < _IN_MEMORY and hasattr(os, "memfd_create"):
+    if len(first) < _IN_MEMORY and _HAS_MEMORY:
         descriptor = os.memfd_create("batch_tokenizer", os.MFD_CLOEXEC)
     else:
         with tempfile.TemporaryFile(prefix="batch_tokenizer-") as file:

@@ -267,3 +267,54 @@ def test_a_stream_is_read_by_one_process_only(tmp_path: Path) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert len(read(f"targz://1/a::{archive}")) == 70000
     assert read(f"targz://0/a::{archive}") == first
+
+
+def members_of(tmp_path: Path, contents: list[bytes]) -> list[str]:
+    archive = tmp_path / "x.tar"
+    archive.write_bytes(tar_bytes([(f"{number}", content) for number, content in enumerate(contents)]))
+    with archive.open("rb") as stream:
+        members = list(walk(file_tape(stream.fileno()), lambda kind, name: None))
+    return [location_of(TarMember(member.offset, member.size, member.name, str(archive))) for member in members]
+
+
+def test_small_members_one_after_the_other_take_the_same_memory(tmp_path: Path) -> None:
+    contents = [bytes([number]) * size for number, size in enumerate((900, 40_000, 1, 600_000, 1025, 2_000_000, 3))]
+    seen = set()
+    for location, content in zip(members_of(tmp_path, contents), contents, strict=True):
+        assert read(location) == content
+        with opened(location) as (descriptor, size):
+            assert os.lseek(descriptor, 0, os.SEEK_CUR) == 0
+            os.lseek(descriptor, 0, os.SEEK_END)
+            if size < 2**20:
+                seen.add(descriptor)
+    assert len(seen) == 1
+
+
+def test_members_that_are_open_at_once_do_not_share_memory(tmp_path: Path) -> None:
+    first, second, empty = members_of(tmp_path, [b"1" * 5000, b"2" * 4000, b""])
+    with opened(first) as (outer, _):
+        for _ in range(2):
+            assert read(second) == b"2" * 4000
+        with pytest.raises(RowError, match="empty"), opened(empty):
+            pass
+        assert os.pread(outer, 9999, 0) == b"1" * 5000
+
+
+def test_a_forked_child_reads_into_memory_of_its_own(tmp_path: Path) -> None:
+    first, second = members_of(tmp_path, [b"1" * 5000, b"2" * 4000])
+    assert read(first) == b"1" * 5000
+    with opened(first) as (descriptor, _):
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if read(second) == b"2" * 4000 and os.pread(descriptor, 9, 0) == b"1" * 9 else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert os.pread(descriptor, 9999, 0) == b"1" * 5000
+    parent = os.getpid()
+    with opened(first) as (descriptor, _):
+        pass
+    child = os.fork()
+    if child == 0:  # the memory that is idle now is the parent's
+        with opened(second):
+            kept = os.pread(os.open(f"/proc/{parent}/fd/{descriptor}", os.O_RDONLY), 9999, 0)
+        os._exit(0 if kept == b"1" * 5000 else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
