@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from batch_tokenizer.audio.decoding import decode_audio
 from batch_tokenizer.audio.encoding import flac_bytes
 from batch_tokenizer.codecs.base import CodecInfo
 from batch_tokenizer.data.stored_rows import shard_rows
@@ -215,6 +216,21 @@ def test_row_groups_are_small_enough_to_stream(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(parquet_shard, "BYTES_PER_GROUP", 4096)
     path = write_shard(tmp_path / "y.parquet", [tokenized(line) for line in range(100)])
     assert pq.ParquetFile(path).metadata.num_row_groups > 2
+
+
+def test_a_parquet_rows_audio_opens_by_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parquet_shard, "ROWS_PER_GROUP", 3)
+    results = [tokenized(line, samples=np.full(100 + line, line / 9, np.float32)) for line in range(8)]
+    path = str(write_shard(tmp_path / "x.parquet", results, audio=True))
+    for line in (7, 0, 3, 2):
+        np.testing.assert_allclose(decode_audio(row_location(path, line))[0], results[line].samples[None], atol=1e-4)
+        assert read_tokens(row_location(path, line), WIDE)[0].tolist() == results[line].codes.tolist()
+    for location, words in (
+        (row_location(path, 8), "has 8 rows, and no row 8"),
+        (row_location(str(write_shard(tmp_path / "y.parquet", results)), 1), "y.parquet: row 1 has no audio"),
+    ):
+        with pytest.raises(RowError, match=words):
+            decode_audio(location)
 
 
 def test_audio_beyond_what_parquet_counts_fails_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
