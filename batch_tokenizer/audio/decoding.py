@@ -181,11 +181,12 @@ def _decode_with_libsndfile(
     file: soundfile.SoundFile, name: str, size: int, max_seconds: float | None
 ) -> tuple[Samples, int]:
     promised, sample_rate = file.frames, file.samplerate
+    form, subtype = file.format, file.subtype  # each asks libsndfile
     check_sample_rate(name, sample_rate)
     _check_length(name, promised, sample_rate, max_seconds)
     check_plausible(name, promised, size)
     try:
-        if file.format in ("WAV", "WAVEX") and file.subtype == "PCM_16":
+        if form in ("WAV", "WAVEX") and subtype == "PCM_16":
             # libsndfile copies these as they stand, and numpy scales them several times faster than it; by a power of
             # two, so to the same values.
             integers = file.read(promised, dtype="int16", always_2d=True)
@@ -198,12 +199,12 @@ def _decode_with_libsndfile(
         raise RowError(
             "load", f"{name}: not enough memory for {promised} samples x {file.channels} channels"
         ) from error
-    tolerance = MP3_TOLERANCE if file.format == "MP3" else 0
+    tolerance = MP3_TOLERANCE if form == "MP3" else 0
     if len(interleaved) < promised - tolerance:
         raise RowError("load", f"{name}: damaged or cut short, {len(interleaved)} of {promised} samples decode")
     # A reshape, where it will do, gives a single channel the strides of a row; a transpose would not.
     samples = interleaved.reshape(1, -1) if file.channels == 1 else np.ascontiguousarray(interleaved.T)
-    if file.subtype in FLOATING_SUBTYPES:
+    if subtype in FLOATING_SUBTYPES:
         check_finite(name, samples)
     return samples, sample_rate
 
@@ -212,9 +213,10 @@ def is_cut_short_by_libsndfile(file: soundfile.SoundFile, descriptor: int, size:
     """Whether libsndfile would stop before the end of this file."""
     if file.frames >= _UNKNOWN_FRAMES:
         return True
-    if file.format == "MP3":
+    form = file.format  # asks libsndfile
+    if form == "MP3":
         return not _mp3_knows_its_length(descriptor, size)
-    return file.format == "OGG" and _ogg_is_chained(descriptor, size)
+    return form == "OGG" and _ogg_is_chained(descriptor, size)
 
 
 def _mp3_knows_its_length(descriptor: int, size: int) -> bool:

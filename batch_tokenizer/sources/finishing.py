@@ -6,8 +6,9 @@ none. A line that is no JSON object leaves as it came: the manifest refuses it, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import orjson
@@ -20,6 +21,13 @@ from batch_tokenizer.sources.output_paths import numbered_path, output_path
 
 #: Channels that ``split`` makes rows of; a header that promises more is damaged, or no recording.
 _MOST_CHANNELS = 64
+
+
+@lru_cache  # asked for every row
+def _outputs(task: Task, sink: Sink, audio_format: str) -> Mapping[str, str]:
+    tokens = ".npy" if sink == "npy" else ".json"
+    endings = {"quantized_tokens": tokens, "reconstructed_wav": f".{audio_format}"}
+    return {name: endings[name] for name in RowForm.of(task, sink).outputs}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +46,9 @@ class SourceSettings:
         return "quantized_tokens" if self.task == "token2wav" else "wav"
 
     @property
-    def outputs(self) -> dict[str, str]:
+    def outputs(self) -> Mapping[str, str]:
         """The fields that must name a file to write, and its ending."""
-        tokens = ".npy" if self.sink == "npy" else ".json"
-        endings = {"quantized_tokens": tokens, "reconstructed_wav": f".{self.audio_format}"}
-        return {name: endings[name] for name in RowForm.of(self.task, self.sink).outputs}
+        return _outputs(self.task, self.sink, self.audio_format)
 
     @property
     def picks_channels(self) -> bool:

@@ -33,6 +33,7 @@ from batch_tokenizer.storage.tar import BlockTape, Member, StreamTape, Tape, Tor
 Note = Callable[[str, str], None]
 
 _NAME = re.compile(r"((?:.*/)?[^./][^/.]*)\.([^/]*)", re.DOTALL)
+_DRIVE = re.compile(r"[A-Za-z]:[\\/]")
 _MOST_NAME = 1024
 
 
@@ -125,9 +126,9 @@ def _refusal(key: str, reason: str) -> dict[str, Any]:
 
 def _fault(name: str) -> str | None:
     """What is wrong with a member's name."""
-    if name.startswith("/") or re.match(r"[A-Za-z]:[\\/]", name):
+    if name.startswith("/") or _DRIVE.match(name):
         return "an absolute name: pack the shard with relative ones"
-    if ".." in re.split(r"[\\/]", name):
+    if ".." in name and ".." in re.split(r"[\\/]", name):
         return "a name that leads out of the shard: pack it with plain ones"
     if len(name) > _MOST_NAME:
         return f"a name of {len(name):,} characters"

@@ -82,6 +82,7 @@ def file_name(location: str) -> str:
     return urlsplit(location).path if scheme_of(location) in ("http", "https") else location
 
 
+@lru_cache(64)  # whoever opens one asks beforehand, and so does who is asked
 def spoken(location: str) -> str:
     """The location as a message may show it: on one line, in characters that any report can hold, and without what
     opens doors (passwords and signatures in a URL)."""
