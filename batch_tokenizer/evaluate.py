@@ -31,13 +31,12 @@ import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
-from batch_tokenizer.audio.loading import load_samples
 from batch_tokenizer.config import Device, Dtype, beside
 from batch_tokenizer.evaluation_source import Source, load_input, open_source
 from batch_tokenizer.quality.aggregates import Group, group, markdown_table
 from batch_tokenizer.quality.codebooks import CodebookUse, bit_rate
 from batch_tokenizer.quality.metrics import METRICS, Scorer
-from batch_tokenizer.quality.recordings import align
+from batch_tokenizer.quality.recordings import align, load_beginning
 from batch_tokenizer.quality.results import ResultsFolder
 from batch_tokenizer.quality.speakers import SpeakerEncoder
 from batch_tokenizer.reconstruction import at_input_rate, decode, encode
@@ -240,11 +239,13 @@ def _score_in_worker(job: Job) -> list[dict[str, Any]]:
 def score_job(job: Job, scorer: Scorer) -> list[dict[str, Any]]:
     """The records of one utterance, one a number of codebooks; one with ``failed`` if it cannot be compared."""
     try:
-        original = load_samples(job.wav, job.sample_rate, job.resampler, cut=job.cut)
+        original, length = load_beginning(job.wav, job.sample_rate, job.resampler, job.cut)
         made = [
-            load_samples(one, job.sample_rate, "soxr") if isinstance(one, str) else one for one in job.made.values()
+            load_beginning(one, job.sample_rate, "soxr") if isinstance(one, str) else (one, len(one))
+            for one in job.made.values()
         ]
-        reference, reconstructions = align(original, made, job.sample_rate)
+        samples, lengths = zip(*made, strict=True)
+        reference, reconstructions = align(original, samples, job.sample_rate, [length, *lengths])
     except RowError as error:
         return [{**job.record, "failed": error.reason}]
     records = []
@@ -254,7 +255,7 @@ def score_job(job: Job, scorer: Scorer) -> list[dict[str, Any]]:
             {
                 **job.record,
                 "num_quantizers": num_quantizers,
-                "seconds": round(len(original) / job.sample_rate, 4),
+                "seconds": round(length / job.sample_rate, 4),
                 "scored_seconds": round(reference.seconds, 4),
                 "scores": {name: round(value, 6) for name, value in scores.values.items()},
                 "not_scored": dict(scores.reasons),

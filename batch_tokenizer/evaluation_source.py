@@ -18,7 +18,7 @@ from batch_tokenizer.config import Device, Dtype
 from batch_tokenizer.data.pieces import PassLimit
 from batch_tokenizer.data.token_files import read_any_tokens, read_tokens
 from batch_tokenizer.manifest import Manifest
-from batch_tokenizer.quality.recordings import Recording, align
+from batch_tokenizer.quality.recordings import Recording, align, load_beginning
 from batch_tokenizer.reconstruction import at_input_rate, check_num_quantizers, decode, encode, open_codec, open_spec
 from batch_tokenizer.records import SHARD_SINKS, ManifestRow, Pieces, RowError, RowFailure, RunError, Task
 from batch_tokenizer.run_source import find_manifest
@@ -222,13 +222,13 @@ def recordings(source: Source, row: ManifestRow, known: Mapping[str, Any]) -> tu
     """
     if row.wav is None:
         raise RowError("load", "the row has no wav to compare with")
-    original = load_samples(row.wav, source.sample_rate, source.resampler, cut=row.cut)
+    original, length = load_beginning(row.wav, source.sample_rate, source.resampler, row.cut)
     most = source.num_quantizers[-1]
     made: Any
     if source.codec is None:
         if row.reconstructed_wav is None:
             raise RowError("load", "the row has no reconstructed_wav")
-        made = load_samples(row.reconstructed_wav, source.sample_rate, "soxr")
+        made, made_length = load_beginning(row.reconstructed_wav, source.sample_rate, "soxr")
     else:
         loaded, segments = load_input(source, row, known)
         (codes,) = encode(source.codec, [loaded], most) if source.run_settings is None else [loaded[:, :most]]
@@ -238,5 +238,6 @@ def recordings(source: Source, row: ManifestRow, known: Mapping[str, Any]) -> tu
         if isinstance(made, RowError):
             raise made
         made = at_input_rate(source.codec.info, made)
-    reference, (reconstruction,) = align(original, [made], source.sample_rate)
+        made_length = len(made)
+    reference, (reconstruction,) = align(original, [made], source.sample_rate, [length, made_length])
     return reference, reconstruction

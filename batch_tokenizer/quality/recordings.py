@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from batch_tokenizer.audio.resampling import resample
-from batch_tokenizer.records import RowError
+from batch_tokenizer.audio.decoding import AudioTooLong
+from batch_tokenizer.audio.loading import load_samples, measure_samples
+from batch_tokenizer.audio.resampling import Resampler, resample
+from batch_tokenizer.records import AudioCut, RowError
 
 #: Longer recordings are scored on their first seconds. The row says how many.
 MOST_SECONDS = 120.0
@@ -62,16 +64,42 @@ class Recording:
         return self._derived[name]
 
 
+def load_beginning(
+    path: str, sample_rate: int, resampler: Resampler, cut: AudioCut | None = None
+) -> tuple[npt.NDArray[np.float32], int]:
+    """Samples as ``load_samples`` has them, of a long recording the first ``MOST_SECONDS``; and how many all are.
+
+    Raises:
+        RowError: see ``load_samples``.
+    """
+    most = int(MOST_SECONDS * sample_rate)
+    try:
+        samples = load_samples(path, sample_rate, resampler, cut=cut, max_samples=most)
+        return samples, len(samples)
+    except AudioTooLong:
+        whole = cut or AudioCut()
+        beginning = replace(whole, end=whole.start + MOST_SECONDS)
+        samples = load_samples(path, sample_rate, resampler, cut=beginning)
+        return samples, measure_samples(path, sample_rate, resampler, cut=cut)
+
+
 def align(
-    original: npt.NDArray[np.float32], reconstructions: Sequence[npt.NDArray[np.float32]], sample_rate: int
+    original: npt.NDArray[np.float32],
+    reconstructions: Sequence[npt.NDArray[np.float32]],
+    sample_rate: int,
+    lengths: Sequence[int] | None = None,
 ) -> tuple[Recording, list[Recording]]:
     """Recordings of equal length, from samples (S_i,) at ``sample_rate`` Hz that begin together.
+
+    Args:
+        lengths: samples of the original and of each reconstruction, where not all of them are given.
 
     Raises:
         RowError: a reconstruction is empty, has samples that are no numbers, or its length is another utterance's.
     """
-    for samples in reconstructions:
-        difference = (len(samples) - len(original)) / sample_rate
+    whole, *others = lengths or [len(original), *map(len, reconstructions)]
+    for samples, other in zip(reconstructions, others, strict=True):
+        difference = (other - whole) / sample_rate
         if len(samples) == 0:
             raise RowError("decode", "the reconstruction has no samples")
         if not np.isfinite(samples).all():
@@ -79,8 +107,8 @@ def align(
         if abs(difference) > LENGTH_TOLERANCE:
             raise RowError(
                 "decode",
-                f"the reconstruction lasts {len(samples) / sample_rate:.2f} s, the original "
-                f"{len(original) / sample_rate:.2f} s: another utterance, or another sample rate",
+                f"the reconstruction lasts {other / sample_rate:.2f} s, the original "
+                f"{whole / sample_rate:.2f} s: another utterance, or another sample rate",
             )
     length = min(len(original), *map(len, reconstructions), int(MOST_SECONDS * sample_rate))
     return Recording(original[:length], sample_rate), [

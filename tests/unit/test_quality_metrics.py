@@ -10,9 +10,10 @@ import pytest
 import soundfile
 
 from batch_tokenizer.audio.loading import load_samples
+from batch_tokenizer.quality import recordings
 from batch_tokenizer.quality.metrics import METRICS, Scorer
-from batch_tokenizer.quality.recordings import MOST_SECONDS, Recording, align
-from batch_tokenizer.records import RowError
+from batch_tokenizer.quality.recordings import MOST_SECONDS, Recording, align, load_beginning
+from batch_tokenizer.records import AudioCut, RowError
 from tests.conftest import ROOT
 
 RATE = 24000
@@ -202,3 +203,24 @@ class TestAlignment:
         long = np.ones(int((MOST_SECONDS + 3) * 1000), np.float32)
         original, _ = align(long, [long], 1000)
         assert original.seconds == MOST_SECONDS
+
+    @pytest.mark.parametrize("cut", [None, AudioCut(1.5, None, 1), AudioCut(0.25, 122.75), AudioCut(1, 90)])
+    def test_only_the_beginning_of_a_long_file_is_loaded(self, tmp_path, cut, monkeypatch):
+        path, rate = str(tmp_path / "long.wav"), 1000
+        soundfile.write(path, np.random.default_rng(0).uniform(-1, 1, (123 * 1500, 2)), 1500)
+        whole = load_samples(path, rate, cut=cut)
+        held = []
+
+        def load(*words, **more):
+            held.append(load_samples(*words, **more))
+            return held[-1]
+
+        monkeypatch.setattr(recordings, "load_samples", load)
+        beginning, length = load_beginning(path, rate, "reference", cut)
+        assert length == len(whole)
+        np.testing.assert_array_equal(beginning, whole[: int(MOST_SECONDS * rate)])
+        assert [len(one) for one in held] == [min(len(whole), MOST_SECONDS * rate)]
+        original, _ = align(beginning, [beginning], rate, [length, length])
+        assert original.seconds == min(length / rate, MOST_SECONDS)
+        with pytest.raises(RowError, match="another utterance"):
+            align(beginning, [beginning], rate, [length, length - rate])
