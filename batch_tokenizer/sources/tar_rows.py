@@ -33,6 +33,7 @@ from batch_tokenizer.storage.tar import BlockTape, Member, StreamTape, Tape, Tor
 Note = Callable[[str, str], None]
 
 _NAME = re.compile(r"((?:.*/)?[^./][^/.]*)\.([^/]*)", re.DOTALL)
+_LEAD = re.compile(r"^\./+")
 _DRIVE = re.compile(r"[A-Za-z]:[\\/]")
 _MOST_NAME = 1024
 
@@ -73,7 +74,7 @@ def tar_rows(location: str, field_name: str, note: Note) -> Iterator[dict[str, A
 
             try:
                 for member in walk(tape, note):
-                    name = member.name.removeprefix("./")
+                    name = _LEAD.sub("", member.name)
                     ending = name.rpartition(".")[2].lower()
                     if fault := _fault(name):
                         if ending in endings:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from batch_tokenizer.config import RunConfig, beside
@@ -262,6 +262,7 @@ PARTS = st.text("aB.c-_é/", min_size=1, max_size=6).filter(lambda name: not nam
 
 
 @settings(max_examples=40, deadline=None)
+@example(groups=[(".//", {"wav"}), (".//a", {"wav"})])
 @given(
     groups=st.lists(st.tuples(PARTS, st.sets(st.sampled_from(["wav", "flac", "json", "txt"]), min_size=1)), max_size=6)
 )
