@@ -69,7 +69,9 @@ class InverseSTFT(Float32Buffers):
 
     def __init__(self, window_size: int) -> None:
         super().__init__()
-        self.register_buffer("window", torch.hann_window(window_size))
+        # On the meta device, where models begin, hann_window would import torch's compiler, which takes two seconds.
+        window = torch.hann_window(window_size, device="cpu")
+        self.register_buffer("window", torch.empty_like(window, device=torch.get_default_device()).copy_(window))
 
     def forward(self, spectrum: Tensor, segments: Segments, hop: int, trim: int) -> tuple[Tensor, Segments]:
         """Spectrum complex64 (N, W/2 + 1), N frames of packed utterances, to float32 samples on a tight axis.
