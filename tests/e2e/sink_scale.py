@@ -11,7 +11,8 @@ and the peak of the memory of all its processes, in the second and in the last q
 for each). Where processor time is far below the time, the machine was busy with other things.
 ``--without_model`` writes random codes of such rows (8 codebooks, as the published model has them) with the run's own
 writer threads, a process a sink. ``--compare`` runs tar to tar against JSON lines of files to json on the same audio,
-clips of 0.5 s and of 8 s, turn and turn about. The last line is JSON.
+clips of 0.5 s and of 8 s, in pairs of which now the one and now the other comes first, and tells the median of their
+ratios. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import psutil
@@ -144,11 +146,14 @@ def files_below(folder: Path) -> Iterator[Path]:
         yield from (Path(place) / name for name in names)
 
 
-def run(name: str, source: str, rows: int, folder: Path, checkpoint: Path, workers: int, *flags: object) -> Result:
+def run(
+    name: str, source: str, rows: int, folder: Path, checkpoint: Path, ranks: int, workers: int, *flags: object
+) -> Result:
     """One run from start to end; its outputs are removed."""
     outputs, run_dir = folder / "tokens", folder / "run"
+    launcher = ("-m", "torch.distributed.run", f"--nproc_per_node={ranks}") if ranks > 1 else ()
     command = [
-        sys.executable, "-m", "batch_tokenizer", "--data_list", source, "--task", "wav2token",
+        sys.executable, *launcher, "-m", "batch_tokenizer", "--data_list", source, "--task", "wav2token",
         "--model_path", checkpoint, "--run_dir", run_dir, "--num_workers", workers, "--batch_size", 64, *flags,
     ]  # fmt: skip
     started = time.monotonic()
@@ -241,27 +246,36 @@ def fail(result: TokenizedRow, error: RowError) -> None:
     raise SystemExit(f"row {result.row.key}: {error}")
 
 
-def compare(rows: int, folder: Path, checkpoint: Path, workers: int, rounds: int) -> list[Result]:
+def compare(
+    rows: int, folder: Path, checkpoint: Path, ranks: int, workers: int, rounds: int, lengths: Sequence[float]
+) -> list[Result]:
     """Tar to tar against files to json."""
     results = []
-    for seconds, count in ((0.5, rows), (8.0, max(1, rows // 8))):
+    for seconds in lengths:
+        count = round(rows / max(1.0, seconds))
         audio = clips(seconds, seconds)
         place = folder / f"{seconds:g}s"
         place.mkdir()
         write_tars(place / "tars", count, audio)
         manifest = write_files(place, count, audio)
-        for _ in range(rounds):
-            files = run(f"{seconds:g} s, files-json", str(manifest), count, place, checkpoint, workers)
-            tars = run(
-                f"{seconds:g} s, tar-tar", f"{place}/tars/*.tar", count, place, checkpoint, workers,
-                "--sink", "tar", "--output_dir", place / "tokens",
-            )  # fmt: skip
-            results += [files, tars]
-            print(
-                f"{seconds:g} s: tar to tar has {tars.rows_per_second / files.rows_per_second:.2f} of the throughput, "
-                f"{files.processor_seconds / tars.processor_seconds:.2f} by processor time",
-                flush=True,
-            )
+        tars = (f"{seconds:g} s, tar-tar", f"{place}/tars/*.tar")
+        shards = ("--sink", "tar", "--output_dir", place / "tokens")
+        files = (f"{seconds:g} s, files-json", str(manifest))
+        clock, processor = [], []
+        for number in range(rounds):
+            both = [(tars, shards), (files, ())]
+            made = {
+                source: run(*source, count, place, checkpoint, ranks, workers, *flags)
+                for source, flags in (both if number % 2 else reversed(both))
+            }
+            results += made.values()
+            clock.append(made[tars].rows_per_second / made[files].rows_per_second)
+            processor.append(made[files].processor_seconds / made[tars].processor_seconds)
+        print(
+            f"{seconds:g} s: tar to tar has {median(clock):.2f} ({min(clock):.2f} to {max(clock):.2f}) of the throughput "
+            f"by the clock, {median(processor):.2f} ({min(processor):.2f} to {max(processor):.2f}) by processor time",
+            flush=True,
+        )
     return results
 
 
@@ -272,7 +286,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--without_model", action="store_true")
     parser.add_argument("--compare", action="store_true")
-    parser.add_argument("--rounds", type=int, default=2, help="of --compare")
+    parser.add_argument("--rounds", type=int, default=3, help="of --compare")
+    parser.add_argument("--lengths", default="0.5,8", help="of --compare, in seconds")
+    parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--folder", type=Path, help="where the temporary folder goes")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
@@ -285,12 +301,16 @@ def main() -> None:
                     results.append(pool.submit(write_only, sink, arguments.rows, folder / sink).result())
                 show(results[-1])
         elif arguments.compare:
-            results = compare(arguments.rows, folder, checkpoint, arguments.workers, arguments.rounds)
+            results = compare(
+                arguments.rows, folder, checkpoint, arguments.ranks, arguments.workers, arguments.rounds,
+                [float(length) for length in arguments.lengths.split(",")],
+            )  # fmt: skip
         else:
             write_tars(folder / "tars", arguments.rows, clips(0.2, 1.0))
             results = [
                 run(
-                    f"tar-{sink}", f"{folder}/tars/*.tar", arguments.rows, folder, checkpoint, arguments.workers,
+                    f"tar-{sink}", f"{folder}/tars/*.tar", arguments.rows, folder, checkpoint, arguments.ranks,
+                    arguments.workers,
                     "--sink", sink, "--output_dir", folder / "tokens",
                 )
                 for sink in arguments.sinks.split(",")
