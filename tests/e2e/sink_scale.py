@@ -272,8 +272,8 @@ def compare(
             clock.append(made[tars].rows_per_second / made[files].rows_per_second)
             processor.append(made[files].processor_seconds / made[tars].processor_seconds)
         print(
-            f"{seconds:g} s: tar to tar has {median(clock):.2f} ({min(clock):.2f} to {max(clock):.2f}) of the throughput "
-            f"by the clock, {median(processor):.2f} ({min(processor):.2f} to {max(processor):.2f}) by processor time",
+            f"{seconds:g} s, tar to tar: {median(clock):.2f} ({min(clock):.2f} to {max(clock):.2f}) of the throughput, "
+            f"{median(processor):.2f} ({min(processor):.2f} to {max(processor):.2f}) by processor time",
             flush=True,
         )
     return results
