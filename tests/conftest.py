@@ -5,7 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# How long an example takes says how busy the machine is.
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
 
 # Tests run side by side, one for each core. Threads beyond that wait for one another: a test takes ten times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

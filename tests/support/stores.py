@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -117,6 +118,8 @@ def s3_store(buckets: Sequence[str]) -> Iterator[dict[str, str]]:
     try:
         import s3fs
 
+        # All servers of a process have one store.
+        urllib.request.urlopen(urllib.request.Request(f"http://{host}:{port}/moto-api/reset", method="POST")).close()
         system = s3fs.S3FileSystem(skip_instance_cache=True)
         for bucket in buckets:
             system.mkdir(bucket)
