@@ -14,6 +14,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +181,9 @@ def run_page(run: Run, evaluation: Evaluation | None, source: Source | None, tro
 
 
 def _what_ran(run: Run) -> str:
-    known = {name.replace("_", " "): value for name, value in run.settings.items()}
+    known = {name.replace("_", " "): value for name, value in run.settings.items() if value is not None}
+    if sizes := run.settings.get("codebook_sizes"):
+        known["codebook sizes"] = ", ".join(f"{len(list(same))} × {size}" for size, same in groupby(sizes))
     if "model_path" in run.summary:
         known = {"model path": run.summary["model_path"] or "bundled default", **known}
     last = max((rank.attempt for rank in run.ranks), default=0)
