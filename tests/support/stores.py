@@ -118,8 +118,10 @@ def s3_store(buckets: Sequence[str]) -> Iterator[dict[str, str]]:
     try:
         import s3fs
 
-        # All servers of a process have one store.
+        # File systems that an earlier server was made for are kept by the library, and all servers have one store.
+        s3fs.S3FileSystem.clear_instance_cache()
         urllib.request.urlopen(urllib.request.Request(f"http://{host}:{port}/moto-api/reset", method="POST")).close()
+        s3fs.S3FileSystem.clear_instance_cache()  # those of an earlier server in this process
         system = s3fs.S3FileSystem(skip_instance_cache=True)
         for bucket in buckets:
             system.mkdir(bucket)
