@@ -119,7 +119,6 @@ def s3_store(buckets: Sequence[str]) -> Iterator[dict[str, str]]:
         import s3fs
 
         # File systems that an earlier server was made for are kept by the library, and all servers have one store.
-        s3fs.S3FileSystem.clear_instance_cache()
         urllib.request.urlopen(urllib.request.Request(f"http://{host}:{port}/moto-api/reset", method="POST")).close()
         s3fs.S3FileSystem.clear_instance_cache()  # those of an earlier server in this process
         system = s3fs.S3FileSystem(skip_instance_cache=True)
