@@ -33,7 +33,7 @@ from batch_tokenizer.records import RowError, RunError
 from batch_tokenizer.sources.output_paths import output_path
 from batch_tokenizer.stored_source import stored_rows
 from batch_tokenizer.writers.row_encoding import EncodedRow
-from batch_tokenizer.writers.shard_sink import OpenShard, ShardForm, shard_form
+from batch_tokenizer.writers.shard_sink import MOST_ROWS, OpenShard, ShardForm, shard_form
 from batch_tokenizer.writers.token_files import tokens_as_json, tokens_as_npy
 from batch_tokenizer.writers.token_streams import FlatFile, Layout, MegatronFile, Pattern, TokenStream
 
@@ -49,8 +49,6 @@ RUN_FIELDS = (
 
 #: Of these, what all rows of a shard or stream must have in common.
 _MUST_AGREE = ("codec", "fingerprint", "sample_rate", "frame_rate", "codebook_sizes")
-
-_MOST_SHARD_ROWS = 65536
 
 
 class Target(Protocol):
@@ -267,7 +265,7 @@ class ShardTarget:
             self._num_shards += 1
         self._shard.append(encoded)
         self._num_rows += 1
-        if self._shard.num_bytes >= self._most_bytes or self._num_rows >= _MOST_SHARD_ROWS:
+        if self._shard.num_bytes >= self._most_bytes or self._num_rows >= MOST_ROWS:
             self._close()
 
     def finish(self) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from batch_tokenizer.config import RunConfig
 from batch_tokenizer.records import RunError
+from batch_tokenizer.runtime.run_folder import write_aside
 from batch_tokenizer.sources.finishing import SourceSettings
 from batch_tokenizer.sources.listing import local_manifest
 from batch_tokenizer.storage.names import spoken
@@ -46,15 +47,10 @@ def prepare(config: RunConfig, run_dir: Path, idle: Callable[[], None]) -> Path:
         "manifest": manifest.name if listed else str(manifest.resolve()),
         "settings": asdict(settings),
     }
-    path = run_dir / "source.json"
-    aside = path.with_name(f".source.{os.getpid()}.part")
     try:
-        aside.write_text(json.dumps(memory, indent=2) + "\n")
-        aside.replace(path)
+        write_aside(run_dir / "source.json", json.dumps(memory, indent=2) + "\n")
     except OSError as error:
         raise RunError(f"run folder {run_dir}: source.json cannot be written: {error.strerror}", exit_code=1) from error
-    finally:
-        aside.unlink(missing_ok=True)
     return manifest
 
 

@@ -264,7 +264,7 @@ class RunFolder:
 
     def _write_settings(self, settings: Mapping[str, Any], run_id: str = "") -> None:
         content = {"settings": settings, "id": run_id or uuid.uuid4().hex[:16]}
-        _write_aside(self.path / "run.json", json.dumps(content, indent=2) + "\n")
+        write_aside(self.path / "run.json", json.dumps(content, indent=2) + "\n")
 
     def _discard(self) -> None:
         """Remove what runs wrote, by name, and nothing else. ``run.json`` goes last, so a kill in between is repaired.
@@ -378,7 +378,7 @@ class RunFolder:
                 path.unlink(missing_ok=True)
             data = io.BytesIO()
             np.save(data, status)
-            _write_aside(self._resume_path, data.getvalue())
+            write_aside(self._resume_path, data.getvalue())
             self._notices.post(f"{self.attempt_id}.resume", _word(manifest=None if manifest is None else str(manifest)))
         except OSError as error:
             raise _failure(self.path, error) from error
@@ -416,7 +416,7 @@ class RunFolder:
         """
         path = self.path / "summary.json"
         try:
-            _write_aside(path, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+            write_aside(path, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
         except OSError as error:
             raise _failure(self.path, error) from error
         return path
@@ -488,7 +488,8 @@ def _read_holder(path: Path) -> str:
         return "another job"
 
 
-def _write_aside(path: Path, content: str | bytes) -> None:
+def write_aside(path: Path, content: str | bytes) -> None:
+    """Write a file that is whole or not there: beside its place, then renamed."""
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         aside.write_bytes(content.encode() if isinstance(content, str) else content)

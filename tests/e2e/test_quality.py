@@ -253,6 +253,7 @@ class TestPage:
         _, text = report
         for word in ("clips/gone.wav: no such file", "language=it", "mimo", "PESQ-WB", "data.jsonl", "Perplexity"):
             assert word in text
+        assert re.search(r"codebook sizes\W.{0,60}?\d+ × \d+", text)
 
     def test_every_player_has_its_audio(self, report, workplace):
         _, text = report
