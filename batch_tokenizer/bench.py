@@ -74,6 +74,9 @@ PARTS = ("peak", "model", "end_to_end", "loader", "writer")
 _SAMPLED_ROWS = 128
 _LEAST_SECONDS = 0.2
 
+#: What the folder of a pass is called, before its number.
+_PASS = "pass"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
@@ -232,10 +235,11 @@ class Bench:
 
     job: Job
     folder: Path
-    manifest: Path
+    wavs: list[str]
     rows: list[ManifestRow]
     repeats: int
     report: dict[str, Any] = field(default_factory=dict)
+    passes: int = 0
     peak: float | None = None
     start_seconds: dict[str, float] = field(default_factory=dict)
 
@@ -254,7 +258,7 @@ class Bench:
             lengths = draw_lengths(arguments.lengths, arguments.num_utterances or 128, arguments.seed)
             wavs = write_utterances(folder / "wavs", lengths, arguments.sample_rate, arguments.format, arguments.seed)
             source = f"made, lengths {arguments.lengths}, {arguments.format}, {arguments.sample_rate} Hz"
-        manifest = write_manifest(folder / "bench.jsonl", wavs, folder / "out")
+        manifest = write_manifest(folder / "bench.jsonl", wavs, folder / "out", folder / "out")
         config = RunConfig(
             data_list=manifest, run_dir=folder / "run", task=arguments.task, model_path=arguments.model_path,
             batch_size=arguments.batch_size, frame_budget=arguments.frame_budget, num_workers=arguments.num_workers,
@@ -263,12 +267,9 @@ class Bench:
             resampler=arguments.resampler, overwrite=True,
         )  # fmt: skip
         job = _open_job(config, arguments.config, arguments.random_weights)
-        rows = [
-            ManifestRow(line, f"{line:016x}", row["key"], row["wav"], row["quantized_tokens"],
-                        row["reconstructed_wav"], row)
-            for line, row in enumerate(map(json.loads, manifest.read_text(encoding="utf-8").splitlines()))
-        ]  # fmt: skip
-        bench = cls(job, folder, manifest, rows, arguments.repeats)
+        for passed in folder.glob(f"{_PASS}*"):
+            shutil.rmtree(passed, ignore_errors=True)
+        bench = cls(job, folder, [str(wav) for wav in wavs], _manifest_rows(manifest), arguments.repeats)
         bench.report["conditions"] = bench._conditions(arguments.config or arguments.model_path or "default", source)
         return bench
 
@@ -328,6 +329,19 @@ class Bench:
         self.report["peak_memory_gb"] = self._memory()
         self.report["start_seconds"] = self.start_seconds
         return self.report
+
+    def _new_pass(self) -> Path:
+        """A folder with a manifest of the same rows, whose outputs go below it; tokens that are inputs stay in place.
+
+        Nothing is deleted between passes: for minutes after many files were, ext4 takes ten times as long to create
+        one, as it looks for an inode that was not freed of late.
+        """
+        folder = self.folder / f"{_PASS}{self.passes}"
+        self.passes += 1
+        folder.mkdir()
+        tokens = self.folder if self.job.config.task == "token2wav" else folder
+        write_manifest(folder / "bench.jsonl", self.wavs, tokens / "out", folder / "out")
+        return folder
 
     # ------------------------------------------------------------------------------------------------------- the parts
 
@@ -459,9 +473,10 @@ class Bench:
         sink = FileSink(task, self.job.spec.info.output_sample_rate, self.job.info)
         times = []
         for repeat in range(self.repeats + 1):
-            shutil.rmtree(self.folder / "out", ignore_errors=True)
+            rows = _manifest_rows(self._new_pass() / "bench.jsonl")
+            placed = [replace(result, row=rows[result.row.line]) for result in some]
             began, cpu = time.perf_counter(), time.thread_time()
-            for result in some:
+            for result in placed:
                 sink.write(result)
             if repeat:
                 times.append((time.perf_counter() - began, time.thread_time() - cpu))
@@ -482,11 +497,10 @@ class Bench:
             loader.next()
             self.start_seconds["loader"] = round(time.perf_counter() - began, 3)
             for repeat in range(self.repeats + 1):
-                run_dir = self.folder / f"run{repeat}"
-                for folder in (run_dir, *([self.folder / "out"] if self.job.config.task != "token2wav" else [])):
-                    shutil.rmtree(folder, ignore_errors=True)
+                folder = self._new_pass()
+                run_dir = folder / "run"
                 codec.take_busy_seconds()
-                config = replace(self.job.config, run_dir=run_dir)
+                config = replace(self.job.config, data_list=folder / "bench.jsonl", run_dir=run_dir)
                 job = WarmJob.of(replace(self.job, config=config), loader, codec)
                 began = time.perf_counter()
                 with StopRequest() as stop, contextlib.redirect_stdout(io.StringIO()), _quiet_stderr():
@@ -527,12 +541,13 @@ class Bench:
         loop = PublishedLoop(codec.model, self.rows, job.spec, batch_size, job.config.num_workers)
         walls = []
         for repeat in range(self.repeats + 1):
-            shutil.rmtree(self.folder / "out", ignore_errors=True)
+            rows = _manifest_rows(self._new_pass() / "bench.jsonl")
             threads = torch.get_num_threads()
             torch.set_num_threads(job.compute.cores)
             began = time.perf_counter()
             # The first batch is enough for its workers to start, and libraries too.
-            loop.run(job.num_quantizers, sink.write, num_batches=None if repeat else 1)
+            for result in loop.run(job.num_quantizers, num_batches=None if repeat else 1):
+                sink.write(replace(result, row=rows[result.row.line]))
             if repeat:
                 walls.append(time.perf_counter() - began)
             torch.set_num_threads(threads)
@@ -563,6 +578,15 @@ class Bench:
         if self.job.compute.device.type == "cuda":
             peak["device"] = torch.cuda.max_memory_allocated(self.job.compute.device) / 1e9
         return {name: round(size, 3) for name, size in peak.items()}
+
+
+def _manifest_rows(manifest: Path) -> list[ManifestRow]:
+    """The rows of a manifest that ``write_manifest`` wrote."""
+    return [
+        ManifestRow(line, f"{line:016x}", row["key"], row["wav"], row["quantized_tokens"],
+                    row["reconstructed_wav"], row)
+        for line, row in enumerate(map(json.loads, manifest.read_text(encoding="utf-8").splitlines()))
+    ]  # fmt: skip
 
 
 def _in_turns(contenders: Sequence[Iterator[None]]) -> None:

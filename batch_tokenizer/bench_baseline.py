@@ -8,7 +8,7 @@ alone. Loading is by torch's DataLoader with as many workers as ours; files are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -53,7 +53,7 @@ def _one_thread(worker: int) -> None:
 
 
 class PublishedLoop:
-    """Encodes and decodes rows in padded batches of ``batch_size`` and writes each batch before the next begins."""
+    """Encodes and decodes rows in padded batches of ``batch_size``, the next when a batch's results were taken."""
 
     def __init__(
         self, model: MiMoAudioTokenizer, rows: Sequence[ManifestRow], spec: MiMoSpec, batch_size: int, num_workers: int
@@ -64,11 +64,10 @@ class PublishedLoop:
             persistent_workers=num_workers > 0, worker_init_fn=_one_thread,
         )  # fmt: skip
 
-    def run(self, num_quantizers: int, write: Callable[[TokenizedRow], None], num_batches: int | None = None) -> None:
+    def run(self, num_quantizers: int, num_batches: int | None = None) -> Iterator[TokenizedRow]:
         """One pass over all rows, or over the first ``num_batches`` batches."""
         for rows in islice(self._loader, num_batches):
-            for result in self._batch(rows, num_quantizers):
-                write(result)
+            yield from self._batch(rows, num_quantizers)
 
     @torch.inference_mode()
     def _batch(self, rows: Sequence[LoadedRow], num_quantizers: int) -> Iterator[TokenizedRow]:

@@ -102,15 +102,15 @@ def manifest_wavs(manifest: Path, count: int | None, seed: int) -> list[str]:
     return wavs
 
 
-def write_manifest(path: Path, wavs: Sequence[str | Path], out: Path) -> Path:
-    """Rows with all fields that any task needs; outputs go below ``out``."""
+def write_manifest(path: Path, wavs: Sequence[str | Path], tokens: Path, audio: Path) -> Path:
+    """Rows with all fields that any task needs; tokens are in the folder ``tokens``, audio goes to ``audio``."""
     with path.open("w", encoding="utf-8") as file:
         for index, wav in enumerate(wavs):
             row = {
                 "key": f"{index:06d}",
                 "wav": str(wav),
-                "quantized_tokens": str(out / f"{index:06d}.json"),
-                "reconstructed_wav": str(out / f"{index:06d}.wav"),
+                "quantized_tokens": str(tokens / f"{index:06d}.json"),
+                "reconstructed_wav": str(audio / f"{index:06d}.wav"),
             }
             file.write(json.dumps(row) + "\n")
     return path

@@ -63,9 +63,10 @@ def test_the_free_codec(capsys, tmp_path, task):
     )  # fmt: skip
     rtf = report["end_to_end"]["rtf"]
     assert 0 < rtf["least"] <= rtf["median"] <= rtf["most"]
-    made = sorted(path.name for path in (tmp_path / "w" / "out").iterdir())
     suffix = "json" if task == "wav2token" else "wav"
-    assert [name for name in made if name.endswith(suffix)] == [f"{index:06d}.{suffix}" for index in range(4)]
+    for number in range(3):  # one to warm up
+        made = sorted(path.name for path in (tmp_path / "w" / f"pass{number}" / "out").iterdir())
+        assert made == [f"{index:06d}.{suffix}" for index in range(4)]
 
 
 def test_what_cannot_be_run_is_refused(capsys, tmp_path):
