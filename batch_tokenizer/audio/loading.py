@@ -45,7 +45,7 @@ def load_samples(
         RowError: the file cannot be decoded (``decode_audio`` says why), is too long, or ends before the cut does.
     """
     if cut is not None:
-        samples = _load_cut(path, sample_rate, resampler, cut, max_samples)
+        samples, computed = _load_cut(path, sample_rate, resampler, cut, max_samples), True
     else:
         max_seconds = None if max_samples is None else max_samples / sample_rate
         channels, file_rate = decode_audio(path, max_seconds=max_seconds)
@@ -53,10 +53,11 @@ def load_samples(
             samples = _mean(resample(channels, file_rate, sample_rate, resampler))
         else:
             samples = resample(_mean(channels)[None], file_rate, sample_rate, resampler)[0]
+        computed = file_rate != sample_rate or len(channels) > 1
     if max_samples is not None and len(samples) > max_samples:
         raise _too_long(path, len(samples), sample_rate, max_samples)
     # Finite samples near the end of float32's range overflow in a sum.
-    if not np.isfinite(samples).all():
+    if computed and not np.isfinite(samples).all():
         raise RowError("load", f"{printable_path(path)}: its samples are too large to resample or average")
     return samples
 

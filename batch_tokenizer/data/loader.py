@@ -24,7 +24,6 @@ import pickle
 import selectors
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
@@ -37,13 +36,19 @@ from types import TracebackType
 
 import numpy as np
 
-from batch_tokenizer.data.worker import PREFIX, Failed, Loaded, attempt, outcome
+from batch_tokenizer.data.worker import HEAD, Failed, Loaded, attempt, outcome, unpack, without
 from batch_tokenizer.records import LoadedRow, ManifestRow, RowFailure, RunError
 
 _log = logging.getLogger(__name__)
 
-#: Rows that a worker holds at once: the one it loads and those that wait, so that it need not wait for the parent.
-_ROWS_PER_WORKER = 3
+#: Rows that a worker holds at once, the one it loads and those that wait: so many that it need not wait for the parent,
+#: which may be busy for some milliseconds, and so few that a row does not wait long behind others while workers idle.
+_LEAST_ROWS, _MOST_ROWS = 3, 12
+_SECONDS_OF_ROWS = 5e-3
+
+#: Bytes that a worker may send before the parent reads them, if the system allows so many: enough for most rows, as
+#: each time that it has to wait costs both sides more than the copying.
+_SOCKET_BYTES = 1 << 20
 
 #: So many processes that die at their start, one after the other, are the machine's trouble and not a row's.
 _DEATHS_IN_SUCCESSION = 3
@@ -114,39 +119,35 @@ class _Worker:
         while True:
             if self.arriving is not None and not self.admitted and not admit(self):
                 return
-            if self._wanted:
-                try:
-                    count = self.connection.recv_into(self._wanted)
-                except BlockingIOError:
-                    return
-                except ConnectionResetError:
-                    count = 0
-                if count == 0:
-                    self.ended = True
-                    return
-                self._wanted = self._wanted[count:]
+            try:
+                count = self.connection.recvmsg_into(self._wanted)[0]
+            except BlockingIOError:
+                return
+            except ConnectionResetError:
+                count = 0
+            if count == 0:
+                self.ended = True
+                return
+            self._wanted = without(self._wanted, count)
             if not self._wanted:
                 self._wanted = next(self._messages)
-                if self._wanted is None:
+                if not self._wanted:
                     size, self.arriving, self.admitted = self.arriving or 0, None, False
                     yield self._message, size
                     self._wanted = next(self._messages)
 
-    def _read_messages(self) -> Iterator[memoryview | None]:
-        """The counterpart of ``worker.pack``. Yields memory to fill, and None each time ``_message`` is complete."""
+    def _read_messages(self) -> Iterator[list[memoryview]]:
+        """The counterpart of ``worker.pack``. Yields memory to fill, and none each time ``_message`` is complete."""
         while True:
-            prefix = bytearray(PREFIX.size)
-            yield memoryview(prefix)
-            body_size, count = PREFIX.unpack(prefix)
-            rest = bytearray(8 * count + body_size)
-            yield memoryview(rest)
-            sizes = struct.unpack_from(f"<{count}Q", rest)
+            head = bytearray(HEAD.size)
+            yield [memoryview(head)]
+            body_size, *sizes = HEAD.unpack(head)
+            body = bytearray(body_size)
+            arrays = [np.empty(size, np.uint8) for size in sizes]
             self.arriving = sum(sizes)
-            buffers = [np.empty(size, np.uint8) for size in sizes]
-            for buffer in buffers:
-                yield buffer.data
-            self._message: Loaded | Failed | None = pickle.loads(memoryview(rest)[8 * count :], buffers=buffers)
-            yield None
+            yield [memoryview(body), *(array.data for array in arrays if len(array))]
+            self._message: Loaded | Failed | None = unpack(body, arrays)
+            yield []
 
 
 class Loader:
@@ -196,6 +197,7 @@ class Loader:
 
         # The thread's own.
         self._row_bytes: float | None = None  # running mean of a row's size
+        self._row_seconds = 1.0  # and of the processor time that it takes to load
         self._workers_started = 0
         self._looked = time.monotonic()  # at the clock
         self._start_deaths = 0  # in succession
@@ -350,22 +352,24 @@ class Loader:
         unweighed = in_flight - sum(worker.admitted for worker in workers)
         row_bytes = self._bytes_ahead // self._num_workers if self._row_bytes is None else self._row_bytes
         self._starved = any(worker.held_back for worker in workers)
-        while self._queue:
-            free = [worker for worker in workers if not worker.alone and len(worker.jobs) < _ROWS_PER_WORKER]
-            if not free:
-                break
+        most = max(_LEAST_ROWS, min(_MOST_ROWS, int(_SECONDS_OF_ROWS / self._row_seconds)))
+        free = [worker for worker in workers if not worker.alone and len(worker.jobs) <= (most + 1) // 2]
+        given = set()
+        while self._queue and free:
             ahead = in_flight + len(self._ready)
             expected_bytes = self._held_bytes + (unweighed + 1) * row_bytes
             if ahead and (ahead >= self._rows_ahead or expected_bytes > self._bytes_ahead):
                 self._starved = True
                 break
-            self._give(min(free, key=lambda worker: len(worker.jobs)), self._queue.popleft())
+            worker = min(free, key=lambda worker: len(worker.jobs))
+            worker.give(self._queue.popleft())
+            given.add(worker)
+            if len(worker.jobs) >= most:
+                free.remove(worker)
             in_flight += 1
             unweighed += 1
-
-    def _give(self, worker: _Worker, job: _Job) -> None:
-        worker.give(job)
-        self._watch(worker)
+        for worker in given:
+            self._watch(worker)
 
     def _watch(self, worker: _Worker) -> None:
         """Send what can be sent, and have ``select`` wait for what is left to do with this worker."""
@@ -411,7 +415,8 @@ class Loader:
         self._start_deaths = 0
         if self._suspects:
             worker.alone = True
-            self._give(worker, self._suspects.popleft())
+            worker.give(self._suspects.popleft())
+            self._watch(worker)
 
     def _on_answer(self, worker: _Worker, message: Loaded | Failed, size: int) -> None:
         job = worker.jobs.popleft()
@@ -420,6 +425,7 @@ class Loader:
         self._server_deaths = 0
         if isinstance(message, Loaded):
             self._row_bytes = size if self._row_bytes is None else 0.9 * self._row_bytes + 0.1 * size
+            self._row_seconds = 0.9 * self._row_seconds + 0.1 * max(1e-4, message.load_seconds)
         self._finish(job, message, size)
 
     def _finish(self, job: _Job, result: Loaded | Failed, size: int = 0) -> None:
@@ -548,6 +554,7 @@ class Loader:
     def _start_worker(self) -> None:
         try:
             ours, theirs = socket.socketpair()
+            theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BYTES)
         except OSError as error:
             raise RunError(f"cannot start a loader process: {error}", exit_code=1) from error
         worker = _Worker(self._workers_started, ours)

@@ -30,8 +30,7 @@ import socket
 import struct
 import sys
 import traceback
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle
 from typing import Any, NamedTuple, NoReturn
@@ -44,8 +43,8 @@ from batch_tokenizer.records import LoadedRow, ManifestRow, Pieces, RowError, Ro
 #: Signals that a launcher sends to every process of a job. Only the computing process answers them; it ends the loader.
 JOB_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
-#: Bytes of pickle, number of buffers. Then follow the buffers' sizes (8 bytes each), the pickle, and the buffers.
-PREFIX = struct.Struct("<QQ")
+#: Bytes of a message's body, of its features and of its codes, which follow in this order.
+HEAD = struct.Struct("<QQQ")
 
 _PR_SET_PDEATHSIG = 1
 
@@ -69,21 +68,49 @@ class Failed(NamedTuple):
     bug: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
-    """A pickled object with its arrays beside it, ready to be written to a socket piece by piece."""
+def pack(content: Loaded | Failed | None) -> list[memoryview]:
+    """``content`` as a message: parts to be sent one after the other. Arrays are not copied.
 
-    head: bytes
-    buffers: Iterable[memoryview]
+    What describes the arrays is pickled without numpy's help, which would take longer than all the rest.
+    """
+    arrays = content[:2] if isinstance(content, Loaded) else (None, None)
+    forms = [None if array is None else (array.dtype.str, array.shape) for array in arrays]
+    rest = content[2:] if isinstance(content, Loaded) else content
+    body = pickle.dumps((isinstance(content, Loaded), forms, rest), protocol=5)
+    raw = [memoryview(b"") if array is None else _raw(array) for array in arrays]
+    return [memoryview(HEAD.pack(len(body), *map(len, raw))), memoryview(body), *raw]
 
 
-def pack(content: Loaded | Failed | None) -> Message:
-    """``content`` as a message; arrays are not copied."""
-    arrays: list[pickle.PickleBuffer] = []
-    body = pickle.dumps(content, protocol=5, buffer_callback=arrays.append)
-    buffers = [array.raw() for array in arrays]
-    sizes = struct.pack(f"<{len(buffers)}Q", *(buffer.nbytes for buffer in buffers))
-    return Message(PREFIX.pack(len(body), len(buffers)) + sizes + body, buffers)
+def unpack(body: bytearray, arrays: Sequence[npt.NDArray[np.uint8]]) -> Loaded | Failed | None:
+    """What was packed, with arrays in the memory of ``arrays``, which has the bytes of features and codes."""
+    is_loaded, forms, rest = pickle.loads(body)
+    if not is_loaded:
+        return rest
+    features, codes = (
+        None if form is None else array.view(form[0]).reshape(form[1])
+        for form, array in zip(forms, arrays, strict=True)
+    )
+    return Loaded(features, codes, *rest)
+
+
+def _raw(array: npt.NDArray[Any]) -> memoryview:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+def without(parts: Sequence[memoryview], count: int) -> list[memoryview]:
+    """``parts`` less their first ``count`` bytes, and less empty ones."""
+    left = []
+    for part in parts:
+        if count < len(part):
+            left.append(part[count:] if count else part)
+        count = max(0, count - len(part))
+    return left
+
+
+def send(connection: socket.socket, parts: Sequence[memoryview]) -> None:
+    """Send all of ``parts``; waits for the other side."""
+    while parts := without(parts, connection.sendmsg(parts)):
+        pass
 
 
 def attempt(load: Callable[[ManifestRow], LoadedRow], row: ManifestRow) -> Loaded | Failed:
@@ -123,16 +150,13 @@ def work(load: Callable[[ManifestRow], LoadedRow], connection: socket.socket) ->
     if torch is not None:
         torch.set_num_threads(1)  # as many processes as there are cores already
     rows = connection.makefile("rb", buffering=1 << 16)
-    connection.sendall(pack(None).head)
+    send(connection, pack(None))
     while True:
         try:
             row: ManifestRow = pickle.load(rows)
         except EOFError:
             return
-        message = pack(attempt(load, row))
-        connection.sendall(message.head)
-        for buffer in message.buffers:
-            connection.sendall(buffer)
+        send(connection, pack(attempt(load, row)))
 
 
 class ForkServer:

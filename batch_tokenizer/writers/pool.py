@@ -37,7 +37,10 @@ class WriterPool:
         self._on_done = on_done
         self._on_failed = on_failed
         self._bytes_allowed = bytes_pending
-        self._changed = threading.Condition()
+        # Two conditions of one lock: a row wakes one writer, and a written row wakes only who waits for room.
+        self._lock = threading.Lock()
+        self._given = threading.Condition(self._lock)
+        self._written = threading.Condition(self._lock)
         self._queue: deque[TokenizedRow] = deque()
         self._bytes = 0  # in the queue or being written
         self._rows = 0  # likewise
@@ -53,31 +56,31 @@ class WriterPool:
     def submit(self, result: TokenizedRow) -> None:
         """Queue a row for writing; waits while too many bytes are pending."""
         size = _array_bytes(result)
-        with self._changed:
+        with self._lock:
             if self._closed:
                 raise RuntimeError("the writer pool was closed")
-            self._changed.wait_for(lambda: self._fault or not self._rows or self._bytes + size <= self._bytes_allowed)
+            self._written.wait_for(lambda: self._fault or not self._rows or self._bytes + size <= self._bytes_allowed)
             self._raise_fault()
             self._queue.append(result)
             self._bytes += size
             self._rows += 1
-            self._changed.notify_all()
+            self._given.notify()
 
     def drain(self, timeout: float | None = None) -> bool:
         """Wait until every submitted row is written or failed; False if ``timeout`` seconds were not enough."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._fault or not self._rows, timeout)
+        with self._lock:
+            self._written.wait_for(lambda: self._fault or not self._rows, timeout)
             self._raise_fault()
             return not self._rows
 
     def close(self) -> None:
         """Write what was submitted, and end the threads."""
-        with self._changed:
+        with self._lock:
             self._closed = True
-            self._changed.notify_all()
+            self._given.notify_all()
         for thread in self._threads:
             thread.join()
-        with self._changed:
+        with self._lock:
             self._raise_fault()
 
     def __enter__(self) -> WriterPool:
@@ -94,22 +97,23 @@ class WriterPool:
 
     def _run(self) -> None:
         while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._queue or self._closed or self._fault)
+            with self._lock:
+                self._given.wait_for(lambda: self._queue or self._closed or self._fault)
                 if self._fault or not self._queue:
                     return
                 result = self._queue.popleft()
             try:
                 self._write_one(result)
             except BaseException as error:  # noqa: BLE001 - raised again in the submitting thread
-                with self._changed:
+                with self._lock:
                     self._fault = self._fault or error
-                    self._changed.notify_all()
+                    self._given.notify_all()
+                    self._written.notify_all()
                 return
-            with self._changed:
+            with self._lock:
                 self._bytes -= _array_bytes(result)
                 self._rows -= 1
-                self._changed.notify_all()
+                self._written.notify_all()
 
     def _write_one(self, result: TokenizedRow) -> None:
         try:

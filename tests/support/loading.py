@@ -5,8 +5,9 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ import numpy.typing as npt
 
 from batch_tokenizer.codecs.base import CodecInfo, CodecSpec
 from batch_tokenizer.data import worker
-from batch_tokenizer.data.worker import pack
 from batch_tokenizer.records import LoadedRow, ManifestRow, RowError
 
 INFO = CodecInfo(
@@ -60,16 +60,11 @@ def make_row(line: int = 0, **fields: Any) -> ManifestRow:
     )
 
 
-def pack_half(content: worker.Loaded | worker.Failed | None) -> worker.Message:
-    """A message whose sender is killed in the middle of it."""
-    message = pack(content)
-    (first,) = message.buffers
-
-    def buffers() -> Iterator[memoryview]:
-        yield first[: first.nbytes // 2]
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    return worker.Message(message.head, buffers())
+def send_half(connection: socket.socket, parts: Sequence[memoryview]) -> None:
+    """Sends the first half of a message, and kills the process."""
+    message = b"".join(parts)
+    connection.sendall(message[: len(message) // 2])
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def misbehave(row: ManifestRow) -> LoadedRow:
@@ -81,7 +76,7 @@ def misbehave(row: ManifestRow) -> LoadedRow:
         Path(marker).touch()
         os.kill(os.getpid(), signal.SIGKILL)
     if do == "die at next answer":
-        worker.pack = pack_half
+        worker.send = send_half
     if do == "crash":
         ctypes.string_at(0)
     if do == "sleep":
@@ -97,4 +92,4 @@ def misbehave(row: ManifestRow) -> LoadedRow:
     if do == "have a bug":
         raise KeyError("no such thing")
     samples = np.full((1, row.fields.get("samples", 8)), row.line, np.float32)
-    return LoadedRow(row, samples, None, samples.size, 1, 0.5)
+    return LoadedRow(row, samples, None, samples.size, 1, row.fields.get("load_seconds", 0.5))

@@ -118,13 +118,27 @@ def test_failures_carry_their_reasons(num_workers: int, caplog: pytest.LogCaptur
     assert [record.message.count("in misbehave") for record in caplog.records] == [1]  # the bug's traceback, only
 
 
-def test_a_row_that_kills_its_worker_is_tried_twice_and_harms_no_other() -> None:
-    rows = [make_row(line, do="die" if line in (5, 40) else "crash" if line == 20 else None) for line in range(60)]
+@pytest.mark.parametrize("load_seconds", [0.5, 1e-4])
+def test_a_row_that_kills_its_worker_is_tried_twice_and_harms_no_other(load_seconds: float) -> None:
+    """Also behind many others, as workers hold more rows where these take little time."""
+    doing = {200: "die", 240: "die", 220: "crash"}
+    rows = [make_row(line, do=doing.get(line), load_seconds=load_seconds) for line in range(300)]
     with make_loader() as loader:
         reasons = failures(run_rows(loader, rows))
-    assert sorted(reasons) == [5, 20, 40]
-    assert reasons[5] == "loader process died twice on this row (signal 9: probably out of memory)"
-    assert "signal 11" in reasons[20]
+    assert sorted(reasons) == [200, 220, 240]
+    assert reasons[200] == "loader process died twice on this row (signal 9: probably out of memory)"
+    assert "signal 11" in reasons[220]
+
+
+@pytest.mark.parametrize(("load_seconds", "most"), [(0.5, 3), (1e-4, 12)])
+def test_a_worker_holds_more_rows_where_they_take_little_time(load_seconds: float, most: int) -> None:
+    rows = [make_row(line, load_seconds=load_seconds) for line in range(200)]
+    waiting = [make_row(line, do="sleep", load_seconds=load_seconds) for line in range(200, 260)]
+    with make_loader(num_workers=2, rows_ahead=100) as loader:
+        assert failures(run_rows(loader, rows)) == {}
+        loader.submit(waiting)
+        assert loader.next(timeout=0.5) is None
+        assert [len(held.jobs) for held in loader._workers.values()] == [most, most]
 
 
 def test_a_worker_killed_once_costs_nothing(tmp_path: Path) -> None:
