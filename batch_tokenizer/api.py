@@ -95,16 +95,7 @@ def mel_spectrogram(wav: Tensor, config: MiMoConfig) -> Tensor:
 
     Fewer than nfft/2 + 1 samples are padded with zeros to that many.
     """
-    return log_mel_tensor(
-        wav,
-        sample_rate=config.sampling_rate,
-        n_fft=config.nfft,
-        hop_length=config.hop_length,
-        window_size=config.window_size,
-        n_mels=config.n_mels,
-        f_min=config.fmin,
-        f_max=config.f_max,
-    )
+    return log_mel_tensor(wav, config.mel)
 
 
 def padding(mels: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

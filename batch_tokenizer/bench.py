@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -51,18 +51,18 @@ from batch_tokenizer.bench_workload import (
     write_manifest,
     write_utterances,
 )
-from batch_tokenizer.codecs.base import Codec
+from batch_tokenizer.codecs.base import Codec, Computation, Computed
 from batch_tokenizer.codecs.checkpoint import Checkpoint
 from batch_tokenizer.codecs.mimo.codec import MiMoCodec, MiMoSpec
 from batch_tokenizer.codecs.mimo.operations import decoder_operations, encoder_operations
 from batch_tokenizer.codecs.mimo.sized import size_names, sized_config
 from batch_tokenizer.codecs.registry import Family
-from batch_tokenizer.config import AttentionBackend, Device, Dtype, Resampler, RunConfig
+from batch_tokenizer.config import AttentionBackend, Device, Dtype, FrontEnd, Resampler, RunConfig
 from batch_tokenizer.data.batching import Packer
 from batch_tokenizer.data.loader import Loader
 from batch_tokenizer.data.loading import RowLoader
-from batch_tokenizer.pipeline import Job, run_job
-from batch_tokenizer.records import TASKS, Batch, LoadedRow, ManifestRow, RowError, RunError, TokenizedRow
+from batch_tokenizer.pipeline import Job, run_job, with_front_end
+from batch_tokenizer.records import TASKS, Batch, LoadedRow, ManifestRow, RowError, RunError, Task, TokenizedRow
 from batch_tokenizer.runtime.devices import choose_device
 from batch_tokenizer.runtime.processes import ProcessGroup
 from batch_tokenizer.runtime.signals import StopRequest
@@ -93,12 +93,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--task", choices=TASKS, default="wav2token2wav")
     add("--batch_size", type=int, default=default.batch_size)
     add("--frame_budget", type=int)
-    add("--num_workers", type=int, default=default.num_workers)
+    add("--num_workers", type=int)
     add("--prefetch", type=int, default=default.prefetch)
     add("--num_quantizers", type=int)
     add("--device", choices=get_args(Device), default=default.device)
     add("--dtype", choices=get_args(Dtype), default=default.dtype)
     add("--attention", choices=get_args(AttentionBackend), default=default.attention)
+    add("--front_end", choices=get_args(FrontEnd), default=default.front_end)
     add("--resampler", choices=get_args(Resampler), default=default.resampler)
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure")
     add("--baseline", nargs="+", type=int, default=[], metavar="BATCH_SIZE", help="run the published way as well")
@@ -165,6 +166,7 @@ class TimedCodec(Codec):
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self.spec = codec.spec
         self.batch_limit = codec.batch_limit
+        self.runs_ahead = codec.runs_ahead
 
     @property
     def frame_budget(self) -> int:
@@ -182,6 +184,10 @@ class TimedCodec(Codec):
     def decode(self, codes: Sequence[npt.NDArray[np.uint16]]) -> list[npt.NDArray[np.float32]]:
         with self._timed():
             return self._codec.decode(codes)
+
+    def begin(self, task: Task, inputs: Sequence[npt.NDArray[Any]], num_quantizers: int) -> Computation:
+        with self._timed():
+            return self._codec.begin(task, inputs, num_quantizers)
 
     def release(self) -> None:
         self._codec.release()
@@ -264,7 +270,7 @@ class Bench:
             batch_size=arguments.batch_size, frame_budget=arguments.frame_budget, num_workers=arguments.num_workers,
             prefetch=arguments.prefetch, num_quantizers=arguments.num_quantizers, seed=arguments.seed,
             device=arguments.device, dtype=arguments.dtype, attention=arguments.attention,
-            resampler=arguments.resampler, overwrite=True,
+            front_end=arguments.front_end, resampler=arguments.resampler, overwrite=True,
         )  # fmt: skip
         job = _open_job(config, arguments.config, arguments.random_weights)
         for passed in folder.glob(f"{_PASS}*"):
@@ -289,7 +295,8 @@ class Bench:
             "utterances": len(self.rows),
             "source": source,
             "batch_size": job.config.batch_size,
-            "num_workers": job.config.num_workers,
+            "num_workers": job.num_workers,
+            "front_end": job.spec.front_end,
             "attention": job.config.attention,
             "resampler": job.config.resampler,
             "repeats": self.repeats,
@@ -371,14 +378,13 @@ class Bench:
         codes: list[list[npt.NDArray[np.uint16]]] = []
         samples: list[Any] = []
 
+        features = [[row.features for row in batch.rows if row.features is not None] for batch in batches]
+
         def encode() -> None:
-            codes[:] = [
-                codec.encode([row.features for row in batch.rows if row.features is not None], self.job.num_quantizers)
-                for batch in batches
-            ]
+            codes[:] = [done.codes for done in _in_succession(codec, "wav2token", features, self.job.num_quantizers)]
 
         def decode() -> None:
-            samples[:] = [codec.decode(part) for part in codes]
+            samples[:] = [done.samples for done in _in_succession(codec, "token2wav", codes, self.job.num_quantizers)]
 
         for repeat in range(self.repeats + 1 if timed else 1):
             for stage, compute in (("encode", encode), ("decode", decode)):
@@ -538,7 +544,7 @@ class Bench:
         job = self.job
         sink = FileSink("wav2token2wav", job.spec.info.output_sample_rate, job.info)
         assert isinstance(job.spec, MiMoSpec)
-        loop = PublishedLoop(codec.model, self.rows, job.spec, batch_size, job.config.num_workers)
+        loop = PublishedLoop(codec.model, self.rows, replace(job.spec, front_end="host"), batch_size, job.num_workers)
         walls = []
         for repeat in range(self.repeats + 1):
             rows = _manifest_rows(self._new_pass() / "bench.jsonl")
@@ -589,6 +595,25 @@ def _manifest_rows(manifest: Path) -> list[ManifestRow]:
     ]  # fmt: skip
 
 
+def _in_succession(
+    codec: Codec, task: Literal["wav2token", "token2wav"], batches: Sequence[Sequence[Any]], num_quantizers: int
+) -> Iterator[Computed]:
+    """Each batch's results; where the codec runs ahead, as a run does it, the next is begun before they are there."""
+    before: Computation | None = None
+    for inputs in batches:
+        if codec.runs_ahead:
+            begun = codec.begin(task, inputs, num_quantizers)
+            if before is not None:
+                yield before.finish()
+            before = begun
+        elif task == "wav2token":
+            yield Computed(codec.encode(inputs, num_quantizers), None, {})
+        else:
+            yield Computed([], codec.decode(inputs), {})
+    if before is not None:
+        yield before.finish()
+
+
 def _in_turns(contenders: Sequence[Iterator[None]]) -> None:
     """One step of each after the other until all have ended, so that what else runs on the machine meets all alike."""
     left = list(contenders)
@@ -615,6 +640,7 @@ def _open_job(config: RunConfig, size: str | None, random_weights: bool) -> Job:
     checkpoint = Checkpoint(folder=Path(size), name=size, config={})
     spec = family.open_spec(checkpoint)
     compute = choose_device(config.device, config.dtype, 0, spec.cuda_dtype)
+    spec = with_front_end(spec, config.front_end, compute)
     if compute.device.type == "cpu":
         torch.set_num_threads(1)  # as in a run
     most = spec.info.num_codebooks

@@ -25,6 +25,7 @@ from batch_tokenizer.config import (
     Channels,
     Device,
     Dtype,
+    FrontEnd,
     Resampler,
     RunConfig,
     StopMetric,
@@ -78,7 +79,7 @@ def run_parser() -> argparse.ArgumentParser:
         help="of audio with several: their mean, one of them, or a row for each (%(default)s)")  # fmt: skip
     add("--batch_size", type=int, default=default.batch_size, help="most utterances in one batch (%(default)s)")
     add("--frame_budget", type=int, help="most token frames in one batch; chosen for the device when absent")
-    add("--num_workers", type=int, default=default.num_workers, help="loader processes per rank (%(default)s)")
+    add("--num_workers", type=int, help="loader processes per rank; chosen for the device when absent")
     add("--prefetch", type=int, default=default.prefetch, help="batches loaded ahead of the model (%(default)s)")
     add("--num_quantizers", type=int, help="codebooks to use; all when absent")
     add("--seed", type=int, default=default.seed, help="of torch's generators; encoding and decoding draw nothing")
@@ -86,6 +87,8 @@ def run_parser() -> argparse.ArgumentParser:
     add("--dtype", choices=get_args(Dtype), default=default.dtype, help="auto: bfloat16 on CUDA, float32 on a CPU")
     add("--resampler", choices=get_args(Resampler), default=default.resampler, help="reference: as published")
     add("--attention", choices=get_args(AttentionBackend), default=default.attention, help="force a backend")
+    add("--front_end", choices=get_args(FrontEnd), default=default.front_end,
+        help="make features in loader processes (host) or in the codec (device); auto: the latter on CUDA")  # fmt: skip
     add("--row_timeout", type=float, default=default.row_timeout, help="seconds to load one row (%(default)s)")
     add("--grace", type=float, default=default.grace, help="seconds to finish what is in flight when stopped")
     add("--num_shards", type=int, help="independent jobs that share the manifest (1)")

@@ -16,6 +16,7 @@ Resampler = Literal["reference", "soxr"]
 AudioFormat = Literal["wav", "flac"]
 Channels = Literal["mean", "left", "right", "split"]
 StopMetric = Literal["stoi", "si_sdr", "level_change"]
+FrontEnd = Literal["auto", "host", "device"]
 AttentionBackend = Literal["auto", "torch_varlen", "flash_attn", "sdpa", "reference"]
 
 
@@ -42,9 +43,10 @@ class RunConfig:
         run_dir: ledger, failures, summary; None means beside the manifest (``default_run_dir``).
         batch_size: most utterances in one batch.
         frame_budget: most token frames in one batch; None lets the device decide.
-        num_workers: loader processes per rank; 0 loads in the computing process.
+        num_workers: loader processes per rank; 0 loads in the computing process; None lets the device decide.
         prefetch: batches that the loader keeps ready ahead of the model.
         num_quantizers: codebooks used; None means all that the checkpoint has.
+        front_end: where the codec's features are made: in loader processes (``host``), or in the codec (``device``).
         row_timeout: seconds that loading one row may take before its worker is replaced.
         grace: seconds that work in flight may take after SIGTERM, SIGUSR1 or SIGINT.
         num_shards, shard: the manifest is divided among independent jobs, and this job does part ``shard`` of it.
@@ -65,7 +67,7 @@ class RunConfig:
     run_dir: Path | None = None
     batch_size: int = 64
     frame_budget: int | None = None
-    num_workers: int = 2
+    num_workers: int | None = None
     prefetch: int = 4
     num_quantizers: int | None = None
     seed: int = 1986
@@ -73,6 +75,7 @@ class RunConfig:
     dtype: Dtype = "auto"
     resampler: Resampler = "reference"
     attention: AttentionBackend = "auto"
+    front_end: FrontEnd = "auto"
     row_timeout: float = 120.0
     grace: float = 20.0  # torchrun and Slurm kill 30 s after their signal
     num_shards: int = 1
@@ -99,6 +102,7 @@ class RunConfig:
             ("dtype", self.dtype, get_args(Dtype)),
             ("resampler", self.resampler, get_args(Resampler)),
             ("attention", self.attention, get_args(AttentionBackend)),
+            ("front_end", self.front_end, get_args(FrontEnd)),
             ("sink", self.sink, get_args(Sink)),
             ("audio_format", self.audio_format, get_args(AudioFormat)),
             ("long_audio", self.long_audio, get_args(LongAudio)),
@@ -108,7 +112,7 @@ class RunConfig:
                 raise RunError(f"--{flag} {value}: choose one of {', '.join(choices)}")
         for flag, number, least in (
             ("batch_size", self.batch_size, 1),
-            ("num_workers", self.num_workers, 0),
+            ("num_workers", self.num_workers or 0, 0),
             ("prefetch", self.prefetch, 1),
             ("num_shards", self.num_shards, 1),
             ("shard", self.shard, 0),

@@ -24,10 +24,10 @@ import numpy.typing as npt
 import torch
 
 from batch_tokenizer import __version__
-from batch_tokenizer.codecs.base import Codec, CodecSpec, CodecStream
+from batch_tokenizer.codecs.base import Codec, CodecSpec, CodecStream, Computation
 from batch_tokenizer.codecs.checkpoint import Checkpoint
 from batch_tokenizer.codecs.registry import Family, find_family
-from batch_tokenizer.config import RunConfig
+from batch_tokenizer.config import FrontEnd, RunConfig
 from batch_tokenizer.data.batching import Packer, split
 from batch_tokenizer.data.loader import Loader
 from batch_tokenizer.data.loading import RowLoader
@@ -129,6 +129,7 @@ class Job:
         family = find_family(checkpoint)
         spec = family.open_spec(checkpoint)
         compute = choose_device(config.device, config.dtype, processes.local_rank, spec.cuda_dtype)
+        spec = with_front_end(spec, config.front_end, compute)
         if compute.device.type == "cpu":
             # One thread an operation, several utterances at a time: faster for short ones, and results do not depend
             # on how many cores a process was given.
@@ -146,6 +147,11 @@ class Job:
         if limit.policy != "native" and limit.samples is not None:
             log.info("audio longer than %g s: %s", limit.samples / spec.info.sample_rate, limit.policy)
         return job
+
+    @property
+    def num_workers(self) -> int:
+        """Loader processes."""
+        return self.compute.loaders(self.config.num_workers)
 
     @property
     def limit(self) -> PassLimit:
@@ -182,7 +188,7 @@ class Job:
         """Loader processes for this rank."""
         return Loader(
             RowLoader(self.config.task, self.spec, self.config.resampler, self.num_quantizers, self.limit),
-            num_workers=self.config.num_workers,
+            num_workers=self.num_workers,
             rows_ahead=self.config.batch_size * self.config.prefetch,
             bytes_ahead=LOADED_BYTES,
             row_timeout=self.config.row_timeout,
@@ -206,6 +212,21 @@ def _run(config: RunConfig, processes: ProcessGroup, stop: StopRequest, started:
             config, processes, job.compute, job.checkpoint, job.spec, job.num_quantizers, job.info, _idle(stop)
         )  # fmt: skip
     return run_job(job, stop, started)
+
+
+def with_front_end(spec: CodecSpec, asked: FrontEnd, compute: ComputeDevice) -> CodecSpec:
+    """The spec that loader and codec share: features are made where ``asked``, or where it is faster.
+
+    Raises:
+        RunError: this codec cannot make them on a device.
+    """
+    if asked == "host" or (asked == "auto" and compute.device.type == "cpu"):
+        return spec
+    on_device = spec.with_device_front_end()
+    if on_device is None and asked == "device":
+        raise RunError(f"--front_end device: {spec.info.family} makes its features in loader processes; leave it out")
+    log.info("features are made %s", "in loader processes" if on_device is None else f"on {compute.device}")
+    return on_device or spec
 
 
 def _idle(stop: StopRequest) -> Callable[[], None]:
@@ -266,10 +287,11 @@ def run_job(job: Job, stop: StopRequest, started: float) -> int:
                         codec = job.load_codec()
                         worker = Worker(
                             config=config,
+                            writers=min(4, max(2, job.num_workers)),
                             claims=claims,
                             loader=loader,
                             codec=codec,
-                            long_rows=LongRows(codec, loader, stop, max(2, config.num_workers + 1), folder.path),
+                            long_rows=LongRows(codec, loader, stop, max(2, job.num_workers + 1), folder.path),
                             num_quantizers=job.num_quantizers,
                             sink=sink,
                             ledger=ledger,
@@ -388,6 +410,7 @@ class Worker:
     """The loop of one process: takes rows as they are claimed, ends each as done or failed."""
 
     config: RunConfig
+    writers: int
     claims: Claims
     loader: Loader
     codec: Codec
@@ -399,11 +422,12 @@ class Worker:
     long_rows: LongRows
     quality: LiveQuality | None = None
     failures_logged: int = 0
+    in_flight: tuple[Batch, Computation] | None = None
 
     def work(self) -> None:
         """Until no row is left, or a stop signal: then what is loaded is finished within the grace time."""
         with WriterPool(
-            min(4, max(2, self.config.num_workers)),
+            self.writers,
             write=self._timed_write,
             on_done=self._on_done,
             on_failed=self._on_unwritten,
@@ -414,6 +438,9 @@ class Worker:
             packer = Packer(batch_size, max(1, self.codec.frame_budget * 15 // 16))
             held = 0
             for loaded in self._loaded():
+                if loaded is None:  # nothing to do, so there is time to wait for the device
+                    self._finish(writers)
+                    continue
                 if (stream := self.long_rows.stream_of(loaded.row)) is not None:
                     self._compute(Batch((loaded,)), writers, stream)
                     continue
@@ -427,6 +454,7 @@ class Worker:
             for batch in packer.flush():
                 if self.stop.seconds_since <= self.config.grace:
                     self._compute(batch, writers)
+            self._finish(writers)
             if not writers.drain(self._time_left()):
                 raise RunError(f"writing took longer than --grace {self.config.grace:g} s after the stop", exit_code=1)
             self.sink.close()
@@ -435,8 +463,8 @@ class Worker:
         """Seconds that the grace time still allows, at least two; None when nobody asked to stop."""
         return max(2.0, self.config.grace - self.stop.seconds_since) if self.stop.requested else None
 
-    def _loaded(self) -> Iterator[LoadedRow]:
-        """Keeps the loader fed, and yields what it has loaded."""
+    def _loaded(self) -> Iterator[LoadedRow | None]:
+        """Keeps the loader fed, and yields what it has loaded; None now and then while there is nothing."""
         most = self.config.batch_size * self.config.prefetch
         source: Iterator[ManifestRow | RowFailure] | None = iter(self.claims)
         while True:
@@ -452,7 +480,9 @@ class Worker:
             record = self.loader.next(timeout=0.5)
             if isinstance(record, RowFailure):
                 self._fail(record)
-            elif record is not None:
+            elif record is None:
+                yield None
+            else:
                 self.progress.add_seconds("load", record.load_seconds)
                 yield from self.long_rows.unfold(record)
 
@@ -480,48 +510,104 @@ class Worker:
         return more
 
     def _compute(self, batch: Batch, writers: WriterPool, stream: CodecStream | None = None) -> None:
-        """A batch through the codec and on to the writers; in halves, down to one row, if it does not fit in memory.
-        A piece of a row that is streamed goes alone through its ``stream``."""
+        """A batch through the codec and on to the writers. A piece of a row that is streamed goes alone through its
+        ``stream``. Where the codec runs ahead, the batch before this one is waited for while this one is computed."""
         try:
-            results = self._encode_decode(batch, stream or self.codec)
+            if stream is None and self.codec.runs_ahead:
+                begun = self._begin(batch)
+                self._finish(writers)
+                self.in_flight = batch, begun
+            else:
+                self._hand_over(batch, *self._encode_decode(batch, stream or self.codec), writers)
         except RowError as error:
-            self.codec.release()
-            if len(batch.rows) == 1:
-                self._fail(RowFailure.of(batch.rows[0].row, error.stage, error.reason))
-                return
-            # What did not fit once will not fit again: the smaller budget stays.
-            longest = max(loaded.frames for loaded in batch.rows)
-            self.codec.frame_budget = max(longest, min(self.codec.frame_budget, batch.frames) // 2)
-            log.warning("out of memory with %d rows of %d frames in all: frame budget now %d",
-                        len(batch.rows), batch.frames, self.codec.frame_budget)  # fmt: skip
-            for half in split(batch):
-                self._compute(half, writers)
-            return
-        for result in results:
-            if (whole := self.long_rows.fold(result)) is not None:
-                writers.submit(whole)
+            self._finish(writers)
+            self._compute_halves(batch, error, writers)
 
-    def _encode_decode(self, batch: Batch, codec: Codec | CodecStream) -> Sequence[TokenizedRow]:
-        """The batch's results.
+    def _compute_halves(self, batch: Batch, error: RowError, writers: WriterPool) -> None:
+        """What did not fit in memory, in halves, down to one row."""
+        self.codec.release()
+        if len(batch.rows) == 1:
+            self._fail(RowFailure.of(batch.rows[0].row, error.stage, error.reason))
+            return
+        # What did not fit once will not fit again: the smaller budget stays.
+        longest = max(loaded.frames for loaded in batch.rows)
+        self.codec.frame_budget = max(longest, min(self.codec.frame_budget, batch.frames) // 2)
+        log.warning("out of memory with %d rows of %d frames in all: frame budget now %d",
+                    len(batch.rows), batch.frames, self.codec.frame_budget)  # fmt: skip
+        for half in split(batch):
+            self._compute(half, writers)
+
+    def _begin(self, batch: Batch) -> Computation:
+        """
+        Raises:
+            RowError: it does not fit in memory.
+        """
+        task = self.config.task
+        inputs = [loaded.codes if task == "token2wav" else loaded.features for loaded in batch.rows]
+        present = [part for part in inputs if part is not None]
+        return self._guarded(self._first_stage, lambda: self.codec.begin(task, present, self.num_quantizers))
+
+    def _finish(self, writers: WriterPool) -> None:
+        """Waits for the batch that the device works on, if there is one."""
+        if self.in_flight is None:
+            return
+        (batch, begun), self.in_flight = self.in_flight, None
+        try:
+            computed = self._guarded(self._first_stage, begun.finish)
+        except RowError as error:
+            self._compute_halves(batch, error, writers)
+            return
+        for stage, seconds in computed.seconds.items():
+            self.progress.add_seconds(stage, seconds)
+        self._hand_over(batch, computed.codes, computed.samples, writers)
+
+    @property
+    def _first_stage(self) -> Stage:
+        return "decode" if self.config.task == "token2wav" else "encode"
+
+    def _encode_decode(
+        self, batch: Batch, codec: Codec | CodecStream
+    ) -> tuple[Sequence[npt.NDArray[np.uint16]], Sequence[npt.NDArray[np.float32]] | None]:
+        """The batch's codes and samples.
 
         Raises:
             RowError: it does not fit in memory.
         """
         task = self.config.task
         codes: list[Any] = [loaded.codes for loaded in batch.rows]
-        samples: list[Any] = [None] * len(batch.rows)
         if task != "token2wav":
             features = [loaded.features for loaded in batch.rows if loaded.features is not None]
-            codes = self._stage("encode", lambda: codec.encode(features, self.num_quantizers))
-        if task != "wav2token":
-            samples = self._stage("decode", lambda: codec.decode(codes))
-        return [
-            TokenizedRow(loaded.row, code, wav, loaded.num_samples)
-            for loaded, code, wav in zip(batch.rows, codes, samples, strict=True)
-        ]
+            codes = self._timed("encode", lambda: codec.encode(features, self.num_quantizers))
+        return codes, None if task == "wav2token" else self._timed("decode", lambda: codec.decode(codes))
 
-    def _stage(self, stage: Stage, compute: Callable[[], Outputs]) -> Outputs:
+    def _hand_over(
+        self,
+        batch: Batch,
+        codes: Sequence[npt.NDArray[np.uint16]],
+        samples: Sequence[npt.NDArray[np.float32]] | None,
+        writers: WriterPool,
+    ) -> None:
+        """The batch's results to the writers, those of pieces when their row is whole."""
+        wavs = [None] * len(batch.rows) if samples is None else samples
+        for loaded, code, wav in zip(batch.rows, codes, wavs, strict=True):
+            result = TokenizedRow(loaded.row, code, wav, loaded.num_samples)
+            if (whole := self.long_rows.fold(result)) is not None:
+                writers.submit(whole)
+
+    def _timed(self, stage: Stage, compute: Callable[[], Outputs]) -> Outputs:
         started = time.perf_counter()
+        try:
+            return self._guarded(stage, compute)
+        finally:
+            self.progress.add_seconds(stage, time.perf_counter() - started)
+
+    def _guarded(self, stage: Stage, compute: Callable[[], Outputs]) -> Outputs:
+        """What ``compute`` returns.
+
+        Raises:
+            RowError: there was not enough memory.
+            RunError: the device failed.
+        """
         try:
             return compute()
         except (torch.OutOfMemoryError, MemoryError) as error:
@@ -535,8 +621,6 @@ class Worker:
             if "not enough memory" not in str(error) and "can't allocate memory" not in str(error):
                 raise
             raise RowError(stage, "does not fit in memory, even alone: use a larger machine, or cut it") from error
-        finally:
-            self.progress.add_seconds(stage, time.perf_counter() - started)
 
     def _timed_write(self, result: TokenizedRow) -> None:
         started = time.perf_counter()

@@ -147,7 +147,7 @@ def dry_run(
     if measured is None or seconds is None:
         _print("time", "unknown, as no row of the sample could be computed" if len(rows) else "none: nothing to do")
     else:
-        _print_time(config, processes, measured, seconds)
+        _print_time(compute.loaders(config.num_workers), processes, measured, seconds)
         needed = {field: share * seconds for field, share in measured.bytes_written.items()}
         _print("bytes", ", ".join(f"{field} {spoken_size(size)}" for field, size in needed.items()))
     trouble += _check_places(sample, manifest.form, config.output_dir, run_dir, needed)
@@ -388,15 +388,15 @@ def _measure(
     )
 
 
-def _print_time(config: RunConfig, processes: ProcessGroup, measured: Measured, seconds: float) -> None:
+def _print_time(loaders: int, processes: ProcessGroup, measured: Measured, seconds: float) -> None:
     """Loading goes on beside the model, unless there are no loader processes."""
     computing = sum(measured.stages.values()) * seconds / processes.world_size
-    loading = measured.load * seconds / processes.world_size / max(1, config.num_workers)
-    total = max(computing, loading) if config.num_workers else computing + loading
+    loading = measured.load * seconds / processes.world_size / max(1, loaders)
+    total = max(computing, loading) if loaders else computing + loading
     _print(
         "time",
         f"about {spoken_duration(total)}: computing {spoken_duration(computing)}, loading {spoken_duration(loading)} "
-        f"({config.num_workers} loader processes a rank)",
+        f"({loaders} loader processes a rank)",
     )
     shares = {**measured.stages, "load": measured.load}
     _print("", "seconds for one of audio: " + ", ".join(f"{name} {share:.5f}" for name, share in shares.items()))

@@ -8,12 +8,14 @@ Audio enters as float32 samples (S,) at ``info.sample_rate``; codes are (T, K) i
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from batch_tokenizer.records import Stage, Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +66,18 @@ class CodecSpec(ABC):
     #: What ``--dtype auto`` means on CUDA.
     cuda_dtype: ClassVar[Literal["float32", "bfloat16"]] = "bfloat16"
 
+    #: Where features are made: in loader processes, or in the codec (``with_device_front_end``).
+    front_end: Literal["host", "device"] = "host"
+
     #: Whether the codec has streams, whose results are those of one pass.
     streams: ClassVar[bool] = False
+
+    def with_device_front_end(self) -> CodecSpec | None:
+        """The same checkpoint with its front end in the codec: its ``features`` are the samples. None where no such is.
+
+        Loader processes are then left with decoding; the codec must be made with the spec that the loader has.
+        """
+        return None
 
     @abstractmethod
     def features(self, samples: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -95,6 +107,22 @@ class CodecStream(Protocol):
         """Codes to their samples."""
 
 
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """What a batch became: codes (T_i, K_i), samples (S_i,) if the task has any, and the device's seconds by stage."""
+
+    codes: list[npt.NDArray[np.uint16]]
+    samples: list[npt.NDArray[np.float32]] | None
+    seconds: Mapping[Stage, float]
+
+
+class Computation(Protocol):
+    """A batch that a device works on."""
+
+    def finish(self) -> Computed:
+        """Waits for the device."""
+
+
 class Codec(ABC):
     """A checkpoint with its weights on a device.
 
@@ -105,11 +133,13 @@ class Codec(ABC):
         frame_budget: token frames that it computes at once, where that many fit in memory. The caller makes batches of
             about this size, and halves it after a batch that did not fit.
         batch_limit: most utterances that a call gains from, or None; on a CPU some for each core.
+        runs_ahead: whether there is ``begin``, which returns while the device still works.
     """
 
     spec: CodecSpec
     frame_budget: int = 8192
     batch_limit: int | None = None
+    runs_ahead: bool = False
 
     @property
     def info(self) -> CodecInfo:
@@ -123,6 +153,14 @@ class Codec(ABC):
     @abstractmethod
     def decode(self, codes: Sequence[npt.NDArray[np.uint16]]) -> list[npt.NDArray[np.float32]]:
         """Codes (T_i, K_i) each, 1 <= K_i <= ``num_codebooks``, to samples (S_i,) each, in the order given."""
+
+    def begin(self, task: Task, inputs: Sequence[npt.NDArray[Any]], num_quantizers: int) -> Computation:
+        """All of ``task`` for a batch of features, or of codes in ``token2wav``, where ``runs_ahead``.
+
+        It returns when the device has been told what to do, so that the next batch can be made ready meanwhile. Results
+        are those of ``encode`` and ``decode``.
+        """
+        raise NotImplementedError(f"{self.info.family} computes at once")
 
     def open_stream(self) -> CodecStream:
         """A new stream, where ``spec.streams``."""

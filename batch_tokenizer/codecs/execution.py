@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import numpy.typing as npt
@@ -47,13 +49,53 @@ class BatchRunner:
         return [done[index] for index in range(len(batch))]
 
 
+class ToHost:
+    """Tensors of equal width on their way to numpy arrays: from a device in one copy to pinned memory, behind what the
+    device still has to do."""
+
+    def __init__(self, parts: Sequence[Tensor], dtype: torch.dtype) -> None:
+        self._done: torch.cuda.Event | None = None
+        if all(part.device.type == "cpu" for part in parts):
+            self._parts = [part.to(dtype) for part in parts]
+            return
+        packed = torch.cat(list(parts)).to(dtype)
+        host = torch.empty(packed.shape, dtype=dtype, pin_memory=packed.device.type == "cuda")
+        host.copy_(packed, non_blocking=True)
+        if packed.device.type == "cuda":
+            self._done = torch.cuda.Event()
+            self._done.record(torch.cuda.current_stream(packed.device))
+        self._parts = list(host.split([len(part) for part in parts]))
+
+    def arrays(self) -> list[npt.NDArray[Any]]:
+        """The arrays, in order, when they have arrived."""
+        if self._done is not None:
+            self._done.synchronize()
+        return [part.numpy() for part in self._parts]
+
+
 def to_host(parts: Sequence[Tensor], dtype: torch.dtype) -> list[npt.NDArray[Any]]:
-    """Tensors of equal width to numpy arrays, in one transfer to pinned memory where they are on a device."""
-    if all(part.device.type == "cpu" for part in parts):
-        return [part.to(dtype).numpy() for part in parts]
-    packed = torch.cat(list(parts)).to(dtype)
-    host = torch.empty(packed.shape, dtype=dtype, pin_memory=packed.device.type == "cuda")
-    host.copy_(packed, non_blocking=True)
-    if packed.device.type == "cuda":
-        torch.cuda.current_stream(packed.device).synchronize()
-    return [part.numpy() for part in host.split([len(part) for part in parts])]
+    """Tensors of equal width to numpy arrays."""
+    return ToHost(parts, dtype).arrays()
+
+
+class StageClock:
+    """Tells how long a device worked between two marks in what it was told to do; elsewhere, how long this took."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._marks: list[Any] = []
+
+    def mark(self) -> None:
+        """Now, or when the device gets here."""
+        if self._cuda:
+            self._marks.append(torch.cuda.Event(enable_timing=True))
+            self._marks[-1].record()
+        else:
+            self._marks.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        """Between each two marks, when the device is past the last."""
+        if not self._cuda:
+            return [late - early for early, late in pairwise(self._marks)]
+        self._marks[-1].synchronize()
+        return [early.elapsed_time(late) / 1e3 for early, late in pairwise(self._marks)]

@@ -30,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from batch_tokenizer.audio.mel import log_mel
+from batch_tokenizer.audio.mel import MelForm, log_mel
 from batch_tokenizer.quality.recordings import Recording
 from batch_tokenizer.quality.speakers import SpeakerEncoder, SpeakerModel, Unavailable
 
@@ -259,16 +259,8 @@ def _mel_distance(scorer: Scorer, original: Recording, made: Recording) -> float
 def mel_db(recording: Recording) -> npt.NDArray[np.float32]:
     """Mel spectrum (80, frames) in dB of magnitude, at least -100; windows of 43 ms every 11 ms."""
     hop = max(1, round(recording.sample_rate * 256 / 24000))
-    mel = log_mel(
-        recording.samples,
-        sample_rate=recording.sample_rate,
-        n_fft=4 * hop,
-        hop_length=hop,
-        window_size=4 * hop,
-        n_mels=80,
-        f_min=0,
-        f_max=None,
-    )
+    form = MelForm(recording.sample_rate, 4 * hop, hop, 4 * hop, n_mels=80, f_min=0, f_max=None)
+    mel = log_mel(recording.samples, form)
     return np.maximum(mel, np.float32(_MEL_FLOOR)) * np.float32(_NEPER_TO_DB)
 
 

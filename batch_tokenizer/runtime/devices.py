@@ -35,6 +35,12 @@ class ComputeDevice:
         """``float32``, ``bfloat16`` or ``float16``."""
         return str(self.dtype).removeprefix("torch.")
 
+    def loaders(self, asked: int | None) -> int:
+        """Loader processes: as many as were ``asked`` for, else what a GPU can use of this process's cores, or two."""
+        if asked is not None:
+            return asked
+        return min(12, max(2, self.cores - 2)) if self.device.type == "cuda" else 2
+
 
 def choose_device(
     device: Device, dtype: Dtype, local_rank: int, cuda_dtype: Literal["float32", "bfloat16"] = "bfloat16"

@@ -167,13 +167,4 @@ def crop_length(config: MiMoConfig, token_frames: int) -> int:
 
 def mel_of(samples: Samples, config: MiMoConfig) -> Samples:
     """Log-mel (n_mels, L) as the codec's front end makes it."""
-    return log_mel(
-        samples,
-        sample_rate=config.sampling_rate,
-        n_fft=config.nfft,
-        hop_length=config.hop_length,
-        window_size=config.window_size,
-        n_mels=config.n_mels,
-        f_min=config.fmin,
-        f_max=config.f_max,
-    )
+    return log_mel(samples, config.mel)

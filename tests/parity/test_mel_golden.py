@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from batch_tokenizer.audio.mel import log_mel
+from batch_tokenizer.codecs.mimo.config import MiMoConfig
 
 GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden" / "mimo_tiny"
 
@@ -18,20 +19,11 @@ pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason="the golden values (
 
 def test_mel_of_every_golden_utterance() -> None:
     expected = load_file(GOLDEN / "expected.safetensors")
-    config = json.loads((GOLDEN / "config.json").read_text())
+    config = MiMoConfig.from_json(json.loads((GOLDEN / "config.json").read_text()))
     utterances = [name.removesuffix(".mel") for name in expected if name.endswith(".mel")]
     assert utterances
     for utterance in utterances:
-        mel = log_mel(
-            expected[f"{utterance}.wav"],
-            sample_rate=config["sampling_rate"],
-            n_fft=config["nfft"],
-            hop_length=config["hop_length"],
-            window_size=config["window_size"],
-            n_mels=config["n_mels"],
-            f_min=config["fmin"],
-            f_max=config["fmax"],
-        )
+        mel = log_mel(expected[f"{utterance}.wav"], config.mel)
         # Fourier transforms differ between processors by the last bits of their loudest bin, which a logarithm
         # magnifies without bound in a quiet one: so magnitudes are compared, each frame against its loudest band.
         magnitudes, published = np.exp(mel.astype(np.float64)), np.exp(expected[f"{utterance}.mel"].astype(np.float64))

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from batch_tokenizer.audio.mel import log_mel
-from batch_tokenizer.codecs.base import Codec, CodecInfo, CodecSpec
+from batch_tokenizer.codecs.base import Codec, CodecInfo, CodecSpec, Computation, Computed
 from batch_tokenizer.codecs.checkpoint import Checkpoint
-from batch_tokenizer.codecs.execution import BatchRunner, to_host
+from batch_tokenizer.codecs.execution import BatchRunner, StageClock, ToHost, to_host
 from batch_tokenizer.codecs.mimo.config import MiMoConfig
 from batch_tokenizer.codecs.mimo.model import DEFAULT_CAPACITY, MiMoAudioTokenizer
 from batch_tokenizer.kernels.attention import BackendUnavailable, choose_backend
-from batch_tokenizer.records import RunError, Task
+from batch_tokenizer.records import RunError, Stage, Task
 
 log = logging.getLogger(__name__)
 
@@ -47,22 +48,24 @@ def recognises(config: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True)
 class MiMoSpec(CodecSpec):
-    """A MiMo checkpoint without its weights. Features are log-mel (n_mels, L)."""
+    """A MiMo checkpoint without its weights.
+
+    Attributes:
+        front_end: where log-mel spectra are made. Features are these, (n_mels, L), or with ``device`` samples (1, S).
+    """
 
     info: CodecInfo
     config: MiMoConfig
+    front_end: Literal["host", "device"] = "host"
+
+    def with_device_front_end(self) -> MiMoSpec:
+        return replace(self, front_end="device")
 
     def features(self, samples: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        return log_mel(
-            samples,
-            sample_rate=self.config.sampling_rate,
-            n_fft=self.config.nfft,
-            hop_length=self.config.hop_length,
-            window_size=self.config.window_size,
-            n_mels=self.config.n_mels,
-            f_min=self.config.fmin,
-            f_max=self.config.f_max,
-        )
+        if self.front_end == "host":
+            return log_mel(samples, self.config.mel)
+        missing = max(0, self.config.mel.least_samples - len(samples))
+        return (np.pad(samples, (0, missing)) if missing else samples)[None]
 
     def num_frames(self, num_samples: int) -> int:
         return self.config.num_token_frames(self.config.num_mel_frames(num_samples))
@@ -143,8 +146,31 @@ def check_attention(config: MiMoConfig, attention: str, device: torch.device, dt
     log.info("attention %s (%s)", backend, reason)
 
 
+class MiMoComputation:
+    """A batch that the model's device works on; see ``Computation``."""
+
+    def __init__(self, codes: ToHost | list[npt.NDArray[np.uint16]], samples: ToHost | None, clock: StageClock) -> None:
+        self._codes, self._samples, self._clock = codes, samples, clock
+
+    def finish(self) -> Computed:
+        codes = _unsigned(self._codes) if isinstance(self._codes, ToHost) else self._codes
+        samples = None if self._samples is None else self._samples.arrays()
+        encode, decode = self._clock.seconds()
+        seconds: dict[Stage, float] = {"encode": encode} if isinstance(self._codes, ToHost) else {}
+        if samples is not None:
+            seconds["decode"] = decode
+        return Computed(codes, samples, seconds)
+
+
+def _unsigned(codes: ToHost) -> list[npt.NDArray[np.uint16]]:
+    """Codes up to 65,535 travel as int16, which wraps around."""
+    return [part.view(np.uint16) for part in codes.arrays()]
+
+
 class MiMoCodec(Codec):
     """A MiMo model behind the codec protocol; ``threads`` as in ``BatchRunner``."""
+
+    spec: MiMoSpec
 
     def __init__(self, spec: MiMoSpec, model: MiMoAudioTokenizer, threads: int = 1) -> None:
         self.spec = spec
@@ -152,17 +178,40 @@ class MiMoCodec(Codec):
         self.frame_budget = DEFAULT_CAPACITY
         if model.device.type == "cuda" and sum(weight.numel() for weight in model.parameters()) >= COMPILED_SIZE:
             model.compile_layers()
+        self.runs_ahead = model.device.type == "cuda"
         self._run = BatchRunner(model.device, threads)
         self.batch_limit = self._run.batch_limit
 
     def encode(self, features: Sequence[npt.NDArray[np.float32]], num_quantizers: int) -> list[npt.NDArray[np.uint16]]:
-        mels = [torch.from_numpy(mel) for mel in features]
-        codes = self._run(lambda batch: self.model.encode_utterances(batch, num_quantizers), mels, lambda m: m.shape[1])
-        return [part.astype(np.uint16) for part in to_host(codes, torch.int32)]
+        inputs = [torch.from_numpy(part) for part in features]
+        codes = self._run(lambda batch: self._encode(batch, num_quantizers), inputs, lambda part: part.shape[1])
+        return _unsigned(ToHost(codes, torch.int16))
 
     def decode(self, codes: Sequence[npt.NDArray[np.uint16]]) -> list[npt.NDArray[np.float32]]:
         tensors = [torch.from_numpy(code.astype(np.int64)) for code in codes]
         return to_host(self._run(self.model.decode_utterances, tensors, len), torch.float32)
+
+    def begin(self, task: Task, inputs: Sequence[npt.NDArray[Any]], num_quantizers: int) -> Computation:
+        clock = StageClock(self.model.device)
+        with torch.inference_mode():
+            clock.mark()
+            if task == "token2wav":
+                codes = [torch.from_numpy(code.astype(np.int64)) for code in inputs]
+            else:
+                codes = self._encode([torch.from_numpy(part) for part in inputs], num_quantizers)
+            clock.mark()
+            samples = None if task == "wav2token" else self.model.decode_utterances(codes)
+            clock.mark()
+            return MiMoComputation(
+                list(inputs) if task == "token2wav" else ToHost(codes, torch.int16),
+                None if samples is None else ToHost(samples, torch.float32),
+                clock,
+            )
+
+    def _encode(self, features: Sequence[Tensor], num_quantizers: int) -> list[Tensor]:
+        if self.spec.front_end == "host":
+            return self.model.encode_utterances(features, num_quantizers)
+        return self.model.encode_samples([part[0] for part in features], num_quantizers)
 
     @property
     def frame_budget(self) -> int:

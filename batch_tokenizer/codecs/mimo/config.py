@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from batch_tokenizer.audio.mel import MelForm
 from batch_tokenizer.records import RunError
 
 Window = tuple[int, int]
@@ -132,6 +133,14 @@ class MiMoConfig:
         return self.sampling_rate / 2 if self.fmax is None else self.fmax
 
     @property
+    def mel(self) -> MelForm:
+        """What the front end makes."""
+        return MelForm(
+            sample_rate=self.sampling_rate, n_fft=self.nfft, hop_length=self.hop_length, window_size=self.window_size,
+            n_mels=self.n_mels, f_min=self.fmin, f_max=self.f_max,
+        )  # fmt: skip
+
+    @property
     def max_samples(self) -> int:
         """Longest utterance, samples."""
         return int(self.max_audio_seconds * self.sampling_rate)
@@ -143,7 +152,7 @@ class MiMoConfig:
 
     def num_mel_frames(self, num_samples: int) -> int:
         """Mel frames of an utterance of ``num_samples`` >= 1 samples; the shortest ones are padded to nfft/2 + 1."""
-        return 1 + max(num_samples, self.nfft // 2 + 1) // self.hop_length
+        return 1 + max(num_samples, self.mel.least_samples) // self.hop_length
 
     def num_conv1_frames(self, mel_frames: int) -> int:
         """Frames after ``conv1``, which has padding 1 on both sides whatever its kernel."""

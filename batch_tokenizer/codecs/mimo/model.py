@@ -8,9 +8,10 @@ not depend on what it was batched with.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -18,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from batch_tokenizer.codecs.mimo.config import MiMoConfig
 from batch_tokenizer.codecs.mimo.decoder import AudioDecoder
 from batch_tokenizer.codecs.mimo.encoder import AudioEncoder, EncoderLayout
+from batch_tokenizer.codecs.mimo.front_end import packed_log_mel
 from batch_tokenizer.codecs.mimo.layers import TransformerStack
 from batch_tokenizer.kernels.packing import filler_runs, packs
 from batch_tokenizer.kernels.segments import to_device
@@ -127,17 +129,46 @@ class MiMoAudioTokenizer(nn.Module):
 
     def encode_utterances(self, mels: Sequence[Tensor], n_q: int | None = None) -> list[Tensor]:
         """Log-mel (n_mels, L_i) each to codes int64 (T_i, n_q) each, on the model's device."""
+
+        def rows(members: list[int], layout: EncoderLayout) -> Tensor:
+            tight = torch.cat([mels[index].t() for index in members])
+            return layout.mel.scatter(to_device(tight, self.device))
+
+        return self._encode([mel.shape[1] for mel in mels], rows, n_q)
+
+    def encode_samples(self, samples: Sequence[Tensor], n_q: int | None = None) -> list[Tensor]:
+        """Float32 samples (S_i,) each, S_i >= ``config.mel.least_samples``, to codes as ``encode_utterances``.
+
+        Log-mel is made on the model's device.
+        """
+        form = self.config.mel
+        lengths = np.array([len(part) for part in samples], np.int64)
+        if any(lengths < form.least_samples):
+            raise ValueError(f"an utterance has less than {form.least_samples} samples")
+
+        def rows(members: list[int], layout: EncoderLayout) -> Tensor:
+            tight = to_device(torch.cat([samples[index] for index in members]), self.device)
+            return packed_log_mel(tight, lengths[members], layout.mel, form)
+
+        return self._encode([self.config.num_mel_frames(length) for length in lengths.tolist()], rows, n_q)
+
+    def _encode(
+        self, mel_frames: Sequence[int], rows: Callable[[list[int], EncoderLayout], Tensor], n_q: int | None
+    ) -> list[Tensor]:
+        """Codes of utterances of ``mel_frames`` each; ``rows`` puts a pack's log-mel on the layout's axis."""
         num_quantizers = self.config.num_quantizers if n_q is None else n_q
         if not 1 <= num_quantizers <= self.config.num_quantizers:
             raise ValueError(f"n_q = {n_q}: this checkpoint has 1 to {self.config.num_quantizers} codebooks")
-        if any(mel.shape[1] < 1 for mel in mels):
+        if any(frames < 1 for frames in mel_frames):
             raise ValueError("an utterance has no mel frames")
-        codes: list[Tensor] = [torch.empty(0)] * len(mels)
-        spans = EncoderLayout.spans(self.config, [mel.shape[1] for mel in mels])
+        codes: list[Tensor] = [torch.empty(0)] * len(mel_frames)
+        spans = EncoderLayout.spans(self.config, mel_frames)
         with torch.autocast(self.device.type, enabled=False):
             for members, capacity in self._packs(spans.tolist()):
-                layout, rows = self._pack_mels([mels[index] for index in members], capacity)
-                quantized = self.encoder.quantizer.encode(self.encoder(rows, layout), num_quantizers)
+                lengths = [mel_frames[index] for index in members]
+                layout = EncoderLayout.build(self.config, lengths, self.device, capacity)
+                hidden = self.encoder(rows(members, layout), layout)
+                quantized = self.encoder.quantizer.encode(hidden, num_quantizers)
                 parts = layout.tokens.gather(quantized).split(layout.tokens.lengths.tolist())
                 for index, part in zip(members, parts, strict=True):
                     codes[index] = part
@@ -162,13 +193,8 @@ class MiMoAudioTokenizer(nn.Module):
 
     def hidden(self, mel: Tensor) -> Tensor:
         """Log-mel (n_mels, L) of one utterance to hidden frames (T, d_model) before quantization."""
-        layout, rows = self._pack_mels([mel], None)
-        return layout.tokens.gather(self.encoder(rows, layout))
-
-    def _pack_mels(self, mels: Sequence[Tensor], capacity: int | None) -> tuple[EncoderLayout, Tensor]:
-        layout = EncoderLayout.build(self.config, [mel.shape[1] for mel in mels], self.device, capacity)
-        tight = to_device(torch.cat([mel.t() for mel in mels]), self.device)
-        return layout, layout.mel.scatter(tight)
+        layout = EncoderLayout.build(self.config, [mel.shape[1]], self.device)
+        return layout.tokens.gather(self.encoder(layout.mel.scatter(to_device(mel.t(), self.device)), layout))
 
     def _packs(
         self, spans: Sequence[int], groups: Sequence[int] | None = None
