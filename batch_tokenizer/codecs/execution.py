@@ -82,6 +82,7 @@ class StageClock:
     """Tells how long a device worked between two marks in what it was told to do; elsewhere, how long this took."""
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._cuda = device.type == "cuda"
         self._marks: list[Any] = []
 
@@ -89,7 +90,7 @@ class StageClock:
         """Now, or when the device gets here."""
         if self._cuda:
             self._marks.append(torch.cuda.Event(enable_timing=True))
-            self._marks[-1].record()
+            self._marks[-1].record(torch.cuda.current_stream(self._device))
         else:
             self._marks.append(time.perf_counter())
 

@@ -8,12 +8,18 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import batch_tokenizer
+from batch_tokenizer.audio.mel import log_mel
+from batch_tokenizer.codecs.base import CodecInfo
+from batch_tokenizer.codecs.mimo.codec import MiMoCodec, MiMoSpec
 from batch_tokenizer.codecs.mimo.compiled import CompiledLayers
+from batch_tokenizer.codecs.mimo.encoder import EncoderLayout
+from batch_tokenizer.codecs.mimo.front_end import packed_log_mel
 from batch_tokenizer.codecs.mimo.sized import random_model, sized_config
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -86,12 +92,63 @@ def test_bfloat16_stays_close_to_float32(config, model, utterances, record_prope
         record_property(f"codes equal to float32, codebook {codebook}", round(float(equal), 4))
 
 
-def test_nothing_waits_for_the_device_inside_a_batch(model, utterances):
-    some = utterances[:40]
-    model.decode_utterances(model.encode_utterances(some))  # codebooks are looked through once
+def noise(length, seed=0):
+    return np.random.default_rng(seed).uniform(-1, 1, length).astype(np.float32)
+
+
+def make_codec(config, model, where):
+    info = CodecInfo("mimo", "random", config.sampling_rate, config.samples_per_frame, config.codebook_size, "random")
+    spec = MiMoSpec(info, config)
+    return MiMoCodec(spec.with_device_front_end() if where == "device" else spec, model)
+
+
+def test_the_front_end_equals_that_of_the_host(config):
+    """By magnitude, each frame against its loudest band, as a logarithm magnifies the last bits of quiet ones."""
+    wavs = [noise(length) for length in (481, 2400, 24_000, 24_239, 24_240, 720_000)]
+    frames = [config.num_mel_frames(len(wav)) for wav in wavs]
+    axis = EncoderLayout.build(config, frames, torch.device("cuda"), 4096).mel
+    samples = torch.from_numpy(np.concatenate(wavs)).cuda()
+    mel = packed_log_mel(samples, np.array([len(wav) for wav in wavs]), axis, config.mel)
+    for wav, rows in zip(wavs, axis.gather(mel).cpu().split(frames), strict=True):
+        want, got = np.exp(log_mel(wav, config.mel).astype(np.float64)), np.exp(rows.t().numpy().astype(np.float64))
+        assert (np.abs(want - got) / want.max(axis=0)).max() < 2e-6
+
+
+def test_no_code_depends_on_the_batch_with_the_front_end_on_the_device(config, model):
+    draw = random.Random(3)
+    wavs = [torch.from_numpy(noise(draw.randint(1000, 200_000), seed)) for seed in range(400)]
+    model.capacity = 2048
+    order = draw.sample(range(len(wavs)), len(wavs))
+    straight = model.encode_samples(wavs)
+    mixed = dict(zip(order, model.encode_samples([wavs[index] for index in order]), strict=True))
+    assert sum(not torch.equal(straight[index], mixed[index]) for index in order) == 0
+
+
+@pytest.mark.parametrize("where", ["host", "device"])
+def test_a_batch_that_is_begun_has_the_results_of_one_that_is_waited_for(config, model, where):
+    codec = make_codec(config, model, where)
+    assert codec.runs_ahead
+    batches = [[codec.spec.features(noise(9000 + 5000 * n, n + 20 * k)) for n in range(20)] for k in range(3)]
+    codes = [codec.encode(batch, 8) for batch in batches]
+    samples = [codec.decode(batch) for batch in codes]
+    begun = [codec.begin("wav2token2wav", batch, 8) for batch in batches]
+    for computation, some_codes, some_samples in zip(begun, codes, samples, strict=True):
+        computed = computation.finish()
+        assert computed.seconds["encode"] > 0
+        assert computed.seconds["decode"] > 0
+        assert all(np.array_equal(a, b) for a, b in zip(computed.codes, some_codes, strict=True))
+        assert all(np.array_equal(a, b) for a, b in zip(computed.samples or [], some_samples, strict=True))
+
+
+@pytest.mark.parametrize("where", ["host", "device"])
+def test_nothing_waits_for_the_device_inside_a_batch(config, model, where):
+    codec = make_codec(config, model, where)
+    batch = [codec.spec.features(noise(9000 + 3000 * n, n)) for n in range(40)]
+    codec.begin("wav2token2wav", batch, 20).finish()  # codebooks are looked through once
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        model.decode_utterances(model.encode_utterances(some))
+        begun = codec.begin("wav2token2wav", batch, 20)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert len(begun.finish().codes) == 40

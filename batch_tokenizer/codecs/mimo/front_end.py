@@ -43,6 +43,6 @@ def packed_log_mel(samples: Tensor, lengths: Lengths, axis: GappedAxis, form: Me
         block = slice(start, min(axis.size, start + BLOCK_ROWS))
         # Reflected at both ends: -p for a place p < 0, and 2 · last - p for one behind the last.
         place = last[block] - (last[block] - (begin[block] + steps).abs()).abs()
-        windows = samples[first[block] + place] * window
+        windows = samples[(first[block] + place) * is_frame[block]] * window
         mel[block] = torch.fft.rfft(windows).abs() @ filters
     return mel.clamp_(min=FLOOR).log_().mul_(is_frame)
