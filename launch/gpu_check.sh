@@ -19,7 +19,7 @@ trap 'rm -rf "$WORK"' EXIT
 model=(--config mimo-1.2b --random_weights)
 [[ " $* " == *" --model_path "* ]] && model=()
 bench=("$VENV/bin/python" -m batch_tokenizer bench --device cuda "${model[@]}" --lengths seed-tts --num_utterances 4096
-    --num_workers "$(($(nproc) * 3 / 4))" --prefetch 16 --batch_size 256 --work_dir "$WORK" "$@")
+    --batch_size 256 --work_dir "$WORK" "$@")
 
 {
     date --iso-8601
@@ -28,6 +28,8 @@ bench=("$VENV/bin/python" -m batch_tokenizer bench --device cuda "${model[@]}" -
     for task in wav2token2wav wav2token; do
         echo "== $task, bfloat16"
         "${bench[@]}" --task "$task"
+        echo "== $task, bfloat16, log-mel in the loader"
+        "${bench[@]}" --task "$task" --parts peak model end_to_end --front_end host
         echo "== $task, bfloat16, layers not compiled"
         TORCHDYNAMO_DISABLE=1 "${bench[@]}" --task "$task" --parts peak model
     done

@@ -44,6 +44,16 @@ def to_device(values: npt.NDArray[Any] | Tensor, device: torch.device | str) -> 
     return tensor.to(device, non_blocking=True)
 
 
+def joined_on(parts: Sequence[Tensor], device: torch.device | str) -> Tensor:
+    """The parts end to end on ``device``, likewise; they are copied once on their way."""
+    if torch.device(device).type != "cuda" or any(part.device.type != "cpu" for part in parts):
+        return to_device(torch.cat(list(parts)), device)
+    count = sum(len(part) for part in parts)
+    pinned = torch.empty((count, *parts[0].shape[1:]), dtype=parts[0].dtype, pin_memory=True)
+    torch.cat(list(parts), out=pinned)
+    return pinned.to(device, non_blocking=True)
+
+
 class Segments:
     """S utterances on a tight axis of N = sum(lengths) rows.
 

@@ -22,7 +22,7 @@ from batch_tokenizer.codecs.mimo.encoder import AudioEncoder, EncoderLayout
 from batch_tokenizer.codecs.mimo.front_end import packed_log_mel
 from batch_tokenizer.codecs.mimo.layers import TransformerStack
 from batch_tokenizer.kernels.packing import filler_runs, packs
-from batch_tokenizer.kernels.segments import to_device
+from batch_tokenizer.kernels.segments import joined_on, to_device
 
 Stats = dict[str, Any]
 
@@ -131,8 +131,7 @@ class MiMoAudioTokenizer(nn.Module):
         """Log-mel (n_mels, L_i) each to codes int64 (T_i, n_q) each, on the model's device."""
 
         def rows(members: list[int], layout: EncoderLayout) -> Tensor:
-            tight = torch.cat([mels[index].t() for index in members])
-            return layout.mel.scatter(to_device(tight, self.device))
+            return layout.mel.scatter(joined_on([mels[index].t() for index in members], self.device))
 
         return self._encode([mel.shape[1] for mel in mels], rows, n_q)
 
@@ -147,7 +146,7 @@ class MiMoAudioTokenizer(nn.Module):
             raise ValueError(f"an utterance has less than {form.least_samples} samples")
 
         def rows(members: list[int], layout: EncoderLayout) -> Tensor:
-            tight = to_device(torch.cat([samples[index] for index in members]), self.device)
+            tight = joined_on([samples[index] for index in members], self.device)
             return packed_log_mel(tight, lengths[members], layout.mel, form)
 
         return self._encode([self.config.num_mel_frames(length) for length in lengths.tolist()], rows, n_q)
@@ -181,7 +180,7 @@ class MiMoAudioTokenizer(nn.Module):
         samples: list[Tensor] = [torch.empty(0)] * len(codes)
         with torch.autocast(self.device.type, enabled=False):
             for members, capacity in self._packs([len(code) for code in codes], [code.shape[1] for code in codes]):
-                packed = to_device(torch.cat([codes[index] for index in members]), self.device).to(torch.int64)
+                packed = joined_on([codes[index] for index in members], self.device).to(torch.int64)
                 lengths = [len(codes[index]) for index in members]
                 filler = 0 if capacity is None else capacity - len(packed)
                 packed = torch.nn.functional.pad(packed, (0, 0, 0, filler))
