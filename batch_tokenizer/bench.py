@@ -11,7 +11,8 @@ output, with the exact conditions, and a last line of JSON with the same.
     writer         token files and wavs, per core
     baseline       the published way, on the same files (MiMo only; see ``bench_baseline``)
 
-Everything is done once to warm up, then ``--repeats`` times; the table has the median and the least and the most.
+Everything is done once to warm up, then ``--repeats`` times, model, end to end and baseline in turns; the table has the
+median and the least and the most.
 """
 
 from __future__ import annotations
@@ -236,6 +237,41 @@ class WarmJob(Job):
 
 
 @dataclass(slots=True)
+class InMemory:
+    """Loaded rows in batches, and what the codec makes of them."""
+
+    codec: TimedCodec
+    batches: Sequence[Batch]
+    task: Task
+    num_quantizers: int
+    codes: list[list[npt.NDArray[np.uint16]]] = field(default_factory=list)
+    samples: list[Any] = field(default_factory=list)
+
+    def encode(self) -> None:
+        """All batches' codes."""
+        inputs = [[row.features for row in batch.rows if row.features is not None] for batch in self.batches]
+        self.codes = [done.codes for done in _in_succession(self.codec, "wav2token", inputs, self.num_quantizers)]
+
+    def decode(self) -> None:
+        """All batches' samples, where the task has any."""
+        if self.task == "wav2token":
+            self.samples = [[None] * len(part) for part in self.codes]
+        else:
+            done = _in_succession(self.codec, "token2wav", self.codes, self.num_quantizers)
+            self.samples = [one.samples for one in done]
+
+    def results(self) -> list[TokenizedRow]:
+        """Both, as records."""
+        self.encode()
+        self.decode()
+        return [
+            TokenizedRow(row.row, code, wav, row.num_samples)
+            for batch, codes, wavs in zip(self.batches, self.codes, self.samples, strict=True)
+            for row, code, wav in zip(batch.rows, codes, wavs, strict=True)
+        ]
+
+
+@dataclass(slots=True)
 class Bench:
     """What is measured, and the table as it grows."""
 
@@ -319,18 +355,19 @@ class Bench:
             loaded = self._load()
             seconds = sum(row.num_samples for row in loaded) / self.job.spec.info.sample_rate
             self.report["conditions"]["audio_seconds"] = round(seconds, 1)
-            if task == "token2wav" or "model" in parts or "writer" in parts:
-                results = self._model(codec, loaded, seconds, timed="model" in parts)
+            in_memory = InMemory(codec, self._batches(codec, loaded), task, self.job.num_quantizers)
+            if task == "token2wav" or "writer" in parts:
+                results = in_memory.results()
             if task == "token2wav":
                 sink = FileSink("wav2token", self.job.spec.info.sample_rate, self.job.info)
                 for result in results:
                     sink.write(result)
-            del loaded
             if "loader" in parts and task != "token2wav":
                 self._loader()
             if "writer" in parts:
                 self._writer(results)
-            contenders = [self._end_to_end(codec, seconds)] if "end_to_end" in parts else []
+            contenders = [self._model(in_memory, seconds)] if "model" in parts else []
+            contenders += [self._end_to_end(codec, seconds)] if "end_to_end" in parts else []
             contenders += [self._baseline(inner, batch_size, seconds) for batch_size in baseline]
             _in_turns(contenders)
         self.report["peak_memory_gb"] = self._memory()
@@ -368,39 +405,16 @@ class Bench:
         longest_first = sorted(loaded, key=lambda row: -row.frames)
         return [batch for row in longest_first for batch in packer.add(row)] + packer.flush()
 
-    def _model(
-        self, codec: TimedCodec, loaded: Sequence[LoadedRow], seconds: float, *, timed: bool
-    ) -> list[TokenizedRow]:
-        """Encode and decode of what is in memory; returns the results."""
-        task = self.job.config.task
-        batches = self._batches(codec, loaded)
+    def _model(self, rows: InMemory, seconds: float) -> Iterator[None]:
+        """Encode and decode of what is in memory, one pass a step."""
         spent: dict[str, list[float]] = {"encode": [], "decode": []}
-        codes: list[list[npt.NDArray[np.uint16]]] = []
-        samples: list[Any] = []
-
-        features = [[row.features for row in batch.rows if row.features is not None] for batch in batches]
-
-        def encode() -> None:
-            codes[:] = [done.codes for done in _in_succession(codec, "wav2token", features, self.job.num_quantizers)]
-
-        def decode() -> None:
-            samples[:] = [done.samples for done in _in_succession(codec, "token2wav", codes, self.job.num_quantizers)]
-
-        for repeat in range(self.repeats + 1 if timed else 1):
-            for stage, compute in (("encode", encode), ("decode", decode)):
-                if stage == "decode" and task == "wav2token":
-                    samples[:] = [[None] * len(part) for part in codes]
-                    continue
+        for repeat in range(self.repeats + 1):
+            for stage, compute in (("encode", rows.encode), ("decode", rows.decode)):
                 elapsed = self._elapsed(compute)
                 if repeat:
                     spent[stage].append(elapsed)
-        if timed:
-            self._report_model(codec, batches, spent, seconds)
-        return [
-            TokenizedRow(row.row, code, wav, row.num_samples)
-            for batch, some_codes, some_wavs in zip(batches, codes, samples, strict=True)
-            for row, code, wav in zip(batch.rows, some_codes, some_wavs, strict=True)
-        ]
+            yield
+        self._report_model(rows.codec, rows.batches, spent, seconds)
 
     def _report_model(
         self, codec: TimedCodec, batches: Sequence[Batch], spent: Mapping[str, Sequence[float]], seconds: float
