@@ -58,7 +58,8 @@ class Job:
         wait_until(lambda: self.workspace.rows_done() >= count, 120, self.output)
 
     def finish(self, restarts: int) -> None:
-        assert self.cluster.wait(self.id) == "COMPLETED", self.output()
+        ended = self.cluster.wait(self.id)
+        assert ended == "COMPLETED", f"{self.output()}\n{self.cluster.job(self.id)}\n{self.cluster.log()}"
         assert self.cluster.job(self.id)["Restarts"] == str(restarts), self.output()
 
 

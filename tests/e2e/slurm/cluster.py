@@ -173,12 +173,17 @@ class Cluster:
         return dict(word.split("=", 1) for word in shown.split() if "=" in word)
 
     def start_now(self, job: str) -> None:
-        """Have a job that is being requeued start as soon as its old processes are gone, not two minutes later."""
+        """Have a job that is being requeued start soon after its old processes are gone, not two minutes later.
+
+        Not in the same second: a node refuses a job whose credential is not newer than that of the one it ended, and
+        tells their times to the second.
+        """
 
         def is_requeued() -> bool:
             return self.job(job)["JobState"] == "PENDING" and set(self.nodes()) <= {"idle", "down"}
 
         _wait_until(is_requeued, 60, f"{job} to be requeued", self.log)
+        time.sleep(2.0)
         self.command("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def wait(self, job: str, timeout: float = 120.0) -> str:
