@@ -512,16 +512,19 @@ class Worker:
     def _compute(self, batch: Batch, writers: WriterPool, stream: CodecStream | None = None) -> None:
         """A batch through the codec and on to the writers. A piece of a row that is streamed goes alone through its
         ``stream``. Where the codec runs ahead, the batch before this one is waited for while this one is computed."""
+        ahead = stream is None and self.codec.runs_ahead
         try:
-            if stream is None and self.codec.runs_ahead:
-                begun = self._begin(batch)
-                self._finish(writers)
-                self.in_flight = batch, begun
-            else:
-                self._hand_over(batch, *self._encode_decode(batch, stream or self.codec), writers)
+            begun = self._begin(batch) if ahead else None
+            outputs = None if ahead else self._encode_decode(batch, stream or self.codec)
         except RowError as error:
             self._finish(writers)
             self._compute_halves(batch, error, writers)
+            return
+        if outputs is not None:
+            self._hand_over(batch, *outputs, writers)
+        if begun is not None:
+            self._finish(writers)
+            self.in_flight = batch, begun
 
     def _compute_halves(self, batch: Batch, error: RowError, writers: WriterPool) -> None:
         """What did not fit in memory, in halves, down to one row."""

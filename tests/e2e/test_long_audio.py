@@ -253,9 +253,9 @@ def test_codes_without_segments_are_decoded_in_windows_that_overlap(place: Path)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_grow_with_the_length_of_a_row(place: Path) -> None:
-    """Ten minutes are 58 MB of samples at the model's rate. Allocators take some 40 MB more over a longer run."""
+    """Twenty minutes are 115 MB of samples at the model's rate. Allocators take 30 to 60 MB more over a longer run."""
     write_recording(place / "a.flac", 60, 8000)
-    write_recording(place / "b.flac", 600, 8000)
+    write_recording(place / "b.flac", 1200, 8000)
 
     def peak_of(one: Mapping[str, Any]) -> int:
         seen: list[int] = []
@@ -276,8 +276,8 @@ def test_memory_does_not_grow_with_the_length_of_a_row(place: Path) -> None:
 
     peak_of(row("minute", "a.flac"))
     minute = peak_of(row("minute", "a.flac"))
-    assert peak_of(row("minutes", "b.flac")) - minute < 60e6
-    assert len(samples("minutes")) == 600 * RATE
+    assert peak_of(row("minutes", "b.flac")) - minute < 90e6
+    assert len(samples("minutes")) == 1200 * RATE
 
 
 @pytest.mark.parametrize(("policy", "model"), [("segment", "mimo"), ("stream", "moss")])
