@@ -163,8 +163,8 @@ class MiMoComputation:
 
 
 def _unsigned(codes: ToHost) -> list[npt.NDArray[np.uint16]]:
-    """Codes up to 65,535 travel as int16, which wraps around. Copies, as those of a long row's pieces are kept for long,
-    and a view would keep all that came with it."""
+    """Codes up to 65,535 travel as int16, which wraps around. These are copies: a long row's pieces keep theirs for
+    long, and views would keep all that came with them."""
     return [part.view(np.uint16).copy() for part in codes.arrays()]
 
 
