@@ -31,11 +31,12 @@ def packed_log_mel(samples: Tensor, lengths: Lengths, axis: GappedAxis, form: Me
     window, filters = transform.spectrogram.window, transform.mel_scale.fb  # the window is as long as the transform
     # Of each row: whether it is a frame, its utterance's first and last sample, and where its window begins there.
     table = np.zeros((axis.size, 4), np.int32)
-    rows = within(axis.lengths) + np.repeat(axis.starts, axis.lengths)
+    frames = within(axis.lengths)
+    rows = frames + np.repeat(axis.starts, axis.lengths)
     table[rows, 0] = 1
     table[rows, 1] = np.repeat(np.cumsum(lengths) - lengths, axis.lengths)
     table[rows, 2] = np.repeat(lengths - 1, axis.lengths)
-    table[rows, 3] = within(axis.lengths) * form.hop_length - form.n_fft // 2
+    table[rows, 3] = frames * form.hop_length - form.n_fft // 2
     is_frame, first, last, begin = to_device(table, device)[:, :, None].unbind(1)
     steps = torch.arange(form.n_fft, dtype=torch.int32, device=device)
     mel = torch.empty(axis.size, form.n_mels, device=device)
