@@ -35,17 +35,20 @@ from batch_tokenizer.records import TASKS, LongAudio, RunError, Sink
 
 #: Subcommand to the module that has ``add_arguments(parser)`` and ``main(arguments) -> int``, and a line of help.
 COMMANDS: Mapping[str, tuple[str, str]] = {
-    "status": ("batch_tokenizer.status", "show how far a run is, while it runs and after"),
-    "evaluate": ("batch_tokenizer.evaluate", "score reconstructions against originals"),
-    "report": ("batch_tokenizer.run_report", "write a run's page: one HTML file with figures and audio"),
-    "inspect": ("batch_tokenizer.inspect_file", "put one audio file through the codec, and look"),
-    "verify": ("batch_tokenizer.verify", "prove that a run is complete and its outputs right"),
-    "bench": ("batch_tokenizer.bench", "measure how fast a codec and everything around it run here"),
-    "manifest": ("batch_tokenizer.manifest_command", "make a manifest of a folder, tars or other rows; describe one"),
-    "convert": ("batch_tokenizer.convert", "tokens from one sink into another, or into a language model's stream"),
-    "show": ("batch_tokenizer.show", "print one item, wherever it is stored"),
-    "onnx": ("batch_tokenizer.onnx_tools", "export a codec as ONNX graphs, check graphs, describe them"),
-    "codecs": ("batch_tokenizer.codecs_command", "list the families of codecs, or describe a checkpoint"),
+    "status": ("batch_tokenizer.commands.status", "show how far a run is, while it runs and after"),
+    "evaluate": ("batch_tokenizer.commands.evaluate", "score reconstructions against originals"),
+    "report": ("batch_tokenizer.commands.report", "write a run's page: one HTML file with figures and audio"),
+    "inspect": ("batch_tokenizer.commands.inspect", "put one audio file through the codec, and look"),
+    "verify": ("batch_tokenizer.commands.verify", "prove that a run is complete and its outputs right"),
+    "bench": ("batch_tokenizer.commands.bench", "measure how fast a codec and everything around it run here"),
+    "manifest": ("batch_tokenizer.commands.manifest", "make a manifest of a folder, tars or other rows; describe one"),
+    "convert": (
+        "batch_tokenizer.commands.convert",
+        "tokens from one sink into another, or into a language model's stream",
+    ),
+    "show": ("batch_tokenizer.commands.show", "print one item, wherever it is stored"),
+    "onnx": ("batch_tokenizer.commands.onnx", "export a codec as ONNX graphs, check graphs, describe them"),
+    "codecs": ("batch_tokenizer.commands.codecs", "list the families of codecs, or describe a checkpoint"),
 }
 
 log = logging.getLogger("batch_tokenizer")
@@ -119,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if words and words[0] in COMMANDS:
             return _command(words[0], words[1:])
         config = _run_config(run_parser().parse_args(words))
-        from batch_tokenizer.pipeline import run
+        from batch_tokenizer.pipeline.run import run
 
         return run(config)
     except RunError as error:

@@ -14,7 +14,7 @@ from typing import Any
 import orjson
 
 from batch_tokenizer.audio.decoding import probe_audio
-from batch_tokenizer.manifest import MAX_LINE, REFUSED
+from batch_tokenizer.manifest.manifest import MAX_LINE, REFUSED
 from batch_tokenizer.records import RowError, RowForm, Sink, Task
 from batch_tokenizer.sources.foreign_rows import Refused, convert, is_foreign
 from batch_tokenizer.sources.output_paths import numbered_path, output_path

@@ -28,7 +28,7 @@ from typing import IO, Any
 
 import orjson
 
-from batch_tokenizer.manifest import MAX_LINE, alone
+from batch_tokenizer.manifest.manifest import MAX_LINE, alone
 from batch_tokenizer.records import RunError
 from batch_tokenizer.sources.finishing import Finisher, SourceSettings
 from batch_tokenizer.sources.folder_rows import folder_row, walk_folder

@@ -13,7 +13,7 @@ from typing import Any
 
 import orjson
 
-from batch_tokenizer.manifest import REFUSED
+from batch_tokenizer.manifest.manifest import REFUSED
 from batch_tokenizer.records import CUT_FIELDS, REQUIRED_FIELDS
 from batch_tokenizer.sources.foreign_rows import Refused
 from batch_tokenizer.storage.member_names import member_name

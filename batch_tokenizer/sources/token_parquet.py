@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 
-from batch_tokenizer.manifest import REFUSED
+from batch_tokenizer.manifest.manifest import REFUSED
 from batch_tokenizer.records import RowError
 from batch_tokenizer.sources.foreign_rows import Refused
 from batch_tokenizer.sources.sidecars import sidecar_fields

@@ -20,8 +20,8 @@ import numpy.typing as npt
 
 from batch_tokenizer.audio.loading import load_samples
 from batch_tokenizer.codecs.base import Codec
-from batch_tokenizer.long_audio import FADE_FRAMES, fade, window
-from batch_tokenizer.reconstruction import open_codec
+from batch_tokenizer.codecs.offline import open_codec
+from batch_tokenizer.pipeline.long_audio import FADE_FRAMES, fade, window
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTEXTS = (0.0, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)

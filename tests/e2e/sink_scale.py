@@ -40,12 +40,12 @@ import numpy as np
 import psutil
 
 from batch_tokenizer.config import RunConfig
-from batch_tokenizer.outputs import open_sink, recover_shards
 from batch_tokenizer.records import ManifestRow, RowError, Sink, TokenizedRow
 from batch_tokenizer.runtime.ledger import LedgerWriter
 from batch_tokenizer.runtime.processes import ProcessGroup
 from batch_tokenizer.runtime.run_folder import RunFolder
 from batch_tokenizer.sources.output_paths import output_path
+from batch_tokenizer.writers.open import open_sink, recover_shards
 from batch_tokenizer.writers.pool import WriterPool
 from tests.support.checkpoints import write_mimo_checkpoint
 from tests.support.runs import run_environment

@@ -13,8 +13,9 @@ import subprocess
 import pytest
 import soundfile
 
-from batch_tokenizer import evaluate, run_report
 from batch_tokenizer.cli import main
+from batch_tokenizer.commands import evaluate
+from batch_tokenizer.commands import report as run_report
 from batch_tokenizer.records import RunError
 from tests.support.checkpoints import write_mimo_checkpoint
 from tests.support.command import ROOT, batch_tokenizer, output_row, write_manifest

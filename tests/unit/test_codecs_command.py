@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from batch_tokenizer import codecs_command
 from batch_tokenizer.cli import main
 from batch_tokenizer.codecs.checkpoint import Checkpoint
 from batch_tokenizer.codecs.registry import FAMILIES
+from batch_tokenizer.commands import codecs as codecs_command
 from tests.support.checkpoints import TINY, write_mimo_checkpoint
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from batch_tokenizer.data.loading import RowLoader
 from batch_tokenizer.data.pieces import PassLimit, piece_of
-from batch_tokenizer.long_audio import _SampleFile, fade
+from batch_tokenizer.pipeline.long_audio import _SampleFile, fade
 from batch_tokenizer.records import AudioCut, Pieces, RowError, RowFailure, RunError
 from tests.support.loading import INFO, FakeSpec, make_row
 

@@ -18,8 +18,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from batch_tokenizer import manifest as manifest_module
-from batch_tokenizer.manifest import LineState, Manifest
+from batch_tokenizer.manifest import manifest as manifest_module
+from batch_tokenizer.manifest.manifest import LineState, Manifest
 from batch_tokenizer.records import OUTPUT_FIELDS, REQUIRED_FIELDS, TASKS, ManifestRow, RowFailure, RunError, Task
 
 
@@ -345,7 +345,7 @@ def test_two_processes_build_once(tmp_path: Path) -> None:
     program = textwrap.dedent(
         """
         import logging, sys, time
-        from batch_tokenizer import manifest
+        from batch_tokenizer.manifest import manifest
         logging.basicConfig()
         build = manifest._build
         def slow(*arguments):

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batch_tokenizer.manifest import LineState, in_shard, plan_units
+from batch_tokenizer.manifest.manifest import LineState, in_shard, plan_units
 from batch_tokenizer.records import RunError
 
 

@@ -14,7 +14,7 @@ import pytest
 import soundfile
 
 from batch_tokenizer.cli import main
-from batch_tokenizer.plan import dry_run
+from batch_tokenizer.commands.dry_run import dry_run
 from batch_tokenizer.runtime.processes import ProcessGroup
 from tests.support.checkpoints import write_mimo_checkpoint
 from tests.support.command import output_row, write_manifest
@@ -241,12 +241,14 @@ class TestTrouble:
         def refuse(*arguments, **options):
             raise OSError(30, os.strerror(30))
 
-        monkeypatch.setattr("batch_tokenizer.plan.tempfile.TemporaryFile", refuse)
+        monkeypatch.setattr("batch_tokenizer.commands.dry_run.tempfile.TemporaryFile", refuse)
         assert place.plan() == 1
         assert self.lines(capsys) == [f"{place.folder}: nothing can be written there: Read-only file system"]
 
     def test_a_disk_that_is_too_small(self, place, monkeypatch, capsys):
-        monkeypatch.setattr("batch_tokenizer.plan.shutil.disk_usage", lambda path: shutil._ntuple_diskusage(9, 8, 1000))
+        monkeypatch.setattr(
+            "batch_tokenizer.commands.dry_run.shutil.disk_usage", lambda path: shutil._ntuple_diskusage(9, 8, 1000)
+        )
         assert place.plan() == 1
         [line] = self.lines(capsys)
         assert re.search(r"about [\d.]+ kB would be written where 1.0 kB are free", line)

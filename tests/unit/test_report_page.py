@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import soundfile
 
+from batch_tokenizer.commands.report import choose, reason_pattern
 from batch_tokenizer.quality.recordings import Recording
 from batch_tokenizer.report import page, sounds
-from batch_tokenizer.run_report import choose, reason_pattern
 from tests.support.html import parse
 
 RATE = 24000

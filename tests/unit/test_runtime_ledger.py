@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batch_tokenizer.manifest import Manifest
+from batch_tokenizer.manifest.manifest import Manifest
 from batch_tokenizer.records import LedgerEntry, RunError
 from batch_tokenizer.runtime import ledger as ledger_module
 from batch_tokenizer.runtime.ledger import (

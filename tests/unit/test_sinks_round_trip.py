@@ -24,7 +24,7 @@ from batch_tokenizer.audio.encoding import flac_bytes
 from batch_tokenizer.codecs.base import CodecInfo
 from batch_tokenizer.data.stored_rows import shard_rows
 from batch_tokenizer.data.token_files import parse_tokens, read_tokens
-from batch_tokenizer.manifest import REFUSED
+from batch_tokenizer.manifest.manifest import REFUSED
 from batch_tokenizer.records import RowError, RunError, Sink
 from batch_tokenizer.sources.tar_rows import tar_rows
 from batch_tokenizer.sources.token_parquet import parquet_rows

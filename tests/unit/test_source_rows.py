@@ -17,7 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from batch_tokenizer.config import RunConfig, beside
-from batch_tokenizer.manifest import MAX_LINE, REFUSED, Manifest
+from batch_tokenizer.manifest.manifest import MAX_LINE, REFUSED, Manifest
 from batch_tokenizer.records import ManifestRow, RowFailure, RunError
 from batch_tokenizer.sources.finishing import SourceSettings
 from batch_tokenizer.sources.foreign_rows import Refused, convert

@@ -11,8 +11,8 @@ from dataclasses import asdict
 import pytest
 
 from batch_tokenizer.cli import main
+from batch_tokenizer.commands.status import is_over, missing_ranks, report, state_of
 from batch_tokenizer.runtime.progress import JobStatus, RankStatus
-from batch_tokenizer.status import is_over, missing_ranks, report, state_of
 from tests.support.command import ROOT, contents
 
 NOW = 1_000_000.0
@@ -123,7 +123,7 @@ class TestCommand:
             slept.append(seconds)
             (folder / "status" / "000002-00000.json").write_text(json.dumps(asdict(rank(state="finished"))))
 
-        monkeypatch.setattr("batch_tokenizer.status.time.sleep", sleep)
+        monkeypatch.setattr("batch_tokenizer.commands.status.time.sleep", sleep)
         assert main(["status", str(folder), "--watch", "0.5"]) == 0
         assert slept == [0.5]
         assert "1 of 1 ranks running" in (out := capsys.readouterr().out)

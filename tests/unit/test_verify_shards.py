@@ -15,14 +15,14 @@ from batch_tokenizer.cli import main
 from batch_tokenizer.codecs.checkpoint import Checkpoint
 from batch_tokenizer.codecs.registry import find_family
 from batch_tokenizer.config import RunConfig
-from batch_tokenizer.manifest import Manifest
-from batch_tokenizer.outputs import open_sink, recover_shards, run_settings
+from batch_tokenizer.manifest.manifest import Manifest
 from batch_tokenizer.records import ManifestRow, RunError, TokenizedRow
+from batch_tokenizer.runs.stored_rows import stored_rows
 from batch_tokenizer.runtime.ledger import RowStatus, read_ledger
 from batch_tokenizer.runtime.processes import ProcessGroup
 from batch_tokenizer.runtime.run_folder import RunFolder
-from batch_tokenizer.stored_source import stored_rows
 from batch_tokenizer.verify_contents import Wrong, check_audio
+from batch_tokenizer.writers.open import open_sink, recover_shards, run_settings
 from tests.support.checkpoints import write_mimo_checkpoint
 from tests.support.shards import read_shards
 

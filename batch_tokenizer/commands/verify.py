@@ -37,16 +37,25 @@ import orjson
 from tqdm import tqdm
 
 from batch_tokenizer.codecs.base import CodecSpec
+from batch_tokenizer.commands.status import seems_at_work
+from batch_tokenizer.commands.verify_shards import (
+    Places,
+    Shard,
+    ShardChecker,
+    ShardReport,
+    orphans,
+    shards_of_ledger,
+    take_back,
+)
 from batch_tokenizer.config import OUTPUT_SETTINGS, RunConfig
 from batch_tokenizer.data.token_files import ANY_CODEBOOKS, take_apart
-from batch_tokenizer.manifest import Manifest
+from batch_tokenizer.manifest.manifest import Manifest
 from batch_tokenizer.records import SHARD_SINKS, TASKS, LedgerEntry, ManifestRow, RowError, RunError, Task
-from batch_tokenizer.run_source import find_manifest
+from batch_tokenizer.runs.source import find_manifest
 from batch_tokenizer.runtime.ledger import LedgerState, LedgerWriter, RowStatus, matched_entries, read_ledger
 from batch_tokenizer.runtime.processes import ProcessGroup
 from batch_tokenizer.runtime.run_folder import RunFolder, read_settings
 from batch_tokenizer.runtime.shard_ledger import recover
-from batch_tokenizer.status import seems_at_work
 from batch_tokenizer.storage.names import is_url
 from batch_tokenizer.storage.opening import opened
 from batch_tokenizer.verify_contents import (
@@ -55,15 +64,6 @@ from batch_tokenizer.verify_contents import (
     check_audio,
     check_codes,
     check_info,
-)
-from batch_tokenizer.verify_shards import (
-    Places,
-    Shard,
-    ShardChecker,
-    ShardReport,
-    orphans,
-    shards_of_ledger,
-    take_back,
 )
 from batch_tokenizer.writers.shard_folder import shard_folder
 

@@ -17,11 +17,11 @@ import numpy.typing as npt
 from batch_tokenizer import __version__
 from batch_tokenizer.audio.loading import load_samples
 from batch_tokenizer.codecs.base import CodecInfo
+from batch_tokenizer.codecs.offline import at_input_rate, check_num_quantizers, decode, encode, open_codec
 from batch_tokenizer.config import Device, Dtype
 from batch_tokenizer.quality.codebooks import bit_rate
 from batch_tokenizer.quality.metrics import METRICS, Scorer, Scores, mel_db
 from batch_tokenizer.quality.recordings import Recording, align
-from batch_tokenizer.reconstruction import at_input_rate, check_num_quantizers, decode, encode, open_codec
 from batch_tokenizer.records import ManifestRow, RowError, RunError, TokenizedRow
 from batch_tokenizer.report.figures import draw_mel, token_matrix
 from batch_tokenizer.storage.names import file_name, spoken

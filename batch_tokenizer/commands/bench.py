@@ -42,8 +42,13 @@ import torch
 from batch_tokenizer import __version__
 from batch_tokenizer.audio.bare import load_bare
 from batch_tokenizer.audio.loading import load_samples
-from batch_tokenizer.bench_baseline import PublishedLoop
-from batch_tokenizer.bench_workload import (
+from batch_tokenizer.codecs.base import Codec, Computation, Computed
+from batch_tokenizer.codecs.checkpoint import Checkpoint
+from batch_tokenizer.codecs.mimo.codec import MiMoCodec, MiMoSpec
+from batch_tokenizer.codecs.mimo.operations import decoder_operations, encoder_operations
+from batch_tokenizer.codecs.mimo.sized import size_names, sized_config
+from batch_tokenizer.codecs.registry import Family
+from batch_tokenizer.commands.bench_workload import (
     LENGTHS,
     FreeFamily,
     RandomMiMo,
@@ -52,17 +57,12 @@ from batch_tokenizer.bench_workload import (
     write_manifest,
     write_utterances,
 )
-from batch_tokenizer.codecs.base import Codec, Computation, Computed
-from batch_tokenizer.codecs.checkpoint import Checkpoint
-from batch_tokenizer.codecs.mimo.codec import MiMoCodec, MiMoSpec
-from batch_tokenizer.codecs.mimo.operations import decoder_operations, encoder_operations
-from batch_tokenizer.codecs.mimo.sized import size_names, sized_config
-from batch_tokenizer.codecs.registry import Family
+from batch_tokenizer.commands.published_loop import PublishedLoop
 from batch_tokenizer.config import AttentionBackend, Device, Dtype, FrontEnd, Resampler, RunConfig
 from batch_tokenizer.data.batching import Packer
 from batch_tokenizer.data.loader import Loader
 from batch_tokenizer.data.loading import RowLoader
-from batch_tokenizer.pipeline import Job, run_job, with_front_end
+from batch_tokenizer.pipeline.run import Job, run_job, with_front_end
 from batch_tokenizer.records import TASKS, Batch, LoadedRow, ManifestRow, RowError, RunError, Task, TokenizedRow
 from batch_tokenizer.runtime.devices import choose_device
 from batch_tokenizer.runtime.processes import ProcessGroup

@@ -13,13 +13,13 @@ import orjson
 
 from batch_tokenizer.data.stored_rows import StoredRow, shard_rows
 from batch_tokenizer.data.token_files import read_any_tokens
-from batch_tokenizer.manifest import Manifest
+from batch_tokenizer.manifest.manifest import Manifest
 from batch_tokenizer.records import SHARD_SINKS, TASKS, ManifestRow, RowError, RunError
-from batch_tokenizer.run_source import find_manifest
+from batch_tokenizer.runs.shards import run_shards
+from batch_tokenizer.runs.source import find_manifest
 from batch_tokenizer.runtime.ledger import RowStatus, read_ledger
 from batch_tokenizer.runtime.run_folder import read_settings
 from batch_tokenizer.runtime.shard_ledger import parse_shard_name
-from batch_tokenizer.shard_places import run_shards
 from batch_tokenizer.sources.listing import lines_of
 from batch_tokenizer.sources.patterns import find_sources
 from batch_tokenizer.storage.opening import opened

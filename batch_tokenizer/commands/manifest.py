@@ -29,13 +29,13 @@ import orjson
 from tqdm import tqdm
 
 from batch_tokenizer.audio.decoding import probe_audio
+from batch_tokenizer.commands.status import spoken_size
 from batch_tokenizer.config import AudioFormat, Channels
-from batch_tokenizer.manifest import REFUSED, LineState, Manifest, cut_of
+from batch_tokenizer.manifest.manifest import REFUSED, LineState, Manifest, cut_of
 from batch_tokenizer.records import TASKS, ManifestRow, RowError, RunError, Sink
 from batch_tokenizer.sources.finishing import SourceSettings
 from batch_tokenizer.sources.listing import lines_of, local_manifest
 from batch_tokenizer.sources.ordered import ordered
-from batch_tokenizer.status import spoken_size
 from batch_tokenizer.storage.streams import ALLOW_PIPE
 
 log = logging.getLogger(__name__)
@@ -341,7 +341,7 @@ def _print_expectations(
     seconds: float, num_rows: int, model_path: str | None, num_quantizers: int | None, rtf: float
 ) -> None:
     # Imported here, as this takes torch, which nothing before it needs.
-    from batch_tokenizer.reconstruction import open_spec
+    from batch_tokenizer.codecs.offline import open_spec
 
     info = open_spec(model_path).info
     codebooks = num_quantizers or info.num_codebooks

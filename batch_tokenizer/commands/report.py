@@ -21,15 +21,15 @@ from typing import Any
 import numpy as np
 
 from batch_tokenizer import __version__
-from batch_tokenizer.evaluate import Evaluation, Request, evaluate, num_scored
-from batch_tokenizer.evaluation_source import Source, read_run, read_summary, recordings
-from batch_tokenizer.manifest import Manifest
+from batch_tokenizer.commands.evaluate import Evaluation, Request, evaluate, num_scored
+from batch_tokenizer.manifest.manifest import Manifest
 from batch_tokenizer.quality.aggregates import reason_lines
 from batch_tokenizer.quality.metrics import METRICS
 from batch_tokenizer.quality.recordings import Recording
 from batch_tokenizer.records import ManifestRow, RowError, RunError
 from batch_tokenizer.report import figures, page, sounds
-from batch_tokenizer.run_source import find_manifest
+from batch_tokenizer.runs.scored_rows import Source, read_run, read_summary, recordings
+from batch_tokenizer.runs.source import find_manifest
 from batch_tokenizer.runtime.ledger import LedgerState, iter_failures, read_ledger
 from batch_tokenizer.runtime.progress import RankStatus
 

@@ -31,16 +31,16 @@ import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
+from batch_tokenizer.codecs.offline import at_input_rate, decode, encode
 from batch_tokenizer.config import Device, Dtype, beside
-from batch_tokenizer.evaluation_source import Source, load_input, open_source
 from batch_tokenizer.quality.aggregates import Group, group, markdown_table
 from batch_tokenizer.quality.codebooks import CodebookUse, bit_rate
 from batch_tokenizer.quality.metrics import METRICS, Scorer
 from batch_tokenizer.quality.recordings import align, load_beginning
 from batch_tokenizer.quality.results import ResultsFolder
 from batch_tokenizer.quality.speakers import SpeakerEncoder
-from batch_tokenizer.reconstruction import at_input_rate, decode, encode
 from batch_tokenizer.records import AudioCut, ManifestRow, Pieces, RowError, RowFailure, RunError
+from batch_tokenizer.runs.scored_rows import Source, load_input, open_source
 
 log = logging.getLogger(__name__)
 

@@ -27,15 +27,14 @@ from batch_tokenizer import __version__
 from batch_tokenizer.codecs.base import Codec, CodecSpec, CodecStream, Computation
 from batch_tokenizer.codecs.checkpoint import Checkpoint
 from batch_tokenizer.codecs.registry import Family, find_family
+from batch_tokenizer.commands.dry_run import dry_run
 from batch_tokenizer.config import FrontEnd, RunConfig
 from batch_tokenizer.data.batching import Packer, split
 from batch_tokenizer.data.loader import Loader
 from batch_tokenizer.data.loading import RowLoader
 from batch_tokenizer.data.pieces import PassLimit
-from batch_tokenizer.long_audio import LongRows
-from batch_tokenizer.manifest import Manifest, Units, in_shard, plan_units
-from batch_tokenizer.outputs import ResultSink, open_sink, recover_shards, run_settings
-from batch_tokenizer.plan import dry_run
+from batch_tokenizer.manifest.manifest import Manifest, Units, in_shard, plan_units
+from batch_tokenizer.pipeline.long_audio import LongRows
 from batch_tokenizer.quality.live import LiveQuality
 from batch_tokenizer.records import (
     Batch,
@@ -48,7 +47,7 @@ from batch_tokenizer.records import (
     Stage,
     TokenizedRow,
 )
-from batch_tokenizer.run_source import allow_pipes, prepare, typed
+from batch_tokenizer.runs.source import allow_pipes, prepare, typed
 from batch_tokenizer.runtime.devices import ComputeDevice, choose_device
 from batch_tokenizer.runtime.ledger import LedgerState, LedgerWriter, RowStatus, read_ledger, write_failures
 from batch_tokenizer.runtime.processes import ProcessGroup, stop_with_parent
@@ -56,6 +55,7 @@ from batch_tokenizer.runtime.progress import JobStatus, ProgressReporter, RankSt
 from batch_tokenizer.runtime.run_folder import RunFolder
 from batch_tokenizer.runtime.signals import StopRequest
 from batch_tokenizer.runtime.work_queue import WorkQueue
+from batch_tokenizer.writers.open import ResultSink, open_sink, recover_shards, run_settings
 from batch_tokenizer.writers.pool import WriterPool
 
 log = logging.getLogger(__name__)

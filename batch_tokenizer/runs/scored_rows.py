@@ -14,17 +14,17 @@ import numpy.typing as npt
 
 from batch_tokenizer.audio.loading import load_samples
 from batch_tokenizer.codecs.base import Codec, CodecInfo
+from batch_tokenizer.codecs.offline import at_input_rate, check_num_quantizers, decode, encode, open_codec, open_spec
 from batch_tokenizer.config import Device, Dtype
 from batch_tokenizer.data.pieces import PassLimit
 from batch_tokenizer.data.token_files import read_any_tokens, read_tokens
-from batch_tokenizer.manifest import Manifest
+from batch_tokenizer.manifest.manifest import Manifest
 from batch_tokenizer.quality.recordings import Recording, align, load_beginning
-from batch_tokenizer.reconstruction import at_input_rate, check_num_quantizers, decode, encode, open_codec, open_spec
 from batch_tokenizer.records import SHARD_SINKS, ManifestRow, Pieces, RowError, RowFailure, RunError, Task
-from batch_tokenizer.run_source import find_manifest
+from batch_tokenizer.runs.shards import find_places
+from batch_tokenizer.runs.source import find_manifest
 from batch_tokenizer.runtime.ledger import RowStatus, read_ledger
 from batch_tokenizer.runtime.run_folder import read_settings
-from batch_tokenizer.shard_places import find_places
 from batch_tokenizer.sources.finishing import SourceSettings
 from batch_tokenizer.sources.listing import local_manifest
 

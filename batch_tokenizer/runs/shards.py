@@ -14,12 +14,12 @@ from typing import Any
 
 import orjson
 
-from batch_tokenizer.manifest import REFUSED
+from batch_tokenizer.commands.verify_shards import shard_of_ledger_file
+from batch_tokenizer.manifest.manifest import REFUSED
 from batch_tokenizer.records import OUTPUT_FIELDS, RowError, RunError, Task
 from batch_tokenizer.sources.tar_rows import tar_rows
 from batch_tokenizer.storage.names import spoken
 from batch_tokenizer.storage.parquet_rows import row_location
-from batch_tokenizer.verify_shards import shard_of_ledger_file
 from batch_tokenizer.writers.shard_folder import shard_folder
 
 

@@ -25,20 +25,20 @@ from batch_tokenizer.audio.decoding import probe_audio
 from batch_tokenizer.codecs.base import Codec, CodecSpec
 from batch_tokenizer.codecs.checkpoint import Checkpoint
 from batch_tokenizer.codecs.registry import find_family
+from batch_tokenizer.commands.status import seems_at_work, spoken_duration, spoken_size
 from batch_tokenizer.config import RunConfig
 from batch_tokenizer.data.loading import RowLoader
 from batch_tokenizer.data.pieces import PassLimit, piece_of
-from batch_tokenizer.manifest import LineState, Manifest, in_shard, plan_units
-from batch_tokenizer.outputs import output_bytes, run_settings
+from batch_tokenizer.manifest.manifest import LineState, Manifest, in_shard, plan_units
 from batch_tokenizer.records import LoadedRow, ManifestRow, RowError, RowForm, RunError, TokenizedRow
-from batch_tokenizer.run_source import settings_of
+from batch_tokenizer.runs.source import settings_of
 from batch_tokenizer.runtime.devices import ComputeDevice
 from batch_tokenizer.runtime.ledger import RowStatus, read_ledger
 from batch_tokenizer.runtime.processes import ProcessGroup
 from batch_tokenizer.runtime.run_folder import read_settings
 from batch_tokenizer.sources.listing import local_manifest
-from batch_tokenizer.status import seems_at_work, spoken_duration, spoken_size
 from batch_tokenizer.storage.names import is_url, spoken
+from batch_tokenizer.writers.open import output_bytes, run_settings
 
 #: Rows of which the input is opened, and of these, rows that are decoded.
 SAMPLE_ROWS, DECODED_ROWS = 32, 8
