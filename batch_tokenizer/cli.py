@@ -124,6 +124,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = _run_config(run_parser().parse_args(words))
         from batch_tokenizer.pipeline.run import run
 
+        if config.dry_run:
+            from batch_tokenizer.commands.dry_run import execute
+
+            return run(config, execute)
         return run(config)
     except RunError as error:
         log.error("%s", error)

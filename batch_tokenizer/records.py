@@ -95,6 +95,11 @@ class RunError(Exception):
         self.exit_code = exit_code
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the error's type where it has none, for a one-line reason."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 @dataclass(frozen=True, slots=True)
 class AudioCut:
     """Which part of an audio file is the utterance.

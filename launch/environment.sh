@@ -34,6 +34,8 @@ wanted=$(cat pyproject.toml - <<<"$PYTHON ${EXTRAS:-}" | sha256sum)
 if [[ ! -x $VENV/bin/python || $(cat "$VENV/installed" 2>/dev/null) != "$wanted" ]]; then
     echo "Installing into $VENV (torch is large: some minutes)"
     "$PYTHON" -m venv "$VENV"
+    # Older versions of pip try many combinations of versions one by one, which takes many minutes here.
+    "$VENV/bin/python" -m pip install -q --disable-pip-version-check --upgrade pip
     "$VENV/bin/python" -m pip install -q --disable-pip-version-check -e ".${EXTRAS:+[$EXTRAS]}"
     # Speaker similarity. Its own list of dependencies names one that does not build; the quality extra has the rest.
     [[ ",${EXTRAS:-}," != *,quality,* && ",${EXTRAS:-}," != *,dev,* ]] ||

@@ -26,7 +26,7 @@ import numpy.typing as npt
 import soxr
 import torch
 
-from batch_tokenizer.audio.torchaudio_transforms import transforms
+from batch_tokenizer.audio.mel import transforms
 
 Resampler = Literal["reference", "soxr"]
 Samples = npt.NDArray[np.float32]

@@ -168,3 +168,8 @@ class Codec(ABC):
 
     def release(self) -> None:  # noqa: B027 - most codecs hold nothing
         """Let go of cached device memory, after a batch that did not fit."""
+
+
+def fitted(samples: npt.NDArray[np.float32], length: int) -> npt.NDArray[np.float32]:
+    """A segment's decoded samples, cut or filled up with zeros to the ``length`` that it has in its row."""
+    return np.pad(samples[:length], (0, max(0, length - len(samples))))

@@ -15,11 +15,10 @@ import numpy.typing as npt
 import torch
 
 from batch_tokenizer.audio.resampling import resample
-from batch_tokenizer.codecs.base import Codec, CodecInfo, CodecSpec
+from batch_tokenizer.codecs.base import Codec, CodecInfo, CodecSpec, fitted
 from batch_tokenizer.codecs.checkpoint import Checkpoint
 from batch_tokenizer.codecs.registry import find_family
 from batch_tokenizer.config import Device, Dtype
-from batch_tokenizer.data.pieces import fitted
 from batch_tokenizer.records import Pieces, RowError, RunError, Stage
 from batch_tokenizer.runtime.devices import choose_device
 

@@ -40,7 +40,6 @@ import numpy.typing as npt
 import torch
 
 from batch_tokenizer import __version__
-from batch_tokenizer.audio.bare import load_bare
 from batch_tokenizer.audio.loading import load_samples
 from batch_tokenizer.codecs.base import Codec, Computation, Computed
 from batch_tokenizer.codecs.checkpoint import Checkpoint
@@ -57,12 +56,13 @@ from batch_tokenizer.commands.bench_workload import (
     write_manifest,
     write_utterances,
 )
-from batch_tokenizer.commands.published_loop import PublishedLoop
+from batch_tokenizer.commands.published_loop import PublishedLoop, load_bare
 from batch_tokenizer.config import AttentionBackend, Device, Dtype, FrontEnd, Resampler, RunConfig
 from batch_tokenizer.data.batching import Packer
 from batch_tokenizer.data.loader import Loader
 from batch_tokenizer.data.loading import RowLoader
-from batch_tokenizer.pipeline.run import Job, run_job, with_front_end
+from batch_tokenizer.pipeline.run import run_job
+from batch_tokenizer.pipeline.setup import Job, with_front_end
 from batch_tokenizer.records import TASKS, Batch, LoadedRow, ManifestRow, RowError, RunError, Task, TokenizedRow
 from batch_tokenizer.runtime.devices import choose_device
 from batch_tokenizer.runtime.processes import ProcessGroup

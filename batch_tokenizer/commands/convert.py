@@ -28,13 +28,11 @@ import orjson
 from tqdm import tqdm
 
 from batch_tokenizer import __version__
-from batch_tokenizer.data.stored_rows import StoredRow
 from batch_tokenizer.records import RowError, RunError
-from batch_tokenizer.runs.stored_rows import stored_rows
-from batch_tokenizer.sources.output_paths import output_path
-from batch_tokenizer.writers.row_encoding import EncodedRow
+from batch_tokenizer.runs.stored_rows import StoredRow, stored_rows
+from batch_tokenizer.sources.finishing import output_path
+from batch_tokenizer.writers.row_encoding import EncodedRow, tokens_as_json, tokens_as_npy
 from batch_tokenizer.writers.shard_sink import MOST_ROWS, OpenShard, ShardForm, shard_form
-from batch_tokenizer.writers.token_files import tokens_as_json, tokens_as_npy
 from batch_tokenizer.writers.token_streams import FlatFile, Layout, MegatronFile, Pattern, TokenStream
 
 Form = Literal["json", "npy", "tar", "parquet", "megatron", "flat"]

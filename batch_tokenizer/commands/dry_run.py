@@ -29,13 +29,18 @@ from batch_tokenizer.commands.status import seems_at_work, spoken_duration, spok
 from batch_tokenizer.config import RunConfig
 from batch_tokenizer.data.loading import RowLoader
 from batch_tokenizer.data.pieces import PassLimit, piece_of
-from batch_tokenizer.manifest.manifest import LineState, Manifest, in_shard, plan_units
+from batch_tokenizer.manifest.manifest import Manifest
+from batch_tokenizer.manifest.row import LineState
+from batch_tokenizer.manifest.units import in_shard, plan_units
+from batch_tokenizer.pipeline.run import stop_check
+from batch_tokenizer.pipeline.setup import Job
 from batch_tokenizer.records import LoadedRow, ManifestRow, RowError, RowForm, RunError, TokenizedRow
 from batch_tokenizer.runs.source import settings_of
 from batch_tokenizer.runtime.devices import ComputeDevice
 from batch_tokenizer.runtime.ledger import RowStatus, read_ledger
 from batch_tokenizer.runtime.processes import ProcessGroup
 from batch_tokenizer.runtime.run_folder import read_settings
+from batch_tokenizer.runtime.signals import StopRequest
 from batch_tokenizer.sources.listing import local_manifest
 from batch_tokenizer.storage.names import is_url, spoken
 from batch_tokenizer.writers.open import output_bytes, run_settings
@@ -71,6 +76,13 @@ class Measured:
     load: float
     stages: Mapping[str, float]
     bytes_written: Mapping[str, float]
+
+
+def execute(job: Job, stop: StopRequest, started: float) -> int:
+    """The plan of a prepared job, in place of running it; arguments as those of ``pipeline.run.run_job``."""
+    return dry_run(
+        job.config, job.processes, job.compute, job.checkpoint, job.spec, job.num_quantizers, job.info, stop_check(stop)
+    )
 
 
 def dry_run(

@@ -26,8 +26,7 @@ from batch_tokenizer.records import ManifestRow, RowError, RunError, TokenizedRo
 from batch_tokenizer.report.figures import draw_mel, token_matrix
 from batch_tokenizer.storage.names import file_name, spoken
 from batch_tokenizer.writers.publish import publish
-from batch_tokenizer.writers.token_files import token_json
-from batch_tokenizer.writers.wav_file import wav_bytes
+from batch_tokenizer.writers.row_encoding import token_json, wav_bytes
 
 _FRAMES_PRINTED = 5
 _CODES_PRINTED = 20

@@ -31,11 +31,11 @@ from tqdm import tqdm
 from batch_tokenizer.audio.decoding import probe_audio
 from batch_tokenizer.commands.status import spoken_size
 from batch_tokenizer.config import AudioFormat, Channels
-from batch_tokenizer.manifest.manifest import REFUSED, LineState, Manifest, cut_of
+from batch_tokenizer.manifest.manifest import Manifest
+from batch_tokenizer.manifest.row import REFUSED, LineState, cut_of
 from batch_tokenizer.records import TASKS, ManifestRow, RowError, RunError, Sink
 from batch_tokenizer.sources.finishing import SourceSettings
-from batch_tokenizer.sources.listing import lines_of, local_manifest
-from batch_tokenizer.sources.ordered import ordered
+from batch_tokenizer.sources.listing import lines_of, local_manifest, ordered
 from batch_tokenizer.storage.streams import ALLOW_PIPE
 
 log = logging.getLogger(__name__)

@@ -10,21 +10,39 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import soundfile
 import torch
 from torch import Tensor
 from torch.nn.functional import conv1d, conv_transpose1d, gelu, group_norm, pad, scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
-from batch_tokenizer.audio.bare import load_bare
+from batch_tokenizer.audio.mel import transforms
 from batch_tokenizer.codecs.mimo.codec import MiMoSpec
 from batch_tokenizer.codecs.mimo.decoder import UpSampling
 from batch_tokenizer.codecs.mimo.layers import Rotation, TransformerLayer, TransformerStack
 from batch_tokenizer.codecs.mimo.model import MiMoAudioTokenizer
 from batch_tokenizer.records import LoadedRow, ManifestRow, TokenizedRow
+
+
+@lru_cache(maxsize=16)
+def _resampler(from_rate: int, to_rate: int) -> Any:
+    return transforms.Resample(from_rate, to_rate)
+
+
+def load_bare(path: str, sample_rate: int) -> npt.NDArray[np.float32]:
+    """A file's samples (S,), resampled by torchaudio and averaged over channels."""
+    samples, file_rate = soundfile.read(path, dtype="float32", always_2d=True)
+    channels = torch.from_numpy(samples.T)
+    if file_rate != sample_rate:
+        channels = _resampler(file_rate, sample_rate)(channels.contiguous())
+    return channels.mean(dim=0).numpy()
 
 
 @dataclass(frozen=True)

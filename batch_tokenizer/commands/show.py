@@ -8,9 +8,8 @@ import json
 import numpy as np
 import numpy.typing as npt
 
-from batch_tokenizer.data.stored_rows import StoredRow
 from batch_tokenizer.records import RunError
-from batch_tokenizer.runs.stored_rows import stored_rows
+from batch_tokenizer.runs.stored_rows import StoredRow, stored_rows
 
 #: Frames that are printed at each end.
 _FRAMES = 4

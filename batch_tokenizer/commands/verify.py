@@ -39,10 +39,15 @@ from tqdm import tqdm
 from batch_tokenizer.codecs.base import CodecSpec
 from batch_tokenizer.commands.status import seems_at_work
 from batch_tokenizer.commands.verify_shards import (
+    AUDIO_HEADER_BYTES,
     Places,
     Shard,
     ShardChecker,
     ShardReport,
+    Wrong,
+    check_audio,
+    check_codes,
+    check_info,
     orphans,
     shards_of_ledger,
     take_back,
@@ -58,13 +63,6 @@ from batch_tokenizer.runtime.run_folder import RunFolder, read_settings
 from batch_tokenizer.runtime.shard_ledger import recover
 from batch_tokenizer.storage.names import is_url
 from batch_tokenizer.storage.opening import opened
-from batch_tokenizer.verify_contents import (
-    AUDIO_HEADER_BYTES,
-    Wrong,
-    check_audio,
-    check_codes,
-    check_info,
-)
 from batch_tokenizer.writers.shard_folder import shard_folder
 
 log = logging.getLogger(__name__)

@@ -9,9 +9,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from batch_tokenizer.codecs.base import CodecSpec
 from batch_tokenizer.records import AudioCut, LongAudio, ManifestRow, Pieces, RowError, RunError
 
@@ -113,11 +110,6 @@ def piece_of(row: ManifestRow, pieces: Pieces, number: int, sample_rate: int) ->
         row.line, row.digest, row.key, row.wav, row.quantized_tokens, row.reconstructed_wav, row.fields,
         AudioCut(ends[0], ends[1], whole.channel), number,
     )  # fmt: skip
-
-
-def fitted(samples: npt.NDArray[np.float32], length: int) -> npt.NDArray[np.float32]:
-    """A segment's decoded samples, cut or filled up with zeros to the ``length`` that it has in its row."""
-    return np.pad(samples[:length], (0, max(0, length - len(samples))))
 
 
 def _recorded_segments(recorded: object, spec: CodecSpec, num_frames: int, num_samples: object) -> Pieces | None:

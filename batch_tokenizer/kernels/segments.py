@@ -7,7 +7,7 @@ computed on the host from lengths that the host knows, and copied to the device 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,6 +17,37 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+#: Filler attends among itself in runs of at most this many frames, which bounds its cost.
+FILLER_RUN = 512
+
+
+def packs(spans: Sequence[int], capacity: int) -> Iterator[list[int]]:
+    """Indices of the utterances of each pack, in the order given.
+
+    Args:
+        spans: what each utterance takes up, none more than ``capacity``.
+        capacity: what a pack holds, in the same unit.
+    """
+    members: list[int] = []
+    used = 0
+    for index, span in enumerate(spans):
+        if span > capacity:
+            raise ValueError(f"utterance {index} takes up {span}, more than the capacity {capacity}")
+        if members and used + span > capacity:
+            yield members
+            members, used = [], 0
+        members.append(index)
+        used += span
+    if members:
+        yield members
+
+
+def filler_runs(size: int) -> list[int]:
+    """``size`` frames of filler as lengths of runs."""
+    full, rest = divmod(size, FILLER_RUN)
+    return [FILLER_RUN] * full + [rest] * (rest > 0)
+
 
 Lengths = npt.NDArray[np.int64]
 

@@ -20,9 +20,9 @@ from typing import IO
 import numpy as np
 import numpy.typing as npt
 
-from batch_tokenizer.codecs.base import Codec, CodecStream
+from batch_tokenizer.codecs.base import Codec, CodecStream, fitted
 from batch_tokenizer.data.loader import Loader
-from batch_tokenizer.data.pieces import CONTEXT_SECONDS, fitted, piece_of
+from batch_tokenizer.data.pieces import CONTEXT_SECONDS, piece_of
 from batch_tokenizer.records import LoadedRow, ManifestRow, RowFailure, RunError, TokenizedRow
 from batch_tokenizer.runtime.signals import StopRequest
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import orjson
 
-from batch_tokenizer.commands.verify_shards import shard_of_ledger_file
-from batch_tokenizer.manifest.manifest import REFUSED
+from batch_tokenizer.manifest.row import REFUSED
 from batch_tokenizer.records import OUTPUT_FIELDS, RowError, RunError, Task
+from batch_tokenizer.runtime.shard_ledger import shard_of_ledger_file
 from batch_tokenizer.sources.tar_rows import tar_rows
 from batch_tokenizer.storage.names import spoken
 from batch_tokenizer.storage.parquet_rows import row_location

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from batch_tokenizer.records import RunError
 from batch_tokenizer.runtime.processes import ProcessGroup
-from batch_tokenizer.runtime.store import Store, poll
+from batch_tokenizer.runtime.work_queue import Store, poll
 
 
 class Notices(ABC):

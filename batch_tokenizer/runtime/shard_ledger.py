@@ -24,12 +24,22 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
-from batch_tokenizer.records import LedgerEntry, RunError
+from batch_tokenizer.records import LedgerEntry, RunError, Task
 from batch_tokenizer.runtime.ledger import encode_entry, shard_ledger_file
+
+_LEDGER_NAME = re.compile(r"(\d{6,8})-(\d{5,8})\.(\d{6,8})\.jsonl")
+
+
+def shard_of_ledger_file(name: str, task: Task, suffix: str) -> str | None:
+    """The name of the shard whose rows a ledger file has; None of the ledger files that are no shard's."""
+    match = _LEDGER_NAME.fullmatch(name)
+    return None if match is None else f"{shard_name(task, *map(int, match.groups()))}.{suffix}"
+
 
 logger = logging.getLogger(__name__)
 
 _PART_NAME = re.compile(r"(\d{5,8})\.(\d{6,8})\.jsonl")
+
 _FENCED = ".closed"
 
 

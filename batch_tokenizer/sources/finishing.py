@@ -6,18 +6,54 @@ none. A line that is no JSON object leaves as it came: the manifest refuses it, 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from hashlib import blake2b
 from typing import Any
 
 import orjson
 
 from batch_tokenizer.audio.decoding import probe_audio
-from batch_tokenizer.manifest.manifest import MAX_LINE, REFUSED
+from batch_tokenizer.manifest.row import MAX_LINE, REFUSED
 from batch_tokenizer.records import RowError, RowForm, Sink, Task
 from batch_tokenizer.sources.foreign_rows import Refused, convert, is_foreign
-from batch_tokenizer.sources.output_paths import numbered_path, output_path
+
+#: Bytes of a name without its ending. File systems take 255, and some users add endings of their own.
+MOST_NAME = 150
+
+_PLAIN = re.compile(r"[a-z0-9_][a-z0-9_.\-]*(?<![.\-])|[a-z0-9_]")
+
+_HASHED = re.compile(r"-[0-9a-f]{16}$")
+
+_UNSAFE = re.compile(r"[^A-Za-z0-9_.\-]+")
+
+
+def output_path(output_dir: str, key: str, ending: str) -> str:
+    """Where a row's output goes.
+
+    Args:
+        output_dir: a folder or a URL; put in front as it stands.
+        ending: with its dot.
+    """
+    digest = blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+    return f"{output_dir.rstrip('/') or '/'}/{digest[:2]}/{digest[2:4]}/{_name(key, digest)}{ending}"
+
+
+def _name(key: str, digest: str) -> str:
+    if len(key) <= MOST_NAME and _PLAIN.fullmatch(key) and not _HASHED.search(key):
+        return key
+    readable = _UNSAFE.sub("_", key)[: MOST_NAME - 17].strip("._-")
+    return f"{readable}-{digest}" if readable else f"_-{digest}"
+
+
+def numbered_path(path: str, number: int) -> str:
+    """``out/a.json`` to ``out/a-0.json``."""
+    folder, slash, name = path.rpartition("/")
+    stem, dot, ending = name.rpartition(".")
+    return f"{folder}{slash}{stem}-{number}.{ending}" if dot and stem else f"{path}-{number}"
+
 
 #: Channels that ``split`` makes rows of; a header that promises more is damaged, or no recording.
 _MOST_CHANNELS = 64

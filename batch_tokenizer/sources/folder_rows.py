@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from batch_tokenizer.manifest.manifest import REFUSED
+from batch_tokenizer.manifest.row import REFUSED
 from batch_tokenizer.records import RunError
 from batch_tokenizer.sources.foreign_rows import Refused
 from batch_tokenizer.sources.sidecars import AUDIO_ENDINGS, MOST_SIDECAR, TOKEN_ENDINGS, sidecar_fields

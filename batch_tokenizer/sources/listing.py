@@ -16,42 +16,119 @@ import os
 import socket
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import astuple
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from threading import Lock
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import orjson
 
-from batch_tokenizer.manifest.manifest import MAX_LINE, alone
-from batch_tokenizer.records import RunError
+from batch_tokenizer.manifest.index import alone
+from batch_tokenizer.manifest.row import MAX_LINE, REFUSED
+from batch_tokenizer.records import RowError, RunError
 from batch_tokenizer.sources.finishing import Finisher, SourceSettings
 from batch_tokenizer.sources.folder_rows import folder_row, walk_folder
-from batch_tokenizer.sources.foreign_rows import is_foreign
-from batch_tokenizer.sources.ordered import ordered
+from batch_tokenizer.sources.foreign_rows import Refused, is_foreign
 from batch_tokenizer.sources.patterns import Source, find_sources
+from batch_tokenizer.sources.sidecars import sidecar_fields
 from batch_tokenizer.sources.tar_rows import tar_rows
 from batch_tokenizer.storage import remote
 from batch_tokenizer.storage.names import PIPE, is_url, spoken
+from batch_tokenizer.storage.parquet_rows import TokenParquet, row_info, row_location
 from batch_tokenizer.storage.remote import StorageError
 from batch_tokenizer.storage.streams import GZIP_MAGIC, StreamReader
+
+
+def parquet_rows(location: str) -> Iterator[dict[str, Any]]:
+    """Rows with ``key`` and ``quantized_tokens``; a refused one for a shard that cannot be read, or not to its end."""
+    try:
+        parquet = TokenParquet.open(location)
+    except RowError as error:
+        yield {"key": location, REFUSED: error.reason}
+        return
+    try:
+        first = 0
+        for group in range(parquet.num_groups):
+            table = parquet.read_group(group, ["key", "info"])
+            for number in range(len(table)):
+                yield _row(parquet, location, table, number, first + number)
+            first += len(table)
+    except RowError as error:
+        yield {"key": location, REFUSED: error.reason}
+    finally:
+        parquet.close()
+
+
+def _row(parquet: TokenParquet, location: str, table: Any, number: int, row: int) -> dict[str, Any]:
+    place = row_location(location, row)
+    key = table.column("key")[number].as_py() if "key" in table.column_names else None
+    if not isinstance(key, str) or not key:
+        return {"key": place, REFUSED: f"{parquet.name}: row {row} has no key"}
+    try:
+        fields = sidecar_fields(orjson.dumps(row_info(table, number)), None)
+    except Refused as refused:
+        return {"key": key, REFUSED: f"{parquet.name}: row {row}: {refused.reason}"}
+    return {"key": key, "quantized_tokens": place, **fields}
+
+
+Item = TypeVar("Item")
+
+Result = TypeVar("Result")
+
+
+def ordered(
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    threads: int,
+    idle: Callable[[], None] = lambda: None,
+) -> Iterator[Result]:
+    """As ``map``, with several items in work at once, and few ahead of the results that were taken.
+
+    Args:
+        idle: called while waiting; an exception of its ends the work.
+    """
+    waiting: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) >= 2 * threads:
+                    yield _result(waiting.popleft(), idle)
+            while waiting:
+                yield _result(waiting.popleft(), idle)
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _result(future: Future[Result], idle: Callable[[], None]) -> Result:
+    while not wait([future], timeout=0.5).done:
+        idle()
+    return future.result()
+
 
 log = logging.getLogger(__name__)
 
 _VERSION = 1
+
 _THREADS = 8
+
 _CHUNK = 2000
+
 #: Bytes of one shard's lines that are held in memory.
 _SPOOLED = 8 * 2**20
+
 #: Lines at the beginning of a JSON-lines file that decide whether it is another tool's.
 _LOOKED_AT = 100
+
 #: Listings of an earlier state of the inputs are removed only after this: another job may still read them.
 _STALE_SECONDS = 24 * 3600.0
+
 #: Seconds between lines of progress.
 _TELL_SECONDS = 5.0
 
@@ -136,9 +213,6 @@ def _rows_of(head: bytes) -> Iterator[dict[str, Any]]:
             yield row
 
 
-# ------------------------------------------------------------------------------------------------------------- identity
-
-
 def _identity(sources: list[Source], settings: SourceSettings) -> str:
     """
     Raises:
@@ -180,9 +254,6 @@ def _state(source: Source, settings: SourceSettings) -> str | None:
     except OSError as error:
         raise RunError(f"--data_list {spoken(location)}: {error.strerror}") from error
     return f"{status.st_size} {status.st_mtime_ns}"
-
-
-# -------------------------------------------------------------------------------------------------------------- listing
 
 
 class _Lines:
@@ -267,7 +338,7 @@ def _finish_rows(rows: Iterator[dict[str, Any]], finisher: Finisher) -> _Lines:
 def _parquet_rows(location: str, settings: SourceSettings) -> Iterator[dict[str, Any]]:
     if settings.task != "token2wav":
         raise RunError(f"--data_list {spoken(location)}: parquet holds tokens, which --task token2wav reads")
-    from batch_tokenizer.sources.token_parquet import parquet_rows
+    from batch_tokenizer.sources.listing import parquet_rows
 
     return parquet_rows(location)
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import orjson
 
-from batch_tokenizer.manifest.manifest import REFUSED
+from batch_tokenizer.manifest.row import REFUSED
 from batch_tokenizer.records import CUT_FIELDS, REQUIRED_FIELDS
 from batch_tokenizer.sources.foreign_rows import Refused
-from batch_tokenizer.storage.member_names import member_name
+from batch_tokenizer.storage.names import member_name
 
 #: Bytes that a sidecar may have.
 MOST_SIDECAR = 1 << 20

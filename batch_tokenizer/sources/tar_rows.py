@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from batch_tokenizer.manifest.manifest import REFUSED
+from batch_tokenizer.manifest.row import REFUSED
 from batch_tokenizer.records import RunError
 from batch_tokenizer.sources.foreign_rows import Refused
 from batch_tokenizer.sources.sidecars import AUDIO_ENDINGS, MOST_SIDECAR, TOKEN_ENDINGS, sidecar_fields

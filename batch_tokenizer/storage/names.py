@@ -15,11 +15,29 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import lru_cache
+from hashlib import blake2b
 from urllib.parse import unquote, urlsplit, urlunsplit
 
+_PLAIN = re.compile(r"[A-Za-z0-9_-]{1,80}")
+
+_UNSAFE = re.compile(r"[^A-Za-z0-9_-]+")
+
+
+def member_name(key: str) -> str:
+    """The key itself if it is 1 to 80 of ``A-Z a-z 0-9 _ -``; otherwise as much of it as is, ``~`` and a hash of all
+    of it, which no plain key can be."""
+    if _PLAIN.fullmatch(key):
+        return key
+    digest = blake2b(key.encode("utf-8", "surrogatepass"), digest_size=10).hexdigest()
+    return f"{_UNSAFE.sub('_', key)[:48]}~{digest}"
+
+
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)://")
+
 _MEMBER = re.compile(r"tar://(\d{1,18})\+(\d{1,18})/([^:]*)::(.+)", re.DOTALL)
+
 _STREAMED = re.compile(r"targz://(\d{1,18})/([^:]*)::(.+)", re.DOTALL)
+
 _ESCAPED = re.compile(r"[%:\x00-\x1f\x7f]")
 
 #: What begins a shell command whose output is a tar, as webdataset writes it.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import l1_loss
 
-from batch_tokenizer.audio.torchaudio_transforms import transforms
+from batch_tokenizer.audio.mel import transforms
 
 #: Window in samples and mel bands of each resolution. Short windows see when, long ones see which harmonic.
 RESOLUTIONS: Sequence[tuple[int, int]] = ((512, 40), (1024, 80), (2048, 128))

@@ -8,9 +8,14 @@ from typing import Any, Literal
 
 from batch_tokenizer.records import LedgerEntry, Task, TokenizedRow
 from batch_tokenizer.writers.publish import publish
-from batch_tokenizer.writers.row_encoding import AudioEncoder, RowEncoder, done_entry
-from batch_tokenizer.writers.token_files import tokens_as_json, tokens_as_npy
-from batch_tokenizer.writers.wav_file import wav_bytes
+from batch_tokenizer.writers.row_encoding import (
+    AudioEncoder,
+    RowEncoder,
+    done_entry,
+    tokens_as_json,
+    tokens_as_npy,
+    wav_bytes,
+)
 
 
 class FileSink:

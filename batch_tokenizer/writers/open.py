@@ -20,11 +20,16 @@ from batch_tokenizer.records import OUTPUT_FIELDS, SHARD_SINKS, LedgerEntry, Row
 from batch_tokenizer.runtime.run_folder import RunFolder
 from batch_tokenizer.runtime.shard_ledger import ShardJournal, recover
 from batch_tokenizer.writers.file_sink import FileSink
-from batch_tokenizer.writers.row_encoding import AudioEncoder, RowEncoder
+from batch_tokenizer.writers.row_encoding import (
+    AudioEncoder,
+    RowEncoder,
+    tokens_as_json,
+    tokens_as_npy,
+    wav_bytes,
+    wav_pieces,
+)
 from batch_tokenizer.writers.shard_folder import shard_folder
 from batch_tokenizer.writers.shard_sink import ShardForm, ShardSink, shard_form
-from batch_tokenizer.writers.token_files import tokens_as_json, tokens_as_npy
-from batch_tokenizer.writers.wav_file import wav_bytes, wav_pieces
 
 
 class ResultSink(Protocol):

@@ -15,9 +15,8 @@ from collections.abc import Iterator, Sequence
 from typing import BinaryIO
 
 from batch_tokenizer.records import RowError
-from batch_tokenizer.storage.member_names import member_name
-from batch_tokenizer.writers.row_encoding import EncodedRow, json_bytes
-from batch_tokenizer.writers.token_files import npy_bytes
+from batch_tokenizer.storage.names import member_name
+from batch_tokenizer.writers.row_encoding import EncodedRow, json_bytes, npy_bytes
 
 #: Sizes are 11 octal digits.
 _MOST_BYTES = 8**11 - 1

@@ -21,7 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from batch_tokenizer.manifest.manifest import Manifest, plan_units
+from batch_tokenizer.manifest.manifest import Manifest
+from batch_tokenizer.manifest.units import plan_units
 from batch_tokenizer.runtime.ledger import RowStatus, iter_failures, ledger_file, read_ledger
 
 RANKS = 16

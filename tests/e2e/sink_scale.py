@@ -44,7 +44,7 @@ from batch_tokenizer.records import ManifestRow, RowError, Sink, TokenizedRow
 from batch_tokenizer.runtime.ledger import LedgerWriter
 from batch_tokenizer.runtime.processes import ProcessGroup
 from batch_tokenizer.runtime.run_folder import RunFolder
-from batch_tokenizer.sources.output_paths import output_path
+from batch_tokenizer.sources.finishing import output_path
 from batch_tokenizer.writers.open import open_sink, recover_shards
 from batch_tokenizer.writers.pool import WriterPool
 from tests.support.checkpoints import write_mimo_checkpoint

@@ -17,9 +17,9 @@ import batch_tokenizer
 from batch_tokenizer.audio.mel import log_mel
 from batch_tokenizer.codecs.base import CodecInfo
 from batch_tokenizer.codecs.mimo.codec import MiMoCodec, MiMoSpec
-from batch_tokenizer.codecs.mimo.compiled import CompiledLayers
 from batch_tokenizer.codecs.mimo.encoder import EncoderLayout
-from batch_tokenizer.codecs.mimo.front_end import packed_log_mel
+from batch_tokenizer.codecs.mimo.layers import CompiledLayers
+from batch_tokenizer.codecs.mimo.model import packed_log_mel
 from batch_tokenizer.codecs.mimo.sized import random_model, sized_config
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -8,9 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from batch_tokenizer.kernels.codebook import first_equal_rows, nearest_rows
-from batch_tokenizer.kernels.packing import FILLER_RUN, filler_runs, packs
-from batch_tokenizer.kernels.precision import Float32Buffers
+from batch_tokenizer.kernels.codebook import Float32Buffers, first_equal_rows, nearest_rows
+from batch_tokenizer.kernels.segments import FILLER_RUN, filler_runs, packs
 
 
 @settings(max_examples=30, deadline=None)

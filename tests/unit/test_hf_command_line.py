@@ -15,7 +15,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from batch_tokenizer.cli import main  # noqa: E402
-from batch_tokenizer.writers.wav_file import wav_bytes  # noqa: E402
+from batch_tokenizer.writers.row_encoding import wav_bytes  # noqa: E402
 from tests.support.command import batch_tokenizer, output_row, write_manifest  # noqa: E402
 from tests.support.hf import save_checkpoint  # noqa: E402
 

@@ -18,8 +18,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from batch_tokenizer.manifest import index as index_module
 from batch_tokenizer.manifest import manifest as manifest_module
-from batch_tokenizer.manifest.manifest import LineState, Manifest
+from batch_tokenizer.manifest import row as row_module
+from batch_tokenizer.manifest.manifest import Manifest
+from batch_tokenizer.manifest.row import LineState
 from batch_tokenizer.records import OUTPUT_FIELDS, REQUIRED_FIELDS, TASKS, ManifestRow, RowFailure, RunError, Task
 
 
@@ -205,8 +208,8 @@ def test_inputs_may_be_shared(tmp_path: Path) -> None:
 
 
 def test_equal_hashes_are_no_duplicates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(manifest_module, "_hash_path", lambda path: len(path) % 2)
-    monkeypatch.setattr(manifest_module, "_hash_bytes", lambda data: bytes(7) + bytes([1 + len(data) % 2]))
+    monkeypatch.setattr(index_module, "_hash_path", lambda path: len(path) % 2)
+    monkeypatch.setattr(index_module, "hash_bytes", lambda data: bytes(7) + bytes([1 + len(data) % 2]))
     lines = [row(number) for number in range(30)] + [row(30, key="key-17"), row(31, reconstructed_wav="out/23.json")]
     assert reasons(open_lines(tmp_path, lines)) == {
         30: 'duplicate key "key-17": first on line 18',
@@ -219,7 +222,7 @@ def test_equal_hashes_are_no_duplicates(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("block", [1, 7, 64, 1000])
 def test_lines_across_block_borders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
-    monkeypatch.setattr(manifest_module, "_BLOCK", block)
+    monkeypatch.setattr(index_module, "BLOCK_BYTES", block)
     lines = [b"\xef\xbb\xbf" + json.dumps(row(0)).encode(), *(row(number) for number in range(1, 20)), b"", row(20)]
     manifest = open_lines(tmp_path, lines)
     read = items(manifest)
@@ -228,8 +231,10 @@ def test_lines_across_block_borders(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_line_without_end_costs_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(manifest_module, "_BLOCK", 512)
-    monkeypatch.setattr(manifest_module, "MAX_LINE", 1000)
+    monkeypatch.setattr(index_module, "BLOCK_BYTES", 512)
+    for module in (index_module, manifest_module, row_module):
+        monkeypatch.setattr(module, "MAX_LINE", 1000)
+    monkeypatch.setattr(manifest_module, "BLOCK_BYTES", 512)
     longest = json.dumps(row(2, note="x")).encode()
     longest = longest.replace(b'"x"', b'"' + b"x" * (1001 - len(longest)) + b'"')
     assert len(longest) == 1000
@@ -277,8 +282,8 @@ def test_durations(tmp_path: Path, value: Any, seconds: float | None) -> None:
 def test_the_index_is_kept_for_the_same_file_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = open_lines(tmp_path, [row(1), row(2)])
     built: list[Path] = []
-    build = manifest_module._build
-    monkeypatch.setattr(manifest_module, "_build", lambda path, *rest: (built.append(path), build(path, *rest)))
+    build = manifest_module.build_index
+    monkeypatch.setattr(manifest_module, "build_index", lambda path, *rest: (built.append(path), build(path, *rest)))
     assert items(Manifest.open(first.path, first.task, tmp_path / "index")) == items(first)
     assert not built
     with first.path.open("ab") as stream:

@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batch_tokenizer.manifest.manifest import LineState, Manifest, cut_of
+from batch_tokenizer.manifest.manifest import Manifest
+from batch_tokenizer.manifest.row import LineState, cut_of
 from batch_tokenizer.records import AudioCut, RowFailure
 
 

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batch_tokenizer.manifest.manifest import LineState, in_shard, plan_units
+from batch_tokenizer.manifest.row import LineState
+from batch_tokenizer.manifest.units import in_shard, plan_units
 from batch_tokenizer.records import RunError
 
 

@@ -13,7 +13,7 @@ from batch_tokenizer.codecs.base import CodecInfo
 from batch_tokenizer.codecs.mimo import front_end
 from batch_tokenizer.codecs.mimo.codec import MiMoCodec, MiMoSpec
 from batch_tokenizer.codecs.mimo.config import MiMoConfig
-from batch_tokenizer.codecs.mimo.front_end import packed_log_mel
+from batch_tokenizer.codecs.mimo.model import packed_log_mel
 from batch_tokenizer.codecs.mimo.sized import random_model
 from batch_tokenizer.kernels.segments import GappedAxis
 from tests.support.checkpoints import TINY

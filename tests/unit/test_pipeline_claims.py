@@ -6,8 +6,9 @@ import json
 
 import numpy as np
 
-from batch_tokenizer.manifest.manifest import Manifest, plan_units
-from batch_tokenizer.pipeline.run import Claims
+from batch_tokenizer.manifest.manifest import Manifest
+from batch_tokenizer.manifest.units import plan_units
+from batch_tokenizer.pipeline.claims import Claims
 from batch_tokenizer.runtime.work_queue import WorkQueue
 
 

@@ -18,7 +18,8 @@ from batch_tokenizer.codecs.base import Codec, Computed
 from batch_tokenizer.codecs.checkpoint import Checkpoint
 from batch_tokenizer.commands.bench_workload import FreeSpec, write_manifest
 from batch_tokenizer.config import RunConfig
-from batch_tokenizer.pipeline.run import Job, run_job, with_front_end
+from batch_tokenizer.pipeline.run import run_job
+from batch_tokenizer.pipeline.setup import Job, with_front_end
 from batch_tokenizer.records import RunError
 from batch_tokenizer.runtime.devices import ComputeDevice, choose_device
 from batch_tokenizer.runtime.processes import ProcessGroup

@@ -14,8 +14,7 @@ import pytest
 
 from batch_tokenizer.records import RunError
 from batch_tokenizer.runtime.processes import Launcher, ProcessGroup
-from batch_tokenizer.runtime.store import Store
-from batch_tokenizer.runtime.work_queue import WorkQueue
+from batch_tokenizer.runtime.work_queue import Store, WorkQueue
 
 
 def group(launcher: Launcher, rank: int, world_size: int) -> ProcessGroup:

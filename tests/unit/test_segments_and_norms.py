@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from batch_tokenizer.kernels.codebook import Float32Buffers
 from batch_tokenizer.kernels.norms import RMSNorm, SegmentGroupNorm
-from batch_tokenizer.kernels.precision import Float32Buffers
 from batch_tokenizer.kernels.segments import GappedAxis, Segments, within
 
 

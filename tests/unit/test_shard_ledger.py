@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batch_tokenizer.data.stored_rows import shard_rows
 from batch_tokenizer.records import RunError
+from batch_tokenizer.runs.stored_rows import shard_rows
 from batch_tokenizer.runtime.shard_ledger import ShardJournal, parse_shard_name, recover, shard_name
 from batch_tokenizer.writers.row_encoding import RowEncoder, done_entry
 from batch_tokenizer.writers.shard_folder import shard_folder

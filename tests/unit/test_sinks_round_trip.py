@@ -22,19 +22,18 @@ from hypothesis.extra.numpy import arrays
 from batch_tokenizer.audio.decoding import decode_audio
 from batch_tokenizer.audio.encoding import flac_bytes
 from batch_tokenizer.codecs.base import CodecInfo
-from batch_tokenizer.data.stored_rows import shard_rows
 from batch_tokenizer.data.token_files import parse_tokens, read_tokens
-from batch_tokenizer.manifest.manifest import REFUSED
+from batch_tokenizer.manifest.row import REFUSED
 from batch_tokenizer.records import RowError, RunError, Sink
+from batch_tokenizer.runs.stored_rows import shard_rows
+from batch_tokenizer.sources.listing import parquet_rows
 from batch_tokenizer.sources.tar_rows import tar_rows
-from batch_tokenizer.sources.token_parquet import parquet_rows
-from batch_tokenizer.storage.member_names import member_name
+from batch_tokenizer.storage.names import member_name
 from batch_tokenizer.storage.parquet_rows import TokenParquet, row_location
 from batch_tokenizer.writers import parquet_shard
 from batch_tokenizer.writers.file_sink import FileSink
-from batch_tokenizer.writers.row_encoding import RowEncoder, json_bytes
+from batch_tokenizer.writers.row_encoding import RowEncoder, json_bytes, npy_bytes, tokens_as_npy
 from batch_tokenizer.writers.shard_sink import shard_form
-from batch_tokenizer.writers.token_files import npy_bytes, tokens_as_npy
 from tests.support.loading import INFO
 from tests.support.shards import RUN_INFO, tokenized
 

@@ -17,12 +17,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from batch_tokenizer.config import RunConfig, beside
-from batch_tokenizer.manifest.manifest import MAX_LINE, REFUSED, Manifest
+from batch_tokenizer.manifest.manifest import Manifest
+from batch_tokenizer.manifest.row import MAX_LINE, REFUSED
 from batch_tokenizer.records import ManifestRow, RowFailure, RunError
-from batch_tokenizer.sources.finishing import SourceSettings
+from batch_tokenizer.sources.finishing import MOST_NAME, SourceSettings, output_path
 from batch_tokenizer.sources.foreign_rows import Refused, convert
 from batch_tokenizer.sources.listing import local_manifest
-from batch_tokenizer.sources.output_paths import MOST_NAME, output_path
 from batch_tokenizer.sources.patterns import expand_braces, find_sources
 from batch_tokenizer.storage.opening import opened
 from tests.support.tars import header, tar_bytes, wav_content

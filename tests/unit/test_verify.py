@@ -18,14 +18,14 @@ from batch_tokenizer.cli import main
 from batch_tokenizer.codecs.checkpoint import Checkpoint
 from batch_tokenizer.codecs.registry import find_family
 from batch_tokenizer.commands.verify import check_audio_file, check_tokens
+from batch_tokenizer.commands.verify_shards import Wrong
 from batch_tokenizer.manifest.manifest import Manifest
 from batch_tokenizer.records import LedgerEntry, ManifestRow, RowFailure, TokenizedRow
 from batch_tokenizer.runtime.ledger import LedgerWriter, RowStatus, read_ledger
 from batch_tokenizer.runtime.processes import ProcessGroup
 from batch_tokenizer.runtime.run_folder import RunFolder
-from batch_tokenizer.verify_contents import Wrong
 from batch_tokenizer.writers.file_sink import FileSink
-from batch_tokenizer.writers.wav_file import wav_bytes
+from batch_tokenizer.writers.row_encoding import wav_bytes
 from tests.support.checkpoints import write_mimo_checkpoint
 from tests.support.command import write_manifest
 

@@ -14,6 +14,7 @@ from batch_tokenizer.audio.encoding import flac_bytes
 from batch_tokenizer.cli import main
 from batch_tokenizer.codecs.checkpoint import Checkpoint
 from batch_tokenizer.codecs.registry import find_family
+from batch_tokenizer.commands.verify_shards import Wrong, check_audio
 from batch_tokenizer.config import RunConfig
 from batch_tokenizer.manifest.manifest import Manifest
 from batch_tokenizer.records import ManifestRow, RunError, TokenizedRow
@@ -21,7 +22,6 @@ from batch_tokenizer.runs.stored_rows import stored_rows
 from batch_tokenizer.runtime.ledger import RowStatus, read_ledger
 from batch_tokenizer.runtime.processes import ProcessGroup
 from batch_tokenizer.runtime.run_folder import RunFolder
-from batch_tokenizer.verify_contents import Wrong, check_audio
 from batch_tokenizer.writers.open import open_sink, recover_shards, run_settings
 from tests.support.checkpoints import write_mimo_checkpoint
 from tests.support.shards import read_shards

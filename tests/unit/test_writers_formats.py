@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 from batch_tokenizer.records import RowError, TokenizedRow
 from batch_tokenizer.writers import wav_file
 from batch_tokenizer.writers.file_sink import FileSink
-from batch_tokenizer.writers.token_files import token_json
-from batch_tokenizer.writers.wav_file import wav_bytes
+from batch_tokenizer.writers.row_encoding import token_json, wav_bytes
 from tests.support.loading import make_row
 
 RUN_INFO = {"codec": "fake-24k", "sample_rate": 24000, "fingerprint": "feedface"}

@@ -16,8 +16,8 @@ from torch.nn.functional import pad
 
 from batch_tokenizer.codecs.mimo.config import MiMoConfig
 from batch_tokenizer.codecs.mimo.layers import TransformerStack, make_norm
+from batch_tokenizer.kernels.codebook import Float32Buffers
 from batch_tokenizer.kernels.norms import SegmentGroupNorm
-from batch_tokenizer.kernels.precision import Float32Buffers
 from batch_tokenizer.kernels.segments import GappedAxis, Segments
 
 

@@ -18,8 +18,7 @@ from torch.nn.functional import linear, pad
 from batch_tokenizer.codecs.mimo.config import MiMoConfig
 from batch_tokenizer.codecs.mimo.layers import TransformerStack, activate, make_norm
 from batch_tokenizer.codecs.mimo.quantizer import ResidualVectorQuantizer
-from batch_tokenizer.kernels.packing import filler_runs
-from batch_tokenizer.kernels.segments import GappedAxis, Segments
+from batch_tokenizer.kernels.segments import GappedAxis, Segments, filler_runs
 
 
 @dataclass(frozen=True)

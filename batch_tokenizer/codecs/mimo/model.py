@@ -16,13 +16,47 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from batch_tokenizer.audio.mel import FLOOR, MelForm, mel_transform
 from batch_tokenizer.codecs.mimo.config import MiMoConfig
 from batch_tokenizer.codecs.mimo.decoder import AudioDecoder
 from batch_tokenizer.codecs.mimo.encoder import AudioEncoder, EncoderLayout
-from batch_tokenizer.codecs.mimo.front_end import packed_log_mel
 from batch_tokenizer.codecs.mimo.layers import TransformerStack
-from batch_tokenizer.kernels.packing import filler_runs, packs
-from batch_tokenizer.kernels.segments import joined_on, to_device
+from batch_tokenizer.kernels.segments import GappedAxis, Lengths, filler_runs, joined_on, packs, to_device, within
+
+#: Rows of the axis whose windows are in memory at once, 160 MB of them at 960 samples.
+BLOCK_ROWS = 8192
+
+
+def packed_log_mel(samples: Tensor, lengths: Lengths, axis: GappedAxis, form: MelForm) -> Tensor:
+    """Log-mel float32 (axis.size, n_mels), zero where the axis has no frame.
+
+    Args:
+        samples: float32 (N,) on any device: utterances one after the other.
+        lengths: int64 (S,), samples of each, more than half a transform (``form.least_samples``).
+        axis: where each utterance's frames lie; ``axis.lengths`` are 1 + lengths // hop.
+    """
+    device = samples.device
+    transform = mel_transform(form, device)
+    window, filters = transform.spectrogram.window, transform.mel_scale.fb  # the window is as long as the transform
+    # Of each row: whether it is a frame, its utterance's first and last sample, and where its window begins there.
+    table = np.zeros((axis.size, 4), np.int32)
+    frames = within(axis.lengths)
+    rows = frames + np.repeat(axis.starts, axis.lengths)
+    table[rows, 0] = 1
+    table[rows, 1] = np.repeat(np.cumsum(lengths) - lengths, axis.lengths)
+    table[rows, 2] = np.repeat(lengths - 1, axis.lengths)
+    table[rows, 3] = frames * form.hop_length - form.n_fft // 2
+    is_frame, first, last, begin = to_device(table, device)[:, :, None].unbind(1)
+    steps = torch.arange(form.n_fft, dtype=torch.int32, device=device)
+    mel = torch.empty(axis.size, form.n_mels, device=device)
+    for start in range(0, axis.size, BLOCK_ROWS):
+        block = slice(start, min(axis.size, start + BLOCK_ROWS))
+        # Reflected at both ends: -p for a place p < 0, and 2 · last - p for one behind the last.
+        place = last[block] - (last[block] - (begin[block] + steps).abs()).abs()
+        windows = samples[(first[block] + place) * is_frame[block]] * window
+        mel[block] = torch.fft.rfft(windows).abs() @ filters
+    return mel.clamp_(min=FLOOR).log_().mul_(is_frame)
+
 
 Stats = dict[str, Any]
 
@@ -70,7 +104,7 @@ class MiMoAudioTokenizer(nn.Module):
 
     def compile_layers(self) -> None:
         """Runs the layers under ``torch.compile``: faster on CUDA, where packs have one shape; see ``compiled``."""
-        from batch_tokenizer.codecs.mimo.compiled import CompiledLayers
+        from batch_tokenizer.codecs.mimo.layers import CompiledLayers
 
         for module in self.modules():
             if isinstance(module, TransformerStack):

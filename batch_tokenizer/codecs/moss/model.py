@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from batch_tokenizer.codecs.moss.config import MossConfig
 from batch_tokenizer.codecs.moss.layers import Passage, PatchDown, PatchUp, Stages, Stream, Transformer
 from batch_tokenizer.codecs.moss.quantizer import ResidualQuantizer
-from batch_tokenizer.kernels.packing import filler_runs, packs
+from batch_tokenizer.kernels.segments import filler_runs, packs
 
 #: Token frames of axis that a pack on CUDA has, unless told otherwise.
 DEFAULT_CAPACITY = 4096

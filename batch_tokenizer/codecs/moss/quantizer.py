@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, normalize
 
 from batch_tokenizer.codecs.moss.config import QuantizerConfig
-from batch_tokenizer.kernels.codebook import first_equal_rows, nearest_rows
-from batch_tokenizer.kernels.precision import Float32Buffers
+from batch_tokenizer.kernels.codebook import Float32Buffers, first_equal_rows, nearest_rows
 
 
 class WeightNorm(Float32Buffers):

@@ -1,0 +1,217 @@
+"""What a run needs before its first row: checkpoint, device, run folder, manifest, loader."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from batch_tokenizer import __version__
+from batch_tokenizer.codecs.base import Codec, CodecSpec
+from batch_tokenizer.codecs.checkpoint import Checkpoint
+from batch_tokenizer.codecs.registry import Family, find_family
+from batch_tokenizer.config import FrontEnd, RunConfig
+from batch_tokenizer.data.loader import Loader
+from batch_tokenizer.data.loading import RowLoader
+from batch_tokenizer.data.pieces import PassLimit
+from batch_tokenizer.manifest.manifest import Manifest
+from batch_tokenizer.quality.live import LiveQuality
+from batch_tokenizer.records import (
+    RunError,
+)
+from batch_tokenizer.runs.source import prepare
+from batch_tokenizer.runtime.devices import ComputeDevice, choose_device
+from batch_tokenizer.runtime.ledger import LedgerState, read_ledger
+from batch_tokenizer.runtime.processes import ProcessGroup
+from batch_tokenizer.runtime.run_folder import RunFolder
+from batch_tokenizer.writers.open import recover_shards, run_settings
+
+log = logging.getLogger(__name__)
+
+#: Bytes of loaded input, and of results waiting for a writer, that a process holds at most.
+LOADED_BYTES = 1 << 30
+
+#: Seconds that the other ranks give rank 0 to list and index a corpus.
+LISTING = 6 * 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a process knows before it touches the run folder."""
+
+    config: RunConfig
+    processes: ProcessGroup
+    compute: ComputeDevice
+    checkpoint: Checkpoint
+    family: Family
+    spec: CodecSpec
+    num_quantizers: int
+
+    @classmethod
+    def prepare(cls, config: RunConfig, processes: ProcessGroup) -> Job:
+        """Opens the checkpoint, chooses the device, and says so.
+
+        Raises:
+            RunError: the checkpoint or the device is not what was asked for.
+        """
+        torch.manual_seed(config.seed)
+        checkpoint = Checkpoint.open(config.model_path)
+        family = find_family(checkpoint)
+        spec = family.open_spec(checkpoint)
+        compute = choose_device(config.device, config.dtype, processes.local_rank, spec.cuda_dtype)
+        spec = with_front_end(spec, config.front_end, compute)
+        if compute.device.type == "cpu":
+            # One thread an operation, several utterances at a time: faster for short ones, and results do not depend
+            # on how many cores a process was given.
+            torch.set_num_threads(1)
+        most = spec.info.num_codebooks
+        if config.num_quantizers is not None and config.num_quantizers > most:
+            raise RunError(f"--num_quantizers {config.num_quantizers}: this checkpoint has {most} codebooks")
+        job = cls(config, processes, compute, checkpoint, family, spec, config.num_quantizers or most)
+        limit = job.limit
+        log.info("batch_tokenizer %s: %s, rank 0 of %d (%s)",
+                 __version__, config.task, processes.world_size, processes.launcher)  # fmt: skip
+        log.info("%s", compute.reason)
+        log.info("model %s (%s, fingerprint %s), %d of %d codebooks", checkpoint.folder, spec.info.family,
+                 spec.info.fingerprint, job.num_quantizers, most)  # fmt: skip
+        if limit.policy != "native" and limit.samples is not None:
+            log.info("audio longer than %g s: %s", limit.samples / spec.info.sample_rate, limit.policy)
+        return job
+
+    @property
+    def num_workers(self) -> int:
+        """Loader processes."""
+        return self.compute.loaders(self.config.num_workers)
+
+    @property
+    def limit(self) -> PassLimit:
+        """What goes through the model in one pass."""
+        return PassLimit.of(self.spec, self.config.long_audio, self.config.max_seconds)
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What every token file of the run says about how it was made. Nothing about when, where or with whom."""
+        return {
+            "codec": self.spec.info.family,
+            "fingerprint": self.spec.info.fingerprint,
+            "sample_rate": self.spec.info.sample_rate,
+            "frame_rate": self.spec.info.frame_rate,
+            "codebook_sizes": list(self.spec.info.codebook_sizes[: self.num_quantizers]),
+            "dtype": self.compute.dtype_name,
+            "resampler": self.config.resampler,
+            "version": __version__,
+        }
+
+    def open_folder(self, idle: Callable[[], None]) -> RunFolder:
+        """The run folder, which refuses other settings than its own."""
+        return RunFolder.open(
+            self.config.run_dir or self.config.default_run_dir(),
+            run_settings(self.config, self.num_quantizers, {**self.info, **self.limit.settings}),
+            processes=self.processes,
+            num_shards=self.config.num_shards,
+            shard=self.config.shard,
+            overwrite=self.config.overwrite,
+            idle=idle,
+        )
+
+    def open_loader(self) -> AbstractContextManager[Loader]:
+        """Loader processes for this rank."""
+        return Loader(
+            RowLoader(self.config.task, self.spec, self.config.resampler, self.num_quantizers, self.limit),
+            num_workers=self.num_workers,
+            rows_ahead=self.config.batch_size * self.config.prefetch,
+            bytes_ahead=LOADED_BYTES,
+            row_timeout=self.config.row_timeout,
+        )
+
+    def load_codec(self) -> Codec:
+        """The weights that the task needs."""
+        codec = self.family.load_codec(
+            self.checkpoint, self.spec, task=self.config.task, device=self.compute.device, dtype=self.compute.dtype,
+            attention=self.config.attention, threads=self.compute.cores,
+        )  # fmt: skip
+        if self.config.frame_budget is not None:
+            codec.frame_budget = self.config.frame_budget
+        return codec
+
+
+def with_front_end(spec: CodecSpec, asked: FrontEnd, compute: ComputeDevice) -> CodecSpec:
+    """The spec that loader and codec share: features are made where ``asked``, or where it is faster.
+
+    Raises:
+        RunError: this codec cannot make them on a device.
+    """
+    if asked == "host" or (asked == "auto" and compute.device.type == "cpu"):
+        return spec
+    on_device = spec.with_device_front_end()
+    if on_device is None and asked == "device":
+        raise RunError(f"--front_end device: {spec.info.family} makes its features in loader processes; leave it out")
+    log.info("features are made %s", "in loader processes" if on_device is None else f"on {compute.device}")
+    return on_device or spec
+
+
+def open_live_quality(config: RunConfig, spec: CodecSpec) -> AbstractContextManager[LiveQuality | None]:
+    if not config.evaluate_every:
+        return nullcontext()
+    info = spec.info
+    return LiveQuality(
+        config.evaluate_every, dict(config.stop_below), info.sample_rate, info.output_sample_rate, config.resampler
+    )
+
+
+def open_manifest(
+    config: RunConfig, folder: RunFolder, idle: Callable[[], None]
+) -> tuple[Manifest, npt.NDArray[np.uint8]]:
+    """The manifest and each line's status. Rank 0 reads the ledger; all ranks plan from what it found."""
+    if not folder.processes.is_main:
+        status = folder.await_status(timeout=LISTING, idle=idle)
+        path = folder.manifest or Path(config.data_list)
+        return Manifest.open(path, config.task, folder.index_dir, sink=config.sink), status
+    path = prepare(config, folder.path, idle)
+    manifest = Manifest.open(path, config.task, folder.index_dir, sink=config.sink, progress=_IndexProgress(idle))
+    recover_shards(config, folder, idle)
+    state = read_ledger(folder.path, manifest, idle=idle)
+    if state.num_changed:
+        changed = f"{state.num_changed} finished rows changed in {config.data_list} ({', '.join(state.changed_keys)})"
+        if not config.overwrite:
+            raise RunError(
+                f"{changed}: their outputs are of other input. Use another --run_dir, or --overwrite to do all again"
+            )
+        log.warning("%s: all rows are done again", changed)
+        folder.discard_ledger()
+        recover_shards(config, folder, idle)
+        state = read_ledger(folder.path, manifest, idle=idle)
+    _report_state(state)
+    folder.share_status(state.status, path)
+    return manifest, state.status
+
+
+def _report_state(state: LedgerState) -> None:
+    if state.num_done or state.num_failed:
+        log.info("resuming: %d rows are done, %d failed", state.num_done, state.num_failed)
+    if state.num_unreadable:
+        log.warning("%d ledger lines cannot be read, as after a crash; their rows are done again", state.num_unreadable)
+    if state.num_removed:
+        log.warning("%d finished rows are no longer in the manifest", state.num_removed)
+
+
+class _IndexProgress:
+    """A log line now and then while a large manifest is indexed."""
+
+    def __init__(self, idle: Callable[[], None]) -> None:
+        self._idle = idle
+        self._told = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        self._idle()
+        if time.monotonic() - self._told >= 5.0:
+            self._told = time.monotonic()
+            log.info("indexing the manifest: %.0f %% of %.1f MB", 100 * done / max(total, 1), total / 1e6)
