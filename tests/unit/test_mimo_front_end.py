@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from batch_tokenizer.audio.mel import MelForm, log_mel
 from batch_tokenizer.codecs.base import CodecInfo
-from batch_tokenizer.codecs.mimo import front_end
+from batch_tokenizer.codecs.mimo import model as front_end
 from batch_tokenizer.codecs.mimo.codec import MiMoCodec, MiMoSpec
 from batch_tokenizer.codecs.mimo.config import MiMoConfig
 from batch_tokenizer.codecs.mimo.model import packed_log_mel

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batch_tokenizer.records import RowError, TokenizedRow
-from batch_tokenizer.writers import wav_file
+from batch_tokenizer.writers import row_encoding
 from batch_tokenizer.writers.file_sink import FileSink
 from batch_tokenizer.writers.row_encoding import token_json, wav_bytes
 from tests.support.loading import make_row
@@ -115,7 +115,7 @@ def test_samples_beyond_a_wav_files_size_fail_the_row(monkeypatch: pytest.Monkey
     with pytest.raises(RowError, match=r"24.9 hours of audio at 24000 Hz do not fit") as raised:
         wav_bytes(endless, 24000)
     assert raised.value.stage == "write"
-    monkeypatch.setattr(wav_file, "_MOST_DATA_BYTES", 8)
+    monkeypatch.setattr(row_encoding, "_MOST_DATA_BYTES", 8)
     assert len(wav_bytes(np.zeros(4, np.float32), 24000)) == 52
     with pytest.raises(RowError):
         wav_bytes(np.zeros(5, np.float32), 24000)
