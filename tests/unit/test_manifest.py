@@ -209,7 +209,8 @@ def test_inputs_may_be_shared(tmp_path: Path) -> None:
 
 def test_equal_hashes_are_no_duplicates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index_module, "_hash_path", lambda path: len(path) % 2)
-    monkeypatch.setattr(index_module, "hash_bytes", lambda data: bytes(7) + bytes([1 + len(data) % 2]))
+    for module in (index_module, manifest_module):
+        monkeypatch.setattr(module, "hash_bytes", lambda data: bytes(7) + bytes([1 + len(data) % 2]))
     lines = [row(number) for number in range(30)] + [row(30, key="key-17"), row(31, reconstructed_wav="out/23.json")]
     assert reasons(open_lines(tmp_path, lines)) == {
         30: 'duplicate key "key-17": first on line 18',
@@ -352,12 +353,12 @@ def test_two_processes_build_once(tmp_path: Path) -> None:
         import logging, sys, time
         from batch_tokenizer.manifest import manifest
         logging.basicConfig()
-        build = manifest._build
+        build = manifest.build_index
         def slow(*arguments):
             print("built", flush=True)
             time.sleep(1)
             build(*arguments)
-        manifest._build = slow
+        manifest.build_index = slow
         print(len(manifest.Manifest.open(sys.argv[1], "wav2token", sys.argv[2])))
         """
     )
