@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any, TypeVar
@@ -47,6 +47,78 @@ class BatchRunner:
         order = sorted(range(len(batch)), key=lambda index: -length(batch[index]))
         done = dict(zip(order, self._pool.map(one, order), strict=True))
         return [done[index] for index in range(len(batch))]
+
+
+class PaddedRunner:
+    """Runs a model that takes padded batches of different lengths: on a device in batches of a few fixed shapes, on a
+    CPU as ``BatchRunner``, one utterance at a time without padding.
+
+    On a device an utterance of n frames always goes through with the same number of rows and of frames: those of the
+    smallest size that holds it. So no matrix product changes its shape, and thereby the last bits of its results, with
+    the utterance's neighbours. Rows that no utterance fills are padding. Above the greatest size each goes alone.
+
+    On a CPU padding costs what the padded positions cost, and small matrix products gain little from a batch.
+
+    Attributes:
+        frames: frames of a padded batch, rows times size, at most.
+        together: whether batches are padded; on a CPU only where a test asks for it.
+    """
+
+    #: Frames of a batch are not fewer than this after ``shrink``.
+    _FEWEST = 64
+
+    def __init__(self, device: torch.device, threads: int, frames: int) -> None:
+        self.frames = frames
+        self.together = device.type != "cpu"
+        self._alone = BatchRunner(device, threads)
+        self.batch_limit = self._alone.batch_limit
+
+    def __call__(
+        self,
+        compute: Callable[[list[Tensor], int | None, int | None], list[Result]],
+        batch: Sequence[Tensor],
+        frames: Callable[[Tensor], int],
+    ) -> list[Result]:
+        """``compute``'s result for each member, in order.
+
+        Args:
+            compute: makes results of utterances, of the size in frames and of the number of rows that their batch must
+                have; None for both for an utterance alone.
+            frames: of a member.
+        """
+        if not self.together:
+            return self._alone(lambda members: compute(members, None, None), batch, frames)
+        results: dict[int, Result] = {}
+        with torch.inference_mode():
+            for size, members in self._groups([frames(member) for member in batch]):
+                rows = None if size is None else max(1, self.frames // size)
+                done = compute([batch[index] for index in members], size, rows)
+                results.update(zip(members, done, strict=True))
+        return [results[index] for index in range(len(batch))]
+
+    def shrink(self) -> None:
+        """Makes batches half as large, after one that did not fit in memory."""
+        self.frames = max(self._FEWEST, self.frames // 2)
+
+    def _groups(self, frames: Sequence[int]) -> Iterator[tuple[int | None, list[int]]]:
+        """Sizes, and which utterances go through together at that size."""
+        by_size: dict[int, list[int]] = {}
+        for index, count in enumerate(frames):
+            size = padded_size(count)
+            if size > self.frames:
+                yield None, [index]
+            else:
+                by_size.setdefault(size, []).append(index)
+        for size, members in sorted(by_size.items()):
+            rows = max(1, self.frames // size)
+            for start in range(0, len(members), rows):
+                yield size, members[start : start + rows]
+
+
+def padded_size(frames: int) -> int:
+    """The smallest of 8, 12, 16, 24, 32, 48 … that is not below ``frames``: at most half of it is padding."""
+    power = max(8, 1 << (frames - 1).bit_length())
+    return power * 3 // 4 if power > 8 and frames <= power * 3 // 4 else power
 
 
 class ToHost:

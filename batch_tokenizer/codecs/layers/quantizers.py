@@ -1,0 +1,142 @@
+"""Vectors to codes and back: codebooks by nearest row, residual stacks of them, and finite scalar quantization.
+
+All of it works on single frames (N, d), so that it is the same for a batch and for an utterance alone. Everything is
+float32 whatever the dtype of the model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, normalize
+
+from batch_tokenizer.kernels.codebook import first_equal_rows, minus_half_norms, nearest_rows
+from batch_tokenizer.kernels.precision import Float32Buffers
+
+
+class Codebook(Float32Buffers):
+    """Rows (size, d), looked up by the least squared distance; of equals the first.
+
+    ``fold`` must be called once after ``weight`` has its values.
+
+    Attributes:
+        weight: (size, d), as the checkpoint has them; decoding gives these.
+        by_direction: whether vectors and rows are compared at length 1.
+    """
+
+    weight: Tensor
+    compared: Tensor
+    offsets: Tensor
+    first: Tensor
+
+    def __init__(self, size: int, dim: int, *, by_direction: bool = False) -> None:
+        super().__init__()
+        self.by_direction = by_direction
+        self.register_buffer("weight", torch.zeros(size, dim))
+
+    def fold(self) -> None:
+        """Makes what lookups need from ``weight``."""
+        compared = normalize(self.weight) if self.by_direction else self.weight
+        self.register_buffer("compared", compared, persistent=False)
+        self.register_buffer("offsets", minus_half_norms(compared), persistent=False)
+        self.register_buffer("first", first_equal_rows(compared), persistent=False)
+
+    def nearest(self, vectors: Tensor) -> Tensor:
+        """Codes int64 (N,) of float32 vectors (N, d)."""
+        queries = normalize(vectors) if self.by_direction else vectors
+        return nearest_rows(queries, self.compared, self.first, self.offsets)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Rows (…, d) of codes (…)."""
+        return self.weight[codes]
+
+
+class ResidualQuantizer(Float32Buffers):
+    """K codebooks of one dimension, each coding what those before it left over."""
+
+    def __init__(self, size: int, dim: int, count: int, *, by_direction: bool = False) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(Codebook(size, dim, by_direction=by_direction) for _ in range(count))
+
+    def fold(self) -> None:
+        """``Codebook.fold`` for each."""
+        for codebook in self.layers:
+            assert isinstance(codebook, Codebook)
+            codebook.fold()
+
+    def encode(self, vectors: Tensor, count: int) -> Tensor:
+        """Vectors (N, d) to the first ``count`` codes int64 (N, ``count``)."""
+        residual = vectors.float()
+        codes = []
+        for codebook in list(self.layers)[:count]:
+            assert isinstance(codebook, Codebook)
+            codes.append(codebook.nearest(residual))
+            residual = residual - codebook(codes[-1])
+        return torch.stack(codes, dim=1)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes (N, K'), 1 <= K' <= K, to the sum of their rows, float32 (N, d)."""
+        total = self.layers[0](codes[:, 0])
+        for index in range(1, codes.shape[1]):
+            total = total + self.layers[index](codes[:, index])
+        return total
+
+
+class Projection(Float32Buffers):
+    """A linear map that stays in float32 beside a codebook; ``weight`` is (out, in)."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, dim_in: int, dim_out: int, *, bias: bool = True) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(dim_out, dim_in))
+        self.register_buffer("bias", torch.zeros(dim_out) if bias else None)
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """(…, in) to (…, out)."""
+        return linear(vectors, self.weight, self.bias)
+
+
+class FiniteScalarQuantizer(Float32Buffers):
+    """Finite scalar quantization (arXiv:2309.15505): each dimension is rounded to one of a few levels.
+
+    For a dimension with n levels, s = (n - 1)/2 · 0.999 and o = 1/2 if n is even, else 0:
+    c = round(s · tanh(x + tan(o / s)) - o), a digit is c + n // 2, and the first dimension's digit counts least.
+    The decoded value is c / (n // 2). (The published code has the tangent where one would expect the inverse of tanh.)
+
+    Attributes:
+        size: number of codes, the product of ``levels``.
+    """
+
+    def __init__(self, levels: Sequence[int]) -> None:
+        super().__init__()
+        self.levels = tuple(levels)
+        self.size = math.prod(self.levels)
+
+    def encode(self, vectors: Tensor) -> Tensor:
+        """Vectors (…, D) to codes int64 (…)."""
+        levels = self._levels(vectors)
+        half = levels // 2
+        scale = (levels - 1).float() / 2 * (1 - 0.001)
+        offset = torch.where(levels % 2 == 0, 0.5, 0.0)
+        centred = torch.round(scale * torch.tanh(vectors.float() + torch.tan(offset / scale)) - offset)
+        return ((centred.long() + half) * self._places(vectors)).sum(dim=-1)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes (…) to float32 values (…, D) in [-1, 1]."""
+        levels = self._levels(codes)
+        half = levels // 2
+        digits = codes[..., None] // self._places(codes) % levels
+        return (digits - half).float() / half
+
+    def _levels(self, like: Tensor) -> Tensor:
+        return torch.tensor(self.levels, device=like.device)
+
+    def _places(self, like: Tensor) -> Tensor:
+        """What a digit of each dimension counts."""
+        places = [math.prod(self.levels[:index]) for index in range(len(self.levels))]
+        return torch.tensor(places, device=like.device)
