@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, normalize
 
-from batch_tokenizer.kernels.codebook import first_equal_rows, minus_half_norms, nearest_rows
-from batch_tokenizer.kernels.precision import Float32Buffers
+from batch_tokenizer.kernels.codebook import Float32Buffers, first_equal_rows, minus_half_norms, nearest_rows
 
 
 class Codebook(Float32Buffers):
