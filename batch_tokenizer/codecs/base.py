@@ -31,6 +31,7 @@ class CodecInfo:
         fingerprint: hexadecimal digest of configuration and weights; equal fingerprints mean interchangeable tokens.
         max_samples: longest utterance that the model takes in one pass, or None for no limit.
         decoded_sample_rate: Hz, of the audio that comes out, where that is another; else None.
+        columns: what each column of the codes is, where they are not simply codebooks in their order; else empty.
     """
 
     family: str
@@ -41,6 +42,7 @@ class CodecInfo:
     fingerprint: str
     max_samples: int | None = None
     decoded_sample_rate: int | None = None
+    columns: tuple[str, ...] = ()
 
     @property
     def output_sample_rate(self) -> int:

@@ -41,6 +41,7 @@ FAMILIES: Mapping[str, str] = {
     "moss_onnx": "batch_tokenizer.codecs.onnx.codec",
     "mimo": "batch_tokenizer.codecs.mimo.codec",
     "moss": "batch_tokenizer.codecs.moss.codec",
+    "snac": "batch_tokenizer.codecs.snac.codec",
     "transformers": "batch_tokenizer.codecs.hf.codec",
 }
 

@@ -1,0 +1,107 @@
+"""``PaddedCodec``: what codecs have in common whose models take padded batches (``layers/``)."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from batch_tokenizer.codecs.base import Codec, CodecSpec
+from batch_tokenizer.codecs.execution import PaddedRunner, to_host
+from batch_tokenizer.codecs.layers.padded import PaddedBatch
+
+Samples = npt.NDArray[np.float32]
+Codes = npt.NDArray[np.uint16]
+
+#: Seconds of audio that a device computes at once, padding included. (On a CPU, where only tests ask for it: few.)
+SECONDS_AT_ONCE = 96
+
+
+class PaddedCodec(Codec):
+    """A model that encodes and decodes padded batches exactly, behind the codec protocol.
+
+    Its features are samples (1, L), as ``CodecSpec.features`` has lengthened them. On a device utterances go through in
+    batches of fixed shapes, on a CPU one by one (``PaddedRunner``); ``together`` makes a CPU pad batches too.
+    """
+
+    def __init__(self, spec: CodecSpec, device: torch.device, threads: int) -> None:
+        self.spec = spec
+        self.device = device
+        at_once = 64 if device.type == "cpu" else max(64, round(SECONDS_AT_ONCE * spec.info.frame_rate))
+        self._run = PaddedRunner(device, threads, at_once)
+        self.batch_limit = self._run.batch_limit
+        self.frame_budget = max(8192, 8 * at_once)  # so many that sizes fill their rows
+
+    @abstractmethod
+    def encode_padded(self, batch: PaddedBatch, num_quantizers: int) -> Tensor:
+        """Samples (B, 1, L) of the utterances to codes int64 (B, T, ``num_quantizers``)."""
+
+    @abstractmethod
+    def decode_padded(self, codes: PaddedBatch, utterances: Sequence[Codes]) -> Tensor:
+        """Codes int64 (B, K, T) to samples float32 (B, S).
+
+        Args:
+            codes: on the device.
+            utterances: the first rows' codes (K, T_i), on the host.
+        """
+
+    @property
+    def together(self) -> bool:
+        """Whether utterances go through in padded batches, or else one by one."""
+        return self._run.together
+
+    @together.setter
+    def together(self, together: bool) -> None:
+        self._run.together = together
+
+    def encode(self, features: Sequence[Samples], num_quantizers: int) -> list[Codes]:
+        if not 1 <= num_quantizers <= self.info.num_codebooks:
+            raise ValueError(f"{num_quantizers} codebooks: this checkpoint has 1 to {self.info.num_codebooks}")
+        hop = self.info.samples_per_frame
+
+        def frames(samples: Tensor) -> int:
+            return self.spec.num_frames(samples.shape[1])
+
+        def compute(members: list[Tensor], size: int | None, rows: int | None) -> list[Tensor]:
+            batch = PaddedBatch.join(members, device=self.device, size=size and size * hop, rows=rows)
+            codes = self.encode_padded(batch, num_quantizers)
+            return [row[: frames(member)] for row, member in zip(codes, members, strict=False)]
+
+        done = self._run(compute, [torch.from_numpy(array) for array in features], frames)
+        return [part.astype(np.uint16) for part in to_host(done, torch.int32)]
+
+    def decode(self, codes: Sequence[Codes]) -> list[Samples]:
+        for index, code in enumerate(codes):
+            self._check(code, f"utterance {index}")
+        results: dict[int, Samples] = {}
+        for width in sorted({code.shape[1] for code in codes}):  # one number of codebooks at a time
+            chosen = [index for index, code in enumerate(codes) if code.shape[1] == width]
+            for index, samples in zip(chosen, self._decode([codes[index] for index in chosen]), strict=True):
+                results[index] = samples
+        return [results[index] for index in range(len(codes))]
+
+    def _decode(self, codes: Sequence[Codes]) -> list[Samples]:
+        def compute(members: list[Tensor], size: int | None, rows: int | None) -> list[Tensor]:
+            batch = PaddedBatch.join(members, device=self.device, size=size, rows=rows)
+            samples = self.decode_padded(batch, [member.numpy().T.astype(np.uint16) for member in members])
+            lengths = [self.spec.num_output_samples(member.shape[1]) for member in members]
+            return [row[:length] for row, length in zip(samples, lengths, strict=False)]
+
+        tensors = [torch.from_numpy(code.T.astype(np.int64)) for code in codes]
+        return to_host(self._run(compute, tensors, lambda code: code.shape[1]), torch.float32)
+
+    def release(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            self._run.shrink()
+
+    def _check(self, code: Codes, name: str) -> None:
+        sizes = self.info.codebook_sizes
+        if code.ndim != 2 or not 1 <= code.shape[1] <= len(sizes) or not len(code):
+            raise ValueError(f"{name}: codes have shape {code.shape}, must be (1 or more, 1 to {len(sizes)})")
+        if (code >= np.array(sizes[: code.shape[1]])).any():
+            raise ValueError(f"{name}: a code is not below its codebook's size ({max(sizes)})")

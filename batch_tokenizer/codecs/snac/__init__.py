@@ -1,0 +1,1 @@
+"""SNAC: convolutions down to frames, codebooks at several rates, and back up."""

@@ -1,0 +1,165 @@
+"""SNAC: ragged codebook levels as one row of 7 or 15 codes for each coarse frame, in Orpheus's order."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
+from typing import Any, ClassVar, Literal, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from batch_tokenizer.codecs.base import CodecInfo, CodecSpec
+from batch_tokenizer.codecs.checkpoint import Checkpoint
+from batch_tokenizer.codecs.layers.convolution import weight_norm_name
+from batch_tokenizer.codecs.layers.padded import PaddedBatch
+from batch_tokenizer.codecs.padded_codec import Codes, PaddedCodec, Samples
+from batch_tokenizer.codecs.snac.config import SnacConfig, column_levels
+from batch_tokenizer.codecs.snac.model import Snac
+from batch_tokenizer.records import RunError, Task
+
+
+def recognises(config: Mapping[str, Any]) -> bool:
+    """The published file has the constructor's arguments and no ``model_type``."""
+    return "vq_strides" in config and "encoder_rates" in config
+
+
+@dataclass(frozen=True)
+class SnacSpec(CodecSpec):
+    """A SNAC checkpoint without its weights. Features are samples (1, L), zero-padded to whole frames and windows."""
+
+    info: CodecInfo
+    config: SnacConfig
+
+    #: The model is small, and published codes are float32's.
+    cuda_dtype: ClassVar[Literal["float32", "bfloat16"]] = "float32"
+
+    def features(self, samples: Samples) -> Samples:
+        return np.pad(np.asarray(samples, dtype=np.float32), (0, -len(samples) % self.config.multiple))[None]
+
+    def num_frames(self, num_samples: int) -> int:
+        padded = math.ceil(num_samples / self.config.multiple) * self.config.multiple
+        return padded // self.config.samples_per_frame
+
+    def num_output_samples(self, num_frames: int) -> int:
+        return num_frames * self.config.samples_per_frame
+
+
+def open_spec(checkpoint: Checkpoint) -> SnacSpec:
+    """Reads the configuration and samples the weights for the fingerprint.
+
+    Raises:
+        RunError: a key of ``config.json`` is absent or out of range, or the weights cannot be read.
+    """
+    config = _config(checkpoint)
+    columns = column_levels(config.vq_strides)
+    info = CodecInfo(
+        family="snac",
+        name=checkpoint.name,
+        sample_rate=config.sampling_rate,
+        samples_per_frame=config.samples_per_frame,
+        codebook_sizes=(config.codebook_size,) * len(columns),
+        fingerprint=checkpoint.fingerprint(),
+        columns=tuple(f"level {level}, code {position}" for level, position in columns),
+    )
+    return SnacSpec(info=info, config=config)
+
+
+def load_codec(
+    checkpoint: Checkpoint,
+    spec: CodecSpec,
+    *,
+    task: Task,
+    device: torch.device,
+    dtype: torch.dtype,
+    attention: str,
+    threads: int,
+) -> SnacCodec:
+    """The weights that ``task`` needs; the quantizer computes in float32 whatever ``dtype``.
+
+    Raises:
+        RunError: the checkpoint is not what its ``config.json`` implies.
+    """
+    spec = cast(SnacSpec, spec)
+    with torch.device("meta"):
+        whole = Snac(spec.config)
+        part = Snac(spec.config, encoder=task != "token2wav", decoder=task != "wav2token")
+    checkpoint.load(whole, part, device=device, dtype=torch.float32, rename=_rename)
+    part.fold()
+    part.use_dtype(dtype)
+    return SnacCodec(spec, part.eval().requires_grad_(False), device, threads)
+
+
+def _rename(name: str) -> str | None:
+    return None if name.endswith("rel_pos.inv_freq") else weight_norm_name(name)
+
+
+def _config(checkpoint: Checkpoint) -> SnacConfig:
+    try:
+        return SnacConfig.from_json(checkpoint.config)
+    except RunError as error:
+        raise RunError(f"{checkpoint.folder}: {error}") from error
+
+
+class SnacCodec(PaddedCodec):
+    """A SNAC model behind the codec protocol.
+
+    Codes (T, K) have a row for each coarse frame. Of K' < K columns the codes that are not there add nothing.
+
+    Attributes:
+        noise_seed: what the decoder's noise is drawn from, together with an utterance's codes, so that it does not
+            depend on the utterance's neighbours; None for no noise, which is what the noise is on average.
+    """
+
+    spec: SnacSpec
+
+    def __init__(self, spec: SnacSpec, model: Snac, device: torch.device, threads: int = 1) -> None:
+        super().__init__(spec, device, threads)
+        self.model = model
+        self.noise_seed: int | None = None
+        strides = spec.config.vq_strides
+        self._per_frame = [strides[0] // stride for stride in strides]
+        columns = column_levels(strides)
+        #: For each level its columns, in the order of time.
+        self._columns = [
+            sorted((column for column, (found, _) in enumerate(columns) if found == level), key=lambda c: columns[c][1])
+            for level in range(len(strides))
+        ]
+
+    def encode_padded(self, batch: PaddedBatch, num_quantizers: int) -> Tensor:
+        levels = self.model.encode(batch)
+        rows = levels[0].new_empty((*levels[0].shape, self.info.num_codebooks))
+        for codes, columns, count in zip(levels, self._columns, self._per_frame, strict=True):
+            rows[..., columns] = codes.unflatten(1, (-1, count))
+        return rows[..., :num_quantizers]
+
+    def decode_padded(self, codes: PaddedBatch, utterances: Sequence[Codes]) -> Tensor:
+        width = codes.values.shape[1]
+        missing = self.info.num_codebooks - width
+        rows = torch.nn.functional.pad(codes.values.mT, (0, missing))  # (B, T, K)
+        levels, absent = [], []
+        for columns in self._columns:
+            levels.append(rows[..., columns].flatten(1))
+            lacking = torch.tensor([column >= width for column in columns], device=rows.device)
+            absent.append(lacking.expand(rows.shape[0], rows.shape[1], -1).flatten(1) if missing else None)
+        latent = None if codes.lengths is None else codes.lengths * self.spec.config.vq_strides[0]
+        noise = None if self.noise_seed is None else self._noise(utterances, rows.shape[0], rows.shape[1])
+        return self.model.decode(levels, latent, absent=absent, noise=noise)
+
+    def _noise(self, utterances: Sequence[Codes], rows: int, size: int) -> list[Tensor]:
+        """For each decoder block (B, 1, T): an utterance's own draws, block by block, drawn on the host."""
+        config = self.spec.config
+        steps = [config.vq_strides[0] * rate for rate in accumulate(config.decoder_rates, mul)]
+        noise = [torch.zeros(rows, 1, size * step) for step in steps]
+        for row, codes in enumerate(utterances):
+            digest = hashlib.blake2b(f"{self.noise_seed} ".encode() + codes.T.tobytes(), digest_size=8).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+            for block, step in zip(noise, steps, strict=True):
+                count = codes.shape[1] * step
+                block[row, 0, :count] = torch.randn(count, generator=generator)
+        return [block.to(self.device) for block in noise]
