@@ -6,12 +6,15 @@ cannot be written fails alone. Any other exception ends the run: ``submit``, ``d
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable
 from types import TracebackType
 
-from batch_tokenizer.records import RowError, TokenizedRow
+from batch_tokenizer.records import RowError, TokenizedRow, first_line
+
+log = logging.getLogger(__name__)
 
 
 class WriterPool:
@@ -19,8 +22,8 @@ class WriterPool:
 
     Args:
         write: writes a row's files, returning when they are published; raises ``RowError``.
-        on_done: is told of each row that was written, in the thread that wrote it.
-        on_failed: is told of each row that was not, and why, likewise.
+        on_done: called with each row that was written, in the thread that wrote it.
+        on_failed: called with each row that was not, and why, likewise.
         bytes_pending: about the most bytes of arrays that wait or are being written; a single row may have more.
     """
 
@@ -75,11 +78,7 @@ class WriterPool:
 
     def close(self) -> None:
         """Write what was submitted, and end the threads."""
-        with self._lock:
-            self._closed = True
-            self._given.notify_all()
-        for thread in self._threads:
-            thread.join()
+        self._end_threads()
         with self._lock:
             self._raise_fault()
 
@@ -89,7 +88,20 @@ class WriterPool:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        if error is None:
+            self.close()
+            return
+        # A fault of a writer that the body has not seen yet must not hide the error that ended the body.
+        self._end_threads()
+        if self._fault is not None and self._fault is not error:
+            log.warning("writing failed as well: %s", first_line(self._fault))
+
+    def _end_threads(self) -> None:
+        with self._lock:
+            self._closed = True
+            self._given.notify_all()
+        for thread in self._threads:
+            thread.join()
 
     def _raise_fault(self) -> None:
         if self._fault is not None:

@@ -1,42 +1,35 @@
-"""``ShardSink``: results of many rows become one file, which is published whole, and only then are its rows done.
+"""``ShardSink``: gathers the results of many rows in one file; its rows are done when the whole file is published.
 
     encode in writer threads ─► the open shard, aside ─► full? lines aside ─► rename the shard ─► rename the lines
 
-A shard is full at so many bytes, rows or minutes, so that a killed run loses little. The ledger's side of it (which
-number a shard gets, and what counts after a kill) is the ``Journal``'s, the output folder's the ``ShardFolder``'s.
+A shard is full at so many bytes, rows or minutes, so that a killed run loses little. Which number a shard gets and
+what counts after a kill is up to ``runtime/shard_ledger.py``; where it is published, to ``ShardFolder``.
 """
 
 from __future__ import annotations
 
+import logging
+import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
 from typing import Any, BinaryIO, Protocol
 
-from batch_tokenizer.records import LedgerEntry, RunError, TokenizedRow
+from batch_tokenizer.records import LedgerEntry, RunError, TokenizedRow, first_line
+from batch_tokenizer.runtime.shard_ledger import ShardJournal
 from batch_tokenizer.writers.parquet_shard import ParquetShard, parquet_row, require_pyarrow
 from batch_tokenizer.writers.row_encoding import EncodedRow, RowEncoder, done_entry
 from batch_tokenizer.writers.shard_folder import ShardFolder
 from batch_tokenizer.writers.tar_shard import TarShard
 
+log = logging.getLogger(__name__)
+
 #: A shard is closed at so many rows, and by the first row after so many seconds.
 MOST_ROWS, MOST_SECONDS = 65536, 600.0
-
-
-class Journal(Protocol):
-    """The ledger's part in publishing a shard; see ``runtime/shard_ledger.py``."""
-
-    def draw(self) -> tuple[int, str]:
-        """A number that no shard of this process has, and the shard's name with it, less its suffix."""
-
-    def prepare(self, number: int, entries: Sequence[LedgerEntry]) -> None:
-        """Write the ledger lines of a shard, not yet as valid."""
-
-    def commit(self, number: int) -> None:
-        """Make the lines valid: the shard's rows are done."""
 
 
 class OpenShard(Protocol):
@@ -101,7 +94,7 @@ class ShardSink:
         encode: RowEncoder,
         form: ShardForm,
         folder: ShardFolder,
-        journal: Journal,
+        journal: ShardJournal,
         *,
         most_bytes: int,
         most_rows: int = MOST_ROWS,
@@ -115,12 +108,9 @@ class ShardSink:
         self._most_rows = most_rows
         self._most_seconds = most_seconds
         self._lock = threading.Lock()
-        self._shard: OpenShard | None = None
-        self._stream: BinaryIO | None = None
-        self._number = 0
-        self._name = ""
-        self._entries: list[LedgerEntry] = []
-        self._opened = 0.0
+        self._shard: _ShardInProgress | None = None
+        self._name = ""  # of the latest shard
+        self._failure: RunError | None = None
 
     def write(self, result: TokenizedRow) -> None:
         """Add one row to the open shard, and publish the shard if that fills it.
@@ -130,19 +120,17 @@ class ShardSink:
             RunError: the shard could not be written or published (exit code 1).
         """
         encoded = self._form.encode(self._encode(result))
-        with self._lock:
-            try:
-                shard = self._shard or self._open()
-                shard.append(encoded)
-                self._entries.append(done_entry(result))
-                if (
-                    shard.num_bytes >= self._most_bytes
-                    or len(self._entries) >= self._most_rows
-                    or time.monotonic() - self._opened >= self._most_seconds
-                ):
-                    self._publish(shard)
-            except OSError as error:
-                raise self._failure(error) from error
+        with self._lock, self._first_failure():
+            shard = self._shard or self._open()
+            assert shard.file is not None
+            shard.file.append(encoded)
+            shard.entries.append(done_entry(result))
+            if (
+                shard.file.num_bytes >= self._most_bytes
+                or len(shard.entries) >= self._most_rows
+                or time.monotonic() - shard.opened >= self._most_seconds
+            ):
+                self._publish(shard)
 
     def close(self) -> None:
         """Publish the open shard.
@@ -150,12 +138,9 @@ class ShardSink:
         Raises:
             RunError: it could not be (exit code 1).
         """
-        with self._lock:
+        with self._lock, self._first_failure():
             if self._shard is not None:
-                try:
-                    self._publish(self._shard)
-                except OSError as error:
-                    raise self._failure(error) from error
+                self._publish(self._shard)
 
     def __enter__(self) -> ShardSink:
         return self
@@ -170,36 +155,73 @@ class ShardSink:
         # A thread that hangs in a write may hold the lock. Then the next start removes the file.
         if self._lock.acquire(timeout=1.0):
             try:
-                if self._shard is not None and self._stream is not None:
-                    with suppress(OSError):
-                        self._shard.finish()  # a parquet writer that is not closed complains at the end of the process
-                        self._stream.close()
-                    with suppress(OSError):
-                        self._folder.discard(self._name)
+                if self._shard is not None:
+                    self._discard(self._shard)
             finally:
                 self._lock.release()
 
-    def _open(self) -> OpenShard:
-        self._number, name = self._journal.draw()
+    @contextmanager
+    def _first_failure(self) -> Iterator[None]:
+        """Turns what storage has against a shard into a RunError, and raises that one again from then on: a shard that
+        could not be written once is in no state to be written or closed by another thread."""
+        if self._failure is not None:
+            raise self._failure
+        try:
+            yield
+        except RunError as error:
+            self._failure = error
+            raise
+        except (OSError, *_library_errors()) as error:
+            cause = error.strerror if isinstance(error, OSError) else None
+            self._failure = RunError(
+                f"{self._folder.place}: shard {self._name} cannot be written: {cause or first_line(error)}; put that "
+                "right and start the same command again, finished rows are kept",
+                exit_code=1,
+            )
+            raise self._failure from error
+
+    def _open(self) -> _ShardInProgress:
+        number, name = self._journal.draw()
         self._name = f"{name}.{self._form.suffix}"
-        self._stream = self._folder.create(self._name)
-        self._shard = self._form.open(self._stream)
-        self._opened = time.monotonic()
+        stream = self._folder.create(self._name)
+        self._shard = _ShardInProgress(number, self._name, stream)
+        self._shard.file = self._form.open(stream)
         return self._shard
 
-    def _publish(self, shard: OpenShard) -> None:
-        assert self._stream is not None
-        shard.finish()
-        self._stream.close()
-        self._journal.prepare(self._number, self._entries)
-        self._folder.publish(self._name)
-        self._journal.commit(self._number)
-        self._shard = self._stream = None
-        self._entries = []
+    def _publish(self, shard: _ShardInProgress) -> None:
+        assert shard.file is not None
+        # A kill between two of these steps leaves what ``recover`` ends at the next start.
+        shard.file.finish()
+        shard.stream.close()
+        self._journal.prepare(shard.number, shard.entries)
+        self._folder.publish(shard.name)
+        self._journal.commit(shard.number)
+        self._shard = None
 
-    def _failure(self, error: OSError) -> RunError:
-        return RunError(
-            f"{self._folder.place}: shard {self._name} cannot be written: {error.strerror or error}; put that right "
-            "and start the same command again, finished rows are kept",
-            exit_code=1,
-        )
+    def _discard(self, shard: _ShardInProgress) -> None:
+        # A parquet writer that is not closed complains at the end of the process. Closing one whose disk is full, or
+        # whose file was closed half-way, fails in as many ways as there are libraries; none of them is news.
+        finish = [] if shard.file is None else [shard.file.finish]
+        for step in (*finish, shard.stream.close, partial(self._folder.discard, shard.name)):
+            try:
+                step()
+            except Exception as error:  # noqa: BLE001 - the error that ended the run is the one to report
+                log.debug("shard %s, which is thrown away: %s", shard.name, error)
+
+
+@dataclass(slots=True)
+class _ShardInProgress:
+    """The shard that rows are added to; ``file`` is None until its first bytes are written."""
+
+    number: int
+    name: str
+    stream: BinaryIO
+    file: OpenShard | None = None
+    entries: list[LedgerEntry] = field(default_factory=list)
+    opened: float = field(default_factory=time.monotonic)
+
+
+def _library_errors() -> tuple[type[Exception], ...]:
+    """What pyarrow raises for a stream that fails, if pyarrow is in use."""
+    arrow = sys.modules.get("pyarrow")
+    return () if arrow is None else (arrow.ArrowException,)

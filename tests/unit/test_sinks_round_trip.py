@@ -32,7 +32,7 @@ from batch_tokenizer.storage.names import member_name
 from batch_tokenizer.storage.parquet_rows import TokenParquet, row_location
 from batch_tokenizer.writers import parquet_shard
 from batch_tokenizer.writers.file_sink import FileSink
-from batch_tokenizer.writers.row_encoding import RowEncoder, json_bytes, npy_bytes, tokens_as_npy
+from batch_tokenizer.writers.row_encoding import RowEncoder, npy_bytes, tokens_as_npy
 from batch_tokenizer.writers.shard_sink import shard_form
 from tests.support.loading import INFO
 from tests.support.shards import RUN_INFO, tokenized
@@ -146,24 +146,6 @@ class TestOtherReaders:
             assert np.array_equal(sample["tokens.npy"], result.codes)
             assert sample["json"]["key"] == result.row.key
             assert sample["wav"][:4] == b"RIFF"
-
-    @pytest.mark.parametrize("count", [1, 7, 20])
-    def test_tars_are_webdatasets_own_to_the_byte(self, tmp_path: Path, results: list[Any], count: int) -> None:
-        from webdataset.writer import TarWriter
-
-        results = [*results[:count], tokenized(9, key="x" * 300), tokenized(10, key="LJ-1", text="x" * 503)]
-        results = [replace(result, samples=np.zeros(1000, np.float32)) for result in results]
-        ours = write_shard(tmp_path / "x.tar", results, audio=True)
-        encode = RowEncoder("wav2token2wav", RUN_INFO, 24000)
-        with (tmp_path / "theirs").open("wb") as stream:
-            writer = TarWriter(stream, encoder=False, user="", group="", mtime=0)
-            for row in map(encode, results):
-                assert row.codes is not None
-                assert row.audio is not None
-                members = {"json": json_bytes(row.info), "tokens.npy": npy_bytes(row.codes), "wav": bytes(row.audio)}
-                writer.write({"__key__": member_name(row.key), **members})
-            writer.close()
-        assert ours.read_bytes() == (tmp_path / "theirs").read_bytes()
 
     def test_datasets(self, tmp_path: Path, results: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
