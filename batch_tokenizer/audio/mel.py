@@ -1,8 +1,9 @@
-"""The mel front end: samples (S,) float32 enter, a log-mel spectrogram (n_mels, L) float32 leaves.
+"""Mel front ends: samples (S,) float32 to a log-mel spectrogram (n_mels, L) float32.
 
-It is torchaudio's ``MelSpectrogram`` (magnitudes, Hann window, reflected ends, HTK filters without normalisation), then
-``log(max(mel, 1e-7))``. L = 1 + S // ``hop_length``. Reflection needs more than half a window of the transform, so
-shorter audio is padded with zeros at its end to ``n_fft // 2 + 1`` samples, and counts as that long.
+``log_mel`` is torchaudio's ``MelSpectrogram`` (magnitudes, Hann window, reflected ends, HTK filters without
+normalisation), then ``log(max(mel, 1e-7))``; L = 1 + S // ``hop_length``. ``whisper_log_mel`` is Whisper's, of power
+spectra with Slaney's filters; L = S // 160. Reflection needs more than half a window of the transform, so shorter audio
+is padded with zeros at its end to ``n_fft // 2 + 1`` samples, and counts as that long.
 
 Spectra are made a block of frames at a time, since those of a long recording would take ten times its memory.
 """
@@ -10,6 +11,7 @@ Spectra are made a block of frames at a time, since those of a long recording wo
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
@@ -44,6 +46,9 @@ transforms = import_transforms()
 
 #: The least mel that a logarithm is taken of.
 FLOOR = 1e-7
+
+#: Whisper's front end: Hz, samples of a transform, and samples from one frame to the next.
+WHISPER_RATE, WHISPER_N_FFT, WHISPER_HOP = 16000, 400, 160
 
 _BLOCK_FRAMES = 512
 
@@ -90,24 +95,66 @@ def log_mel_tensor(samples: torch.Tensor, form: MelForm) -> torch.Tensor:
     transform = mel_transform(form, samples.device)
     if length < form.least_samples:
         samples = torch.nn.functional.pad(samples, (0, form.least_samples - length))
-    n_fft, hop = form.n_fft, form.hop_length
-    padded = torch.nn.functional.pad(samples[None], (n_fft // 2, n_fft // 2), mode="reflect")[0]
-    frames = 1 + samples.shape[0] // hop
+    frames = 1 + samples.shape[0] // form.hop_length
     mel = torch.empty(form.n_mels, frames, dtype=torch.float32, device=samples.device)
     window, filters = transform.spectrogram.window, transform.mel_scale.fb
+    for first, magnitudes in _magnitudes(samples, frames, form.n_fft, form.hop_length, form.window_size, window):
+        mel[:, first : first + magnitudes.shape[1]] = (magnitudes.T @ filters).T
+    return mel.clamp_(min=FLOOR).log_()
+
+
+@torch.no_grad()
+def whisper_log_mel(samples: npt.NDArray[np.float32], n_mels: int) -> npt.NDArray[np.float32]:
+    """Whisper's log-mel spectrogram (``n_mels``, L) of samples (S,) at 16 kHz, not padded to 30 s.
+
+    ``log10(max(mel, 1e-10))``, then no less than its greatest value in the utterance - 8, then (x + 4) / 4.
+
+    Raises:
+        RowError: there are no samples.
+    """
+    if not len(samples):
+        raise RowError("load", "no samples")
+    wave = torch.from_numpy(samples)
+    wave = torch.nn.functional.pad(wave, (0, max(0, WHISPER_N_FFT // 2 + 1 - len(wave))))
+    frames = len(wave) // WHISPER_HOP
+    filters, window = slaney_filters(WHISPER_RATE, WHISPER_N_FFT, n_mels), torch.hann_window(WHISPER_N_FFT)
+    mel = torch.empty(n_mels, frames, dtype=torch.float32)
+    for first, magnitudes in _magnitudes(wave, frames, WHISPER_N_FFT, WHISPER_HOP, WHISPER_N_FFT, window):
+        mel[:, first : first + magnitudes.shape[1]] = filters @ magnitudes.square_()
+    mel.clamp_(min=1e-10).log10_()
+    return torch.maximum(mel, mel.max() - 8.0).add_(4.0).div_(4.0).numpy()
+
+
+@lru_cache(maxsize=4)
+def slaney_filters(sample_rate: int, n_fft: int, n_mels: int) -> torch.Tensor:
+    """Triangular mel filters float32 (``n_mels``, n_fft // 2 + 1), those of ``librosa.filters.mel`` to the bit.
+
+    Slaney's scale is linear up to 1 kHz (200/3 Hz a mel) and logarithmic above (6.4 times the frequency in 27 mels);
+    each filter has the area 1. torchaudio's are computed in float32, which changes logarithms by up to 1e-5.
+    """
+    step, corner = 200.0 / 3, 1000.0
+    ratio = np.log(6.4) / 27.0
+    greatest = corner / step + np.log(sample_rate / 2 / corner) / ratio
+    mels = np.linspace(0.0, greatest, n_mels + 2)
+    logarithmic = mels >= corner / step
+    edges = step * mels
+    edges[logarithmic] = corner * np.exp(ratio * (mels[logarithmic] - corner / step))
+    slopes = edges[:, None] - np.fft.rfftfreq(n_fft, 1.0 / sample_rate)
+    widths = np.diff(edges)[:, None]
+    rising, falling = -slopes[:-2] / widths[:-1], slopes[2:] / widths[1:]
+    triangles = np.maximum(0, np.minimum(rising, falling)).astype(np.float32)
+    return torch.from_numpy((triangles * (2.0 / (edges[2:] - edges[:-2]))[:, None]).astype(np.float32))
+
+
+def _magnitudes(
+    samples: torch.Tensor, frames: int, n_fft: int, hop: int, window_size: int, window: torch.Tensor
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Spectra of centred, reflected samples by blocks: the first frame, magnitudes (n_fft // 2 + 1, frames)."""
+    padded = torch.nn.functional.pad(samples[None], (n_fft // 2, n_fft // 2), mode="reflect")[0]
     for first in range(0, frames, _BLOCK_FRAMES):
         last = min(frames, first + _BLOCK_FRAMES)
-        spectrum = torch.stft(
-            padded[first * hop : (last - 1) * hop + n_fft],
-            n_fft,
-            hop,
-            form.window_size,
-            window,
-            center=False,
-            return_complex=True,
-        )
-        mel[:, first:last] = (spectrum.abs().T @ filters).T
-    return mel.clamp_(min=FLOOR).log_()
+        block = padded[first * hop : (last - 1) * hop + n_fft]
+        yield first, torch.stft(block, n_fft, hop, window_size, window, center=False, return_complex=True).abs()
 
 
 @lru_cache(maxsize=16)

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from dataclasses import MISSING, dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from batch_tokenizer.records import Stage, Task
+from batch_tokenizer.records import RunError, Stage, Task
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +76,27 @@ class CodecSpec(ABC):
 
     #: Whether the codec has streams, whose results are those of one pass.
     streams: ClassVar[bool] = False
+
+    #: Settings of this family: names of fields of the spec whose values a run may choose.
+    options: ClassVar[tuple[str, ...]] = ()
+
+    def with_options(self, chosen: Mapping[str, Any]) -> Self:
+        """The same checkpoint with some of ``options`` set; the fingerprint stays, as codebooks and decoder do.
+
+        Raises:
+            RunError: this family has no such setting.
+        """
+        for name, value in chosen.items():
+            if name not in self.options:
+                has = f"it has {', '.join(f'--{known}' for known in self.options)}" if self.options else "it has none"
+                raise RunError(f"--{name} {value}: not a setting of {self.info.family}; {has}")
+        return replace(self, **chosen)  # type: ignore[type-var]  # subclasses are dataclasses
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """``options`` that differ from their defaults, for the run's settings and every token file."""
+        defaults = {field.name: field.default for field in fields(self) if field.default is not MISSING}  # type: ignore[arg-type]
+        return {name: getattr(self, name) for name in self.options if getattr(self, name) != defaults[name]}
 
     def with_device_front_end(self) -> CodecSpec | None:
         """The same checkpoint with its front end in the codec: its ``features`` are the samples. None where no such is.

@@ -1,8 +1,9 @@
 """A checkpoint on disk: its ``config.json``, its tensors (read one by one, never all twice in memory), its fingerprint.
 
-Enters: a folder, a hub id such as ``XiaomiMiMo/MiMo-Audio-Tokenizer``, or nothing, which means the bundled default.
-Leaves: the configuration, and weights assigned to a model that was built without any. Layouts: ``model.safetensors``,
-sharded safetensors with an index, ``pytorch_model.bin`` and its sharded form.
+``--model_path`` is a folder, one ``.onnx`` file, a hub id such as ``XiaomiMiMo/MiMo-Audio-Tokenizer``, with a folder in
+the repository (``owner/name/speech_tokenizer``) and a revision (``owner/name@v1.0``) where wanted, or absent, which
+means the bundled default. A checkpoint of a language model that has its codec in a folder of its own stands for that.
+Weights are ``model.safetensors``, sharded safetensors with an index, ``pytorch_model.bin`` or its sharded form.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,10 +35,14 @@ WEIGHT_FILES = (
 #: Where ``Checkpoint.config`` names the ONNX graphs of a folder that has no torch weights.
 GRAPHS_KEY = "onnx_graphs"
 
-#: What of a repository is downloaded.
-_DOWNLOADED = ["*.json", "*.safetensors", "*.bin", "*.onnx*", "*.data"]
+#: Where language models keep their codec: Qwen3-TTS, MiMo-V2.5.
+CODEC_FOLDERS = ("speech_tokenizer", "audio_tokenizer")
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+#: What of a repository, or of one of its folders, is downloaded.
+_DOWNLOADED = ("*.json", "*.safetensors", "*.bin", "*.onnx*", "*.data")
+
+#: owner/name, then maybe /folder/in/it, then maybe @revision.
+_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+?)((?:/[\w.-]+)*)(?:@([\w./-]+))?")
 
 #: Bytes of weights that are mapped at a time.
 _MAPPED_BYTES = 1 << 27
@@ -52,7 +57,7 @@ def default_checkpoint() -> Path:
 
 
 def find_checkpoint(model_path: str | None) -> Path:
-    """The folder that ``--model_path`` means; a hub id is downloaded first.
+    """The folder, or the ``.onnx`` file, that ``--model_path`` means; a hub id is downloaded first.
 
     Raises:
         RunError: there is no such folder, or the hub cannot give it.
@@ -60,15 +65,37 @@ def find_checkpoint(model_path: str | None) -> Path:
     if model_path is None:
         return default_checkpoint()
     folder = Path(model_path).expanduser()
-    if folder.exists():
-        return folder
-    if not _HUB_ID.fullmatch(model_path):
-        raise RunError(f"--model_path {model_path}: no such folder, and not a hub id (owner/name)")
+    if not folder.exists():
+        hub_id = _HUB_ID.fullmatch(model_path)
+        if not hub_id:
+            raise RunError(
+                f"--model_path {model_path}: no such folder, and not a hub id (owner/name, owner/name/folder, "
+                f"owner/name@revision)"
+            )
+        repository, inner, revision = hub_id.groups()
+        folder = _downloaded(model_path, repository, inner.strip("/"), revision)
+    return next((folder / name for name in CODEC_FOLDERS if (folder / name / "config.json").is_file()), folder)
+
+
+def _downloaded(model_path: str, repository: str, inner: str, revision: str | None) -> Path:
+    """The local copy of a repository, or of its folder ``inner``; where it has a codec's folder, no more than that."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    def fetch(patterns: Iterable[str]) -> Path:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(patterns))) / inner
+
     try:
-        return Path(snapshot_download(model_path, allow_patterns=_DOWNLOADED))
+        if inner:
+            folder = fetch(f"{inner}/{pattern}" for pattern in _DOWNLOADED)
+            if not folder.is_dir():
+                raise RunError(f"--model_path {model_path}: {repository} has no folder {inner}")
+            return folder
+        folder = fetch(["*.json"])  # small: they tell whether the codec is in a folder of its own
+        for name in CODEC_FOLDERS:
+            if (folder / name / "config.json").is_file():
+                return fetch(f"{name}/{pattern}" for pattern in _DOWNLOADED)
+        return fetch(_DOWNLOADED)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RunError(
@@ -97,13 +124,16 @@ class Checkpoint:
         """Finds the folder and reads its configuration.
 
         Raises:
-            RunError: no folder, no ``config.json``, or not a JSON object.
+            RunError: no folder, no ``config.json``, or not a JSON object; the hub cannot give it.
         """
         folder = find_checkpoint(model_path)
-        name = "default" if model_path is None else Path(model_path).expanduser().resolve().name
+        name = "default" if model_path is None else _name(model_path)
+        if folder.suffix.lower() == ".onnx" and folder.is_file():
+            graphs, folder = [folder.name], folder.parent
+        else:
+            has_weights = any((folder / weights).is_file() for weights in WEIGHT_FILES)
+            graphs = [] if has_weights else sorted(graph.name for graph in folder.glob("*.onnx"))
         path = folder / "config.json"
-        has_weights = any((folder / weights).is_file() for weights in WEIGHT_FILES)
-        graphs = [] if has_weights else sorted(graph.name for graph in folder.glob("*.onnx"))
         try:
             config = json.loads(path.read_text(encoding="utf-8")) if path.exists() or not graphs else {}
         except FileNotFoundError as error:
@@ -232,6 +262,12 @@ class Checkpoint:
         if unexpected:
             raise RunError(f"{self.folder}: has {_some(sorted(unexpected))}, which config.json does not imply")
         part.load_state_dict(state, assign=True)
+
+
+def _name(model_path: str) -> str:
+    """The last part of what the user called a checkpoint, without a revision."""
+    path = Path(model_path).expanduser()
+    return path.resolve().name if path.exists() else model_path.partition("@")[0].rpartition("/")[2]
 
 
 def _some(names: list[str]) -> str:

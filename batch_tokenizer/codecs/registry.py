@@ -38,6 +38,7 @@ class Family(Protocol):
 
 #: Family name to module. Modules are imported when a checkpoint is opened, in this order.
 FAMILIES: Mapping[str, str] = {
+    "s3tokenizer": "batch_tokenizer.codecs.s3tokenizer.codec",
     "moss_onnx": "batch_tokenizer.codecs.onnx.codec",
     "mimo": "batch_tokenizer.codecs.mimo.codec",
     "moss": "batch_tokenizer.codecs.moss.codec",

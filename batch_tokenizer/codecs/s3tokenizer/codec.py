@@ -1,0 +1,160 @@
+"""S3Tokenizer behind the codec protocol: its spec, its front end, and the model fed with numpy arrays."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from batch_tokenizer.audio.mel import whisper_log_mel
+from batch_tokenizer.codecs.base import Codec, CodecInfo, CodecSpec
+from batch_tokenizer.codecs.checkpoint import GRAPHS_KEY, Checkpoint
+from batch_tokenizer.codecs.execution import BatchRunner, to_host
+from batch_tokenizer.codecs.s3tokenizer.config import SAMPLE_RATE, VERSIONS, Merge, S3Config
+from batch_tokenizer.codecs.s3tokenizer.model import DEFAULT_CAPACITY, S3Tokenizer
+from batch_tokenizer.codecs.s3tokenizer.published import is_published_graph, open_graph
+from batch_tokenizer.kernels.attention import BackendUnavailable, choose_backend
+from batch_tokenizer.records import RowError, RunError, Task
+
+log = logging.getLogger(__name__)
+
+Samples = npt.NDArray[np.float32]
+Codes = npt.NDArray[np.uint16]
+
+
+def recognises(config: Mapping[str, Any]) -> bool:
+    """A folder whose configuration has one of the published names, or that has a published graph."""
+    return config.get("name") in VERSIONS or any(map(is_published_graph, config.get(GRAPHS_KEY, ())))
+
+
+@dataclass(frozen=True)
+class S3Spec(CodecSpec):
+    """An S3Tokenizer checkpoint without its weights. Features are log-mel spectra, (n_mels, L).
+
+    Attributes:
+        window_merge: how the tokens of windows are merged where audio is longer than 30 s; ``S3Config.windows``.
+    """
+
+    options = ("window_merge",)
+
+    #: 16 bits change codes, and the published graphs compute in 32.
+    cuda_dtype: ClassVar[Literal["float32", "bfloat16"]] = "float32"
+
+    info: CodecInfo
+    config: S3Config
+    window_merge: Merge = "complete"
+
+    def features(self, samples: Samples) -> Samples:
+        return whisper_log_mel(samples, self.config.n_mels)
+
+    def num_frames(self, num_samples: int) -> int:
+        return self.config.num_frames(num_samples, self.window_merge)
+
+    def num_output_samples(self, num_frames: int) -> int:
+        raise RowError("load", f"{self.info.name}: S3Tokenizer has no decoder; its codes become audio in CosyVoice")
+
+
+def open_spec(checkpoint: Checkpoint) -> S3Spec:
+    """Reads the configuration, or what the graph says, and samples the weights for the fingerprint.
+
+    Raises:
+        RunError: the configuration or the graph is not that of an S3Tokenizer, or the weights cannot be read.
+    """
+    opened, config = _opened(checkpoint)
+    info = CodecInfo(
+        family="s3tokenizer",
+        name=checkpoint.name,
+        sample_rate=SAMPLE_RATE,
+        samples_per_frame=config.samples_per_frame,
+        codebook_sizes=(config.n_codebook_size,),
+        # Over what the model computes, so that a graph and a folder made of it have one fingerprint.
+        fingerprint=replace(opened, config=asdict(config)).fingerprint(),
+    )
+    return S3Spec(info=info, config=config)
+
+
+def load_codec(
+    checkpoint: Checkpoint,
+    spec: S3Spec,
+    *,
+    task: Task,
+    device: torch.device,
+    dtype: torch.dtype,
+    attention: str,
+    threads: int,
+) -> S3Codec:
+    """The encoder. See ``registry.Family``.
+
+    Raises:
+        RunError: ``task`` needs a decoder, or the checkpoint is not what its configuration implies.
+    """
+    if task != "wav2token":
+        raise RunError(
+            f"{checkpoint.folder}: S3Tokenizer encodes only (--task wav2token); its codes become audio in CosyVoice"
+        )
+    opened, config = _opened(checkpoint)
+    head_dim = config.n_audio_state // config.n_audio_head
+    try:
+        backend, reason = choose_backend(attention, device, dtype, head_dim)
+    except BackendUnavailable as error:
+        raise RunError(f"--attention {attention}: {error}") from error
+    log.info("attention %s (%s)", backend, reason)
+    with torch.device("meta"):
+        model = S3Tokenizer(config, spec.window_merge)
+    opened.load(model, model, device=device, dtype=dtype)
+    model.encoder.attention = attention
+    return S3Codec(spec, model.requires_grad_(False).eval(), threads)
+
+
+class S3Codec(Codec):
+    """An S3Tokenizer behind the codec protocol; ``threads`` as in ``BatchRunner``."""
+
+    spec: S3Spec
+
+    def __init__(self, spec: S3Spec, model: S3Tokenizer, threads: int = 1) -> None:
+        self.spec = spec
+        self.model = model
+        self.frame_budget = DEFAULT_CAPACITY
+        self._run = BatchRunner(model.device, threads)
+        self.batch_limit = self._run.batch_limit
+
+    def encode(self, features: Sequence[Samples], num_quantizers: int) -> list[Codes]:
+        mels = [torch.from_numpy(feature) for feature in features]
+        codes = self._run(self.model.encode_utterances, mels, lambda mel: mel.shape[1])
+        return [part.astype(np.uint16) for part in to_host(codes, torch.int32)]
+
+    def decode(self, codes: Sequence[Codes]) -> list[Samples]:
+        raise RowError("decode", "S3Tokenizer has no decoder")
+
+    @property
+    def frame_budget(self) -> int:
+        """Token frames computed at once."""
+        return self._frame_budget
+
+    @frame_budget.setter
+    def frame_budget(self, frames: int) -> None:
+        self._frame_budget = max(1, frames)
+        if self.model.device.type == "cuda":
+            self.model.capacity = self._frame_budget
+
+    def release(self) -> None:
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _opened(checkpoint: Checkpoint) -> tuple[Checkpoint, S3Config]:
+    """The checkpoint whose ``tensors`` have the package's names, and its configuration."""
+    graphs = checkpoint.config.get(GRAPHS_KEY, ())
+    if graphs:
+        return open_graph(checkpoint)
+    try:
+        config = S3Config.from_json(checkpoint.config)
+    except RunError as error:
+        raise RunError(f"{checkpoint.folder}: {error}") from error
+    has_key_bias = "encoder.blocks.0.attn.key.bias" in checkpoint.names()
+    return checkpoint, replace(config, key_bias=has_key_bias)
