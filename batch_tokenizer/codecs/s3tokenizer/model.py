@@ -18,9 +18,8 @@ from batch_tokenizer.codecs.mimo.layers import Rotation
 from batch_tokenizer.codecs.mimo.quantizer import Codebook
 from batch_tokenizer.codecs.s3tokenizer.config import FSQ_DIGITS, Merge, S3Config
 from batch_tokenizer.kernels.attention import choose_backend, varlen_attention
-from batch_tokenizer.kernels.packing import filler_runs, packs
-from batch_tokenizer.kernels.precision import Float32Buffers
-from batch_tokenizer.kernels.segments import GappedAxis, Segments, joined_on
+from batch_tokenizer.kernels.codebook import Float32Buffers
+from batch_tokenizer.kernels.segments import GappedAxis, Segments, filler_runs, joined_on, packs
 
 #: Token frames of a pack on CUDA: at 25 Hz 164 s of audio.
 DEFAULT_CAPACITY = 4096
