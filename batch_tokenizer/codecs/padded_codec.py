@@ -87,7 +87,7 @@ class PaddedCodec(Codec):
     def _decode(self, codes: Sequence[Codes]) -> list[Samples]:
         def compute(members: list[Tensor], size: int | None, rows: int | None) -> list[Tensor]:
             batch = PaddedBatch.join(members, device=self.device, size=size, rows=rows)
-            samples = self.decode_padded(batch, [member.numpy().T.astype(np.uint16) for member in members])
+            samples = self.decode_padded(batch, [member.numpy().astype(np.uint16) for member in members])
             lengths = [self.spec.num_output_samples(member.shape[1]) for member in members]
             return [row[:length] for row, length in zip(samples, lengths, strict=False)]
 
