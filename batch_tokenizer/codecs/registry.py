@@ -43,6 +43,7 @@ FAMILIES: Mapping[str, str] = {
     "mimo": "batch_tokenizer.codecs.mimo.codec",
     "moss": "batch_tokenizer.codecs.moss.codec",
     "snac": "batch_tokenizer.codecs.snac.codec",
+    "nanocodec": "batch_tokenizer.codecs.nanocodec.codec",
     "transformers": "batch_tokenizer.codecs.hf.codec",
 }
 
