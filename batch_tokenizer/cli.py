@@ -1,7 +1,7 @@
 """The command line: flags to ``RunConfig``, errors to one line and an exit status.
 
     batch_tokenizer --data_list data.jsonl --task wav2token2wav [--model_path M] …     a run
-    batch_tokenizer verify …, batch_tokenizer status …                                 subcommands, see ``COMMANDS``
+    batch_tokenizer verify …, batch_tokenizer status …                                 the subcommands of ``COMMANDS``
 
 Exit status: 0 the run finished; 1 it could not go on, or every row failed, or any did under ``--strict``; 2 bad
 arguments; 128 + n when signal n stopped it.
@@ -11,27 +11,19 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import NoReturn
 
 from batch_tokenizer import __version__
-from batch_tokenizer.config import (
-    AttentionBackend,
-    AudioFormat,
-    Channels,
-    Device,
-    Dtype,
-    FrontEnd,
-    Resampler,
-    RunConfig,
-    StopMetric,
-    shard_of_slurm_array,
-)
-from batch_tokenizer.records import TASKS, LongAudio, RunError, Sink
+from batch_tokenizer.config import RunConfig, add_options, shard_of_slurm_array
+from batch_tokenizer.records import RunError
+from batch_tokenizer.runtime.processes import ProcessGroup
 
 #: Subcommand to the module that has ``add_arguments(parser)`` and ``main(arguments) -> int``, and a line of help.
 COMMANDS: Mapping[str, tuple[str, str]] = {
@@ -54,61 +46,23 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
 log = logging.getLogger("batch_tokenizer")
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser that reports a wrong argument as a RunError, so that only one rank of a job prints it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise RunError(f"{message} ({self.prog} --help lists all flags)")
+
+
 def run_parser() -> argparse.ArgumentParser:
     """The parser of a run."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="batch_tokenizer",
         description="Turn a corpus of audio into the discrete tokens of a neural codec, and tokens back into audio.",
-        epilog="Other commands: " + ("; ".join(f"{name}: {about}" for name, (_, about) in COMMANDS.items()) or "none"),
+        epilog="Other commands: " + "; ".join(f"{name}: {about}" for name, (_, about) in COMMANDS.items()),
     )
-    default = RunConfig(data_list=Path())
-    add = parser.add_argument
-    add("--version", action="version", version=f"batch_tokenizer {__version__}")
-    add("--model_path", help="checkpoint folder or hub id; the small bundled one when absent")
-    add("--data_list", required=True,
-        help="manifest: JSON lines with key, wav, quantized_tokens, …; or tars, a folder: docs/corpora.md")  # fmt: skip
-    add("--allow_pipe", action="store_true", help="let pipe: sources run their shell commands")
-    add("--task", choices=TASKS, default=default.task)
-    add("--run_dir", type=Path, help="ledger, failures, summary; beside the manifest when absent")
-    add("--sink", choices=get_args(Sink), default=default.sink,
-        help="files that rows name (json, npy), or shards of many rows (tar, parquet); %(default)s")  # fmt: skip
-    add("--output_dir", help="folder of the shards, or of the files of rows that name none; a path or a URL")
-    add("--audio_format", choices=get_args(AudioFormat), default=default.audio_format, help="of reconstructed audio")
-    add("--shard_megabytes", type=int, default=default.shard_megabytes, help="size at which a shard is closed")
-    add("--max_seconds", type=float, help="longest audio that goes through the model in one piece")
-    add("--long_audio", choices=get_args(LongAudio), default=default.long_audio,
-        help="longer audio fails (native), is cut (segment), or is streamed by models that can")  # fmt: skip
-    add("--channels", choices=get_args(Channels), default=default.channels,
-        help="of audio with several: their mean, one of them, or a row for each (%(default)s)")  # fmt: skip
-    add("--batch_size", type=int, default=default.batch_size, help="most utterances in one batch (%(default)s)")
-    add("--frame_budget", type=int, help="most token frames in one batch; chosen for the device when absent")
-    add("--num_workers", type=int, help="loader processes per rank; chosen for the device when absent")
-    add("--prefetch", type=int, default=default.prefetch, help="batches loaded ahead of the model (%(default)s)")
-    add("--num_quantizers", type=int, help="codebooks to use; all when absent")
-    add("--seed", type=int, default=default.seed, help="of torch's generators; encoding and decoding draw nothing")
-    add("--device", choices=get_args(Device), default=default.device)
-    add("--dtype", choices=get_args(Dtype), default=default.dtype, help="auto: bfloat16 on CUDA, float32 on a CPU")
-    add("--resampler", choices=get_args(Resampler), default=default.resampler, help="reference: as published")
-    add("--attention", choices=get_args(AttentionBackend), default=default.attention, help="force a backend")
-    add("--front_end", choices=get_args(FrontEnd), default=default.front_end,
-        help="make features in loader processes (host) or in the codec (device); auto: the latter on CUDA")  # fmt: skip
-    add("--row_timeout", type=float, default=default.row_timeout, help="seconds to load one row (%(default)s)")
-    add("--grace", type=float, default=default.grace, help="seconds to finish what is in flight when stopped")
-    add("--num_shards", type=int, help="independent jobs that share the manifest (1)")
-    add(
-        "--shard",
-        type=_shard,
-        default=default.shard,
-        help="which of them this is, from 0; slurm: as the job array says",
-    )
-    add("--strict", action="store_true", help="exit with status 1 if any row failed")
-    add("--retry_failed", action="store_true", help="try rows again that an earlier run recorded as failed")
-    add("--overwrite", action="store_true", help="discard a run folder made with other settings")
-    add("--evaluate_every", type=int, default=default.evaluate_every, metavar="N",
-        help="score one of N rows of a rank while the run goes (wav2token2wav only)")  # fmt: skip
-    add("--stop_below", type=_threshold, action="append", default=[], metavar="METRIC=VALUE",
-        help="stop when the mean of the last scores is below: " + ", ".join(get_args(StopMetric)))  # fmt: skip
-    add("--dry_run", action="store_true", help="check everything, print the plan and stop")
+    parser.add_argument("--version", action="version", version=f"batch_tokenizer {__version__}")
+    add_options(parser)
+    parser.set_defaults(num_shards=None)  # a number that was given means another thing to --shard slurm
     return parser
 
 
@@ -121,28 +75,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if words and words[0] in COMMANDS:
             return _command(words[0], words[1:])
-        config = _run_config(run_parser().parse_args(words))
-        from batch_tokenizer.pipeline.run import run
-
-        if config.dry_run:
-            from batch_tokenizer.commands.dry_run import execute
-
-            return run(config, execute)
-        return run(config)
+        return _run(words)
     except RunError as error:
-        log.error("%s", error)
-        return error.exit_code
+        return _fail(error)
     except KeyboardInterrupt:
         log.error("interrupted; start the same command again to resume")
         return 130
 
 
-def _shard(text: str) -> int | Literal["slurm"]:
-    if text == "slurm":
-        return "slurm"
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text}: a number from 0, or slurm")
-    return int(text)
+def _run(words: Sequence[str]) -> int:
+    processes = ProcessGroup.from_environment()
+    try:
+        config = _run_config(run_parser().parse_args(words))
+        _check_source(config.data_list)
+    except RunError as error:
+        # All ranks find the same; rank 0 reports it.
+        raise RunError(str(error), exit_code=error.exit_code, reported=not processes.is_main) from error
+    # torch is imported only now, so that the errors above come at once.
+    from batch_tokenizer.pipeline.run import run
+
+    if config.dry_run:
+        from batch_tokenizer.commands.dry_run import execute
+
+        return run(config, execute)
+    return run(config)
 
 
 def _run_config(arguments: argparse.Namespace) -> RunConfig:
@@ -158,19 +114,43 @@ def _run_config(arguments: argparse.Namespace) -> RunConfig:
     return RunConfig(**values)
 
 
-def _threshold(text: str) -> tuple[str, float]:
-    """``METRIC=VALUE``."""
-    name, _, value = text.partition("=")
-    try:
-        return name, float(value)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not METRIC=VALUE") from error
+def _check_source(data_list: str | Path) -> None:
+    """Whether a local file or folder that is named without a pattern is there, before anything else is begun.
+
+    Raises:
+        RunError: it is not.
+    """
+    text = str(data_list)
+    if "://" in text or text.startswith("pipe:") or any(mark in text for mark in "*?{[") or Path(text).exists():
+        return
+    if text == RunConfig().data_list:
+        raise RunError(f"no {text} in the working directory: name the utterances with --data_list")
+    raise RunError(f"--data_list {text} does not exist")
+
+
+def _fail(error: RunError) -> int:
+    """Logs an error, unless another rank does, and returns the exit status.
+
+    torchrun prints a paragraph about every rank that fails, and takes the reason from a file that the rank leaves. So of
+    the ranks on one machine that would only repeat another rank's error, the first alone fails; that ends the others.
+    """
+    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    if error.reported:
+        return 0 if under_torchrun and os.environ.get("LOCAL_RANK") != "0" else error.exit_code
+    log.error("%s", error)
+    if under_torchrun and (path := os.environ.get("TORCHELASTIC_ERROR_FILE")):
+        reason = {"message": str(error), "extraInfo": {"py_callstack": str(error), "timestamp": str(int(time.time()))}}
+        try:
+            Path(path).write_text(json.dumps({"message": reason}), encoding="utf-8")
+        except OSError as failed:
+            log.warning("torchrun gets no reason: %s: %s", path, failed.strerror)
+    return error.exit_code
 
 
 def _command(name: str, words: Sequence[str]) -> int:
     module_name, about = COMMANDS[name]
     module = importlib.import_module(module_name)
-    parser = argparse.ArgumentParser(prog=f"batch_tokenizer {name}", description=about)
+    parser = Parser(prog=f"batch_tokenizer {name}", description=about)
     module.add_arguments(parser)
     status: int = module.main(parser.parse_args(words))
     return status

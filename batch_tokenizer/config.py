@@ -1,14 +1,19 @@
-"""``RunConfig``: everything a run was asked for, checked once at the door and frozen. ``cli.py`` makes it."""
+"""``RunConfig``: the settings of a run. Each field also declares its flag, so that the parsers of the command line
+(``add_options``), the checks of values and ``docs/flags.md`` all follow from one place.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from functools import lru_cache
 from itertools import takewhile
 from pathlib import Path
-from typing import Literal, get_args
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from batch_tokenizer.records import SHARD_SINKS, TASKS, LongAudio, RunError, Sink, Task
+from batch_tokenizer.records import SHARD_SINKS, LongAudio, RunError, Sink, Task
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -18,131 +23,242 @@ Channels = Literal["mean", "left", "right", "split"]
 StopMetric = Literal["stoi", "si_sdr", "level_change"]
 FrontEnd = Literal["auto", "host", "device"]
 AttentionBackend = Literal["auto", "torch_varlen", "flash_attn", "sdpa", "reference"]
+Group = Literal["input", "output", "model", "speed", "long audio", "run and resume", "quality"]
 
-
-#: Settings of a run that say where its outputs go, and nothing of what was computed.
+#: Settings of a run that decide where its outputs go and in which form, but not what is computed.
 OUTPUT_SETTINGS = ("sink", "output_dir", "audio_format")
+
+
+_METAVARS = {int: "N", float: "SECONDS"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """A flag of the command line, as a field of ``RunConfig`` declares it.
+
+    Attributes:
+        name: the field's name; the flag is ``--name``.
+        group: the heading in ``--help`` and in ``docs/flags.md``.
+        help: what it sets, without the default and the choices.
+        default: the field's default.
+        unset: what None, as the default, stands for.
+        value_type: of the field; a bool is a switch without a value.
+        choices: the allowed values; empty where any is allowed.
+        minimum: the least value allowed.
+        parse: from the text on the command line to the value, where that is more than ``value_type(text)``.
+        metavar: what stands for the value in the help; N for whole numbers and SECONDS for others unless it is given.
+        repeated: whether the flag may be given several times.
+    """
+
+    name: str
+    group: Group
+    help: str
+    default: Any
+    unset: str
+    value_type: type
+    choices: tuple[str, ...]
+    minimum: float | None
+    parse: Callable[[str], Any] | None
+    metavar: str | None
+    repeated: bool
+
+    @property
+    def default_text(self) -> str:
+        """The default as documentation shows it; empty for switches and flags that are simply left out."""
+        if self.default is None or self.default is False or self.default == ():
+            return self.unset
+        return str(self.default)
+
+    def check(self, value: Any) -> None:
+        """
+        Raises:
+            RunError: the value is out of range or not one of the choices; the message names the flag.
+        """
+        if self.choices and value not in self.choices:
+            raise RunError(f"--{self.name} {value}: choose one of {', '.join(self.choices)}")
+        if self.minimum is not None and value is not None and not value >= self.minimum:
+            raise RunError(f"--{self.name} {value:g}: must be at least {self.minimum:g}")
+
+    def add_to(self, parser: argparse._ActionsContainer, **changed: Any) -> None:
+        """Adds the flag to a parser or to one of its groups; ``changed`` replaces keywords of ``add_argument``."""
+        shown = f" ({self.default_text})" if self.default_text else ""
+        keywords: dict[str, Any] = {"default": self.default, "help": f"{self.help}{shown}"}
+        if self.value_type is bool:
+            keywords["action"] = "store_true"
+        else:
+            keywords |= {
+                "type": self.parse or self.value_type,
+                "metavar": self.metavar or _METAVARS.get(self.value_type),
+            }
+            if self.choices:
+                keywords["choices"] = self.choices
+            if self.repeated:
+                keywords |= {"action": "append", "default": list(self.default)}
+        parser.add_argument(f"--{self.name}", **(keywords | changed))
+
+
+def option(
+    default: Any,
+    group: Group,
+    help: str,
+    *,
+    unset: str = "",
+    minimum: float | None = None,
+    parse: Callable[[str], Any] | None = None,
+    metavar: str | None = None,
+    repeated: bool = False,
+) -> Any:
+    """A field of ``RunConfig`` with the declaration of its flag; parameters are those of ``Option``."""
+    declared = {
+        "group": group, "help": help, "unset": unset, "minimum": minimum, "parse": parse, "metavar": metavar,
+        "repeated": repeated,
+    }  # fmt: skip
+    return field(default=default, metadata=declared)
+
+
+def _parse_shard(text: str) -> int | Literal["slurm"]:
+    if text == "slurm":
+        return "slurm"
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text}: a number from 0, or slurm")
+    return int(text)
+
+
+def _parse_threshold(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    try:
+        return name, float(value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not METRIC=VALUE") from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
-    """One run.
-
-    Attributes:
-        sink: what the results become: files that the rows name (``json``, ``npy``), or shards (``tar``, ``parquet``).
-        output_dir: folder of the shards, or of the files of rows that name none; a path or an fsspec URL.
-        audio_format: of reconstructed audio.
-        shard_megabytes: a shard is closed when it has grown to this size.
-        max_seconds: longest audio that goes through the model in one piece.
-        long_audio: what happens to longer audio: ``native`` fails the row, ``segment`` cuts it into consecutive pieces
-            of ``max_seconds``, ``stream`` carries the model's state from piece to piece.
-        channels: of audio with several: their mean, the first, the second, or a row for each.
-        model_path: checkpoint folder, hub id, or None for the bundled default.
-        data_list: the rows: a file of JSON lines, or any other source that ``sources`` reads (tars, folders, URLs …).
-        allow_pipe: sources and rows may run shell commands (``pipe:``).
-        run_dir: ledger, failures, summary; None means beside the manifest (``default_run_dir``).
-        batch_size: most utterances in one batch.
-        frame_budget: most token frames in one batch; None lets the device decide.
-        num_workers: loader processes per rank; 0 loads in the computing process; None lets the device decide.
-        prefetch: batches that the loader keeps ready ahead of the model.
-        num_quantizers: codebooks used; None means all that the checkpoint has.
-        front_end: where the codec's features are made: in loader processes (``host``), or in the codec (``device``).
-        row_timeout: seconds that loading one row may take before its worker is replaced.
-        grace: seconds that work in flight may take after SIGTERM, SIGUSR1 or SIGINT.
-        num_shards, shard: the manifest is divided among independent jobs, and this job does part ``shard`` of it.
-        strict: exit with status 1 if any row failed.
-        retry_failed: do rows again that an earlier run recorded as failed.
-        overwrite: discard a run folder that was made with other settings.
-        evaluate_every: in ``wav2token2wav``, score one of so many rows of a rank while the run goes; 0 scores none.
-        stop_below: (metric, value): stop the run when the mean of the last scores is below the value.
-        dry_run: print the plan and stop.
+    """The settings of one run; values are checked when it is made.
 
     Raises:
-        RunError: a value is out of range; the message names the flag.
+        RunError: a value is out of range, or two settings contradict each other; the message names the flag.
     """
 
-    data_list: str | Path
-    task: Task = "wav2token"
-    model_path: str | None = None
-    run_dir: Path | None = None
-    batch_size: int = 64
-    frame_budget: int | None = None
-    num_workers: int | None = None
-    prefetch: int = 4
-    num_quantizers: int | None = None
-    seed: int = 1986
-    device: Device = "auto"
-    dtype: Dtype = "auto"
-    resampler: Resampler = "reference"
-    attention: AttentionBackend = "auto"
-    front_end: FrontEnd = "auto"
-    row_timeout: float = 120.0
-    grace: float = 20.0  # torchrun and Slurm kill 30 s after their signal
-    num_shards: int = 1
-    shard: int = 0
-    strict: bool = False
-    retry_failed: bool = False
-    overwrite: bool = False
-    evaluate_every: int = 0
-    stop_below: Sequence[tuple[str, float]] = ()
-    dry_run: bool = False
-    sink: Sink = "json"
-    output_dir: str | None = None
-    audio_format: AudioFormat = "wav"
-    shard_megabytes: int = 256
-    max_seconds: float | None = None
-    long_audio: LongAudio = "native"
-    channels: Channels = "mean"
-    allow_pipe: bool = False
+    # fmt: off
+    data_list: str | Path = option("data.jsonl", "input",
+        "the utterances: a manifest of JSON lines with key, wav, quantized_tokens, …; or tars, a folder, parquet, URLs "
+        "(docs/corpora.md)", metavar="SOURCE")
+    task: Task = option("wav2token", "input", "encode audio to tokens, decode tokens to audio, or both in one run")
+    channels: Channels = option("mean", "input",
+        "of audio with several channels, take their mean, the first, the second, or make a row of each")
+    allow_pipe: bool = option(False, "input", "let pipe: sources and rows run their shell commands")
+
+    sink: Sink = option("json", "output",
+        "write a token file for each row (json, npy), or shards of many rows (tar, parquet)")
+    output_dir: str | None = option(None, "output",
+        "folder or URL of the shards, or of the files of rows that name none", metavar="DIR")
+    audio_format: AudioFormat = option("wav", "output", "file format of reconstructed audio")
+    shard_megabytes: int = option(256, "output", "size at which a shard is closed", minimum=1)
+
+    model_path: str | None = option(None, "model", "checkpoint folder or hub id", metavar="MODEL",
+        unset="the small bundled model")
+    num_quantizers: int | None = option(None, "model", "codebooks to use", minimum=1, unset="all of the checkpoint")
+    device: Device = option("auto", "model", "where to compute; auto is CUDA where there is any")
+    dtype: Dtype = option("auto", "model",
+        "number format of the model; auto is the codec's own on CUDA, mostly bfloat16, and float32 on a CPU")
+    resampler: Resampler = option("reference", "model",
+        "torchaudio's, with which published tokens were made (reference), or soxr's HQ, which is faster")
+    attention: AttentionBackend = option("auto", "model", "force a backend of the attention kernel")
+
+    batch_size: int = option(64, "speed", "most utterances in a batch", minimum=1)
+    frame_budget: int | None = option(None, "speed", "most token frames in a batch", minimum=1,
+        unset="chosen for the device")
+    num_workers: int | None = option(None, "speed", "loader processes of a rank; 0 loads in the computing process",
+        minimum=0, unset="2; on CUDA the rank's cores less two, 2 to 12")
+    prefetch: int = option(4, "speed", "batches that are loaded ahead of the model", minimum=1)
+    front_end: FrontEnd = option("auto", "speed",
+        "compute features such as log-mel in loader processes (host) or in the codec (device); auto: device on CUDA")
+
+    long_audio: LongAudio = option("native", "long audio",
+        "audio longer than one pass fails (native), is cut into segments (segment), or is streamed exactly by models "
+        "that can (stream)")
+    max_seconds: float | None = option(None, "long audio", "longest audio that goes through the model in one pass",
+        minimum=0.001, unset="the model's limit")
+
+    run_dir: Path | None = option(None, "run and resume", "run folder, with ledger, failures and summary",
+        metavar="DIR", unset="SOURCE.TASK.run beside the source")
+    retry_failed: bool = option(False, "run and resume", "do rows again that an earlier run recorded as failed")
+    overwrite: bool = option(False, "run and resume", "discard a run folder that was made with other settings")
+    strict: bool = option(False, "run and resume", "exit with status 1 if any row failed")
+    row_timeout: float = option(120.0, "run and resume",
+        "seconds that loading one row may take before its worker is replaced", minimum=0.1)
+    # torchrun and Slurm kill a process 30 s after their signal.
+    grace: float = option(20.0, "run and resume",
+        "seconds to finish the batches in progress after SIGTERM, SIGUSR1 or SIGINT", minimum=0)
+    num_shards: int = option(1, "run and resume", "independent jobs that divide the manifest among themselves",
+        minimum=1)
+    shard: int = option(0, "run and resume",
+        "which of them this job is, from 0; slurm: both numbers are those of the job array", minimum=0,
+        parse=_parse_shard, metavar="I")
+    dry_run: bool = option(False, "run and resume", "check everything, print what the run would do, and stop")
+
+    evaluate_every: int = option(0, "quality",
+        "score one of N rows of each rank during the run, in wav2token2wav; 0 scores none", minimum=0)
+    stop_below: Sequence[tuple[str, float]] = option((), "quality",
+        "stop when the mean of the last scores is below VALUE; metrics: " + ", ".join(get_args(StopMetric)),
+        parse=_parse_threshold, metavar="METRIC=VALUE", repeated=True)
+    # fmt: on
 
     def __post_init__(self) -> None:
-        for flag, value, choices in (
-            ("task", self.task, TASKS),
-            ("device", self.device, get_args(Device)),
-            ("dtype", self.dtype, get_args(Dtype)),
-            ("resampler", self.resampler, get_args(Resampler)),
-            ("attention", self.attention, get_args(AttentionBackend)),
-            ("front_end", self.front_end, get_args(FrontEnd)),
-            ("sink", self.sink, get_args(Sink)),
-            ("audio_format", self.audio_format, get_args(AudioFormat)),
-            ("long_audio", self.long_audio, get_args(LongAudio)),
-            ("channels", self.channels, get_args(Channels)),
-        ):
-            if value not in choices:
-                raise RunError(f"--{flag} {value}: choose one of {', '.join(choices)}")
-        for flag, number, least in (
-            ("batch_size", self.batch_size, 1),
-            ("num_workers", self.num_workers or 0, 0),
-            ("prefetch", self.prefetch, 1),
-            ("num_shards", self.num_shards, 1),
-            ("shard", self.shard, 0),
-            ("row_timeout", self.row_timeout, 0.1),
-            ("grace", self.grace, 0.0),
-            ("evaluate_every", self.evaluate_every, 0),
-            ("shard_megabytes", self.shard_megabytes, 1),
-        ):
-            if number < least:
-                raise RunError(f"--{flag} {number}: must be at least {least}")
-        for flag, optional in (("num_quantizers", self.num_quantizers), ("frame_budget", self.frame_budget)):
-            if optional is not None and optional < 1:
-                raise RunError(f"--{flag} {optional}: must be at least 1")
+        for name, declared in options().items():
+            declared.check(getattr(self, name))
         if self.evaluate_every and self.task != "wav2token2wav":
             raise RunError(f"--evaluate_every needs --task wav2token2wav: {self.task} has nothing to compare")
         if self.stop_below and not self.evaluate_every:
-            raise RunError("--stop_below needs --evaluate_every N, which scores rows while the run goes")
+            raise RunError("--stop_below needs --evaluate_every N, which scores rows during the run")
         for metric, _ in self.stop_below:
             if metric not in get_args(StopMetric):
                 raise RunError(f"--stop_below {metric}: choose one of {', '.join(get_args(StopMetric))}")
         if self.sink in SHARD_SINKS and self.output_dir is None:
             raise RunError(f"--sink {self.sink} needs --output_dir, the folder of its shards")
-        if self.max_seconds is not None and not self.max_seconds > 0:
-            raise RunError(f"--max_seconds {self.max_seconds:g}: must be above 0")
         if self.shard >= self.num_shards:
             raise RunError(f"--shard {self.shard}: must be below --num_shards {self.num_shards}")
 
     def default_run_dir(self) -> Path:
         """Beside the manifest, one folder a task: ``data.jsonl`` and ``wav2token`` give ``data.wav2token.run``."""
         return beside(self.data_list, f".{self.task}.run")
+
+
+@lru_cache(maxsize=1)
+def options() -> Mapping[str, Option]:
+    """The flags of a run by name, in the order of ``RunConfig``'s fields."""
+    hints = get_type_hints(RunConfig)
+    declared = {}
+    for one in fields(RunConfig):
+        assert one.default is not MISSING
+        value_type, choices = _type_and_choices(hints[one.name])
+        declared[one.name] = Option(
+            name=one.name, default=one.default, value_type=value_type, choices=choices, **one.metadata
+        )
+    return declared
+
+
+def _type_and_choices(hint: Any) -> tuple[type, tuple[str, ...]]:
+    """The type that a flag's text is converted to: the first of a union; with the values of a Literal."""
+    if get_origin(hint) in (Union, UnionType):
+        hint = next(part for part in get_args(hint) if part is not NoneType)
+    if get_origin(hint) is Literal:
+        return str, get_args(hint)
+    return get_origin(hint) or hint, ()
+
+
+def add_options(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Adds flags of a run to the parser of a command that shares them; all of them, in groups, when none is named."""
+    if names:
+        for name in names:
+            options()[name].add_to(parser)
+        return
+    for group in get_args(Group):
+        heading = parser.add_argument_group(group)
+        for declared in options().values():
+            if declared.group == group:
+                declared.add_to(heading)
 
 
 def beside(data_list: str | Path, ending: str) -> Path:

@@ -88,11 +88,13 @@ class RunError(Exception):
 
     Attributes:
         exit_code: 2 for what the caller asked for (flags, paths, checkpoint), 1 for what the world did (disk, network).
+        reported: another rank of the job has the same error and prints it, so that this one need not.
     """
 
-    def __init__(self, message: str, *, exit_code: int = 2) -> None:
+    def __init__(self, message: str, *, exit_code: int = 2, reported: bool = False) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+        self.reported = reported
 
 
 def first_line(error: BaseException) -> str:

@@ -62,7 +62,6 @@ class Job:
         Raises:
             RunError: the checkpoint or the device is not what was asked for.
         """
-        torch.manual_seed(config.seed)
         checkpoint = Checkpoint.open(config.model_path)
         family = find_family(checkpoint)
         spec = family.open_spec(checkpoint)

@@ -507,7 +507,7 @@ def _read_word(word: bytes | None, timeout: float) -> dict[str, Any]:
         raise RunError(f"rank 0 gave no word within {timeout:.0f} seconds: look at its log", exit_code=1)
     fields: dict[str, Any] = json.loads(word)
     if "error" in fields:
-        raise RunError(f"rank 0 stopped: {fields['error']}", exit_code=1)
+        raise RunError(f"rank 0 stopped: {fields['error']}", exit_code=1, reported=True)
     return fields
 
 
