@@ -43,6 +43,9 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "codecs": ("batch_tokenizer.commands.codecs", "list the families of codecs, or describe a checkpoint"),
 }
 
+#: Seconds in which the other ranks of a machine end by themselves; torchrun lists those that it has to end.
+_OTHERS_END_SECONDS = 1.0
+
 log = logging.getLogger("batch_tokenizer")
 
 
@@ -111,7 +114,7 @@ def _run_config(arguments: argparse.Namespace) -> RunConfig:
         values["num_shards"], values["shard"] = shard_of_slurm_array(os.environ, values["num_shards"])
     elif values["num_shards"] is None:
         del values["num_shards"]
-    return RunConfig(**values)
+    return RunConfig(**values | {"stop_below": tuple(values["stop_below"])})
 
 
 def _check_source(data_list: str | Path) -> None:
@@ -131,8 +134,8 @@ def _check_source(data_list: str | Path) -> None:
 def _fail(error: RunError) -> int:
     """Logs an error, unless another rank does, and returns the exit status.
 
-    torchrun prints a paragraph about every rank that fails, and takes the reason from a file that the rank leaves. So of
-    the ranks on one machine that would only repeat another rank's error, the first alone fails; that ends the others.
+    torchrun prints a paragraph about every rank that fails, with the reason from a file that the rank writes. So of the
+    ranks on one machine that would only repeat another rank's error, the first alone fails; torchrun ends the others.
     """
     under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     if error.reported:
@@ -144,6 +147,7 @@ def _fail(error: RunError) -> int:
             Path(path).write_text(json.dumps({"message": reason}), encoding="utf-8")
         except OSError as failed:
             log.warning("torchrun gets no reason: %s: %s", path, failed.strerror)
+        time.sleep(_OTHERS_END_SECONDS)
     return error.exit_code
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import lru_cache
 from itertools import takewhile
 from pathlib import Path
@@ -67,7 +67,7 @@ class Option:
         """The default as documentation shows it; empty for switches and flags that are simply left out."""
         if self.default is None or self.default is False or self.default == ():
             return self.unset
-        return str(self.default)
+        return f"{self.default:g}" if isinstance(self.default, float) else str(self.default)
 
     def check(self, value: Any) -> None:
         """
@@ -79,9 +79,9 @@ class Option:
         if self.minimum is not None and value is not None and not value >= self.minimum:
             raise RunError(f"--{self.name} {value:g}: must be at least {self.minimum:g}")
 
-    def add_to(self, parser: argparse._ActionsContainer, **changed: Any) -> None:
-        """Adds the flag to a parser or to one of its groups; ``changed`` replaces keywords of ``add_argument``."""
-        shown = f" ({self.default_text})" if self.default_text else ""
+    def add_to(self, parser: argparse._ActionsContainer) -> None:
+        """Adds the flag to a parser or to one of its groups."""
+        shown = f" (default: {self.default_text})" if self.default_text else ""
         keywords: dict[str, Any] = {"default": self.default, "help": f"{self.help}{shown}"}
         if self.value_type is bool:
             keywords["action"] = "store_true"
@@ -94,7 +94,7 @@ class Option:
                 keywords["choices"] = self.choices
             if self.repeated:
                 keywords |= {"action": "append", "default": list(self.default)}
-        parser.add_argument(f"--{self.name}", **(keywords | changed))
+        parser.add_argument(f"--{self.name}", **keywords)
 
 
 def option(
@@ -170,7 +170,7 @@ class RunConfig:
     frame_budget: int | None = option(None, "speed", "most token frames in a batch", minimum=1,
         unset="chosen for the device")
     num_workers: int | None = option(None, "speed", "loader processes of a rank; 0 loads in the computing process",
-        minimum=0, unset="2; on CUDA the rank's cores less two, 2 to 12")
+        minimum=0, unset="2; on CUDA the cores of the rank less two, 2 to 12")
     prefetch: int = option(4, "speed", "batches that are loaded ahead of the model", minimum=1)
     front_end: FrontEnd = option("auto", "speed",
         "compute features such as log-mel in loader processes (host) or in the codec (device); auto: device on CUDA")
@@ -248,11 +248,17 @@ def _type_and_choices(hint: Any) -> tuple[type, tuple[str, ...]]:
     return get_origin(hint) or hint, ()
 
 
-def add_options(parser: argparse.ArgumentParser, *names: str) -> None:
-    """Adds flags of a run to the parser of a command that shares them; all of them, in groups, when none is named."""
+def add_options(parser: argparse.ArgumentParser, *names: str, **defaults: Any) -> None:
+    """Adds flags of a run to a parser.
+
+    Args:
+        names: the flags that another command shares with a run; all of them, in groups, when none is named.
+        defaults: where the command's default is not the run's.
+    """
     if names:
         for name in names:
-            options()[name].add_to(parser)
+            declared = options()[name]
+            (replace(declared, default=defaults[name]) if name in defaults else declared).add_to(parser)
         return
     for group in get_args(Group):
         heading = parser.add_argument_group(group)

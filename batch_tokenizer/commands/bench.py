@@ -33,7 +33,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -57,19 +57,25 @@ from batch_tokenizer.commands.bench_workload import (
     write_utterances,
 )
 from batch_tokenizer.commands.published_loop import PublishedLoop, load_bare
-from batch_tokenizer.config import AttentionBackend, Device, Dtype, FrontEnd, Resampler, RunConfig
+from batch_tokenizer.config import RunConfig, add_options
 from batch_tokenizer.data.batching import Packer
 from batch_tokenizer.data.loader import Loader
 from batch_tokenizer.data.loading import RowLoader
 from batch_tokenizer.pipeline.run import run_job
 from batch_tokenizer.pipeline.setup import Job, with_front_end
-from batch_tokenizer.records import TASKS, Batch, LoadedRow, ManifestRow, RowError, RunError, Task, TokenizedRow
+from batch_tokenizer.records import Batch, LoadedRow, ManifestRow, RowError, RunError, Task, TokenizedRow
 from batch_tokenizer.runtime.devices import choose_device
 from batch_tokenizer.runtime.processes import ProcessGroup
 from batch_tokenizer.runtime.signals import StopRequest
 from batch_tokenizer.writers.file_sink import FileSink
 
 PARTS = ("peak", "model", "end_to_end", "loader", "writer")
+
+#: Flags that mean what they mean for a run.
+_RUN_OPTIONS = (
+    "model_path", "task", "num_quantizers", "device", "dtype", "resampler", "attention", "batch_size", "frame_budget",
+    "num_workers", "prefetch", "front_end",
+)  # fmt: skip
 
 #: Rows that the loader's and the writer's rates are measured on, and the least seconds that a repeat of them takes.
 _SAMPLED_ROWS = 128
@@ -81,31 +87,22 @@ _PASS = "pass"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
-    default = RunConfig(data_list=Path())
     add = parser.add_argument
-    add("--model_path", help="checkpoint folder or hub id; the bundled default when nothing else is given")
-    add("--config", help=f"in its place: {', '.join(size_names())}, a MiMo config.json, or free (costs nothing)")
+    add(
+        "--config",
+        help=f"in place of a checkpoint: {', '.join(size_names())}, a MiMo config.json, or free (costs nothing)",
+    )
     add("--random_weights", action="store_true", help="what --config needs, as a configuration has no weights")
-    add("--data_list", type=Path, help="utterances of a manifest; made ones when absent")
-    add("--lengths", default="seed-tts", help=f"of made ones: {', '.join(LENGTHS)}, uniform:A-B, constant:S")
-    add("--num_utterances", type=int, help="how many (128; all rows of a manifest)")
-    add("--format", choices=("wav", "flac", "mp3"), default="wav", help="of made ones")
-    add("--sample_rate", type=int, default=24000, help="of made ones")
-    add("--task", choices=TASKS, default="wav2token2wav")
-    add("--batch_size", type=int, default=default.batch_size)
-    add("--frame_budget", type=int)
-    add("--num_workers", type=int)
-    add("--prefetch", type=int, default=default.prefetch)
-    add("--num_quantizers", type=int)
-    add("--device", choices=get_args(Device), default=default.device)
-    add("--dtype", choices=get_args(Dtype), default=default.dtype)
-    add("--attention", choices=get_args(AttentionBackend), default=default.attention)
-    add("--front_end", choices=get_args(FrontEnd), default=default.front_end)
-    add("--resampler", choices=get_args(Resampler), default=default.resampler)
+    add("--data_list", type=Path, metavar="MANIFEST", help="its utterances; generated ones when absent")
+    add("--lengths", default="seed-tts", help=f"of generated ones: {', '.join(LENGTHS)}, uniform:A-B, constant:S")
+    add("--num_utterances", type=int, metavar="N", help="how many (128, or all rows of the manifest)")
+    add("--format", choices=("wav", "flac", "mp3"), default="wav", help="of generated ones")
+    add("--sample_rate", type=int, default=24000, metavar="HZ", help="of generated ones")
+    add("--seed", type=int, default=1986, metavar="N", help="of the draw of utterances (%(default)s)")
+    add_options(parser, *_RUN_OPTIONS, task="wav2token2wav")
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure")
     add("--baseline", nargs="+", type=int, default=[], metavar="BATCH_SIZE", help="run the published way as well")
     add("--repeats", type=int, default=3)
-    add("--seed", type=int, default=default.seed)
     add("--work_dir", type=Path, help="where files are read and written; a temporary folder when absent")
 
 
@@ -301,13 +298,8 @@ class Bench:
             wavs = write_utterances(folder / "wavs", lengths, arguments.sample_rate, arguments.format, arguments.seed)
             source = f"made, lengths {arguments.lengths}, {arguments.format}, {arguments.sample_rate} Hz"
         manifest = write_manifest(folder / "bench.jsonl", wavs, folder / "out", folder / "out")
-        config = RunConfig(
-            data_list=manifest, run_dir=folder / "run", task=arguments.task, model_path=arguments.model_path,
-            batch_size=arguments.batch_size, frame_budget=arguments.frame_budget, num_workers=arguments.num_workers,
-            prefetch=arguments.prefetch, num_quantizers=arguments.num_quantizers, seed=arguments.seed,
-            device=arguments.device, dtype=arguments.dtype, attention=arguments.attention,
-            front_end=arguments.front_end, resampler=arguments.resampler, overwrite=True,
-        )  # fmt: skip
+        shared = {name: getattr(arguments, name) for name in _RUN_OPTIONS}
+        config = RunConfig(data_list=manifest, run_dir=folder / "run", overwrite=True, **shared)
         job = _open_job(config, arguments.config, arguments.random_weights)
         for passed in folder.glob(f"{_PASS}*"):
             shutil.rmtree(passed, ignore_errors=True)

@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +32,7 @@ import torch
 from tqdm import tqdm
 
 from batch_tokenizer.codecs.offline import at_input_rate, decode, encode
-from batch_tokenizer.config import Device, Dtype, beside
+from batch_tokenizer.config import Device, Dtype, add_options, beside
 from batch_tokenizer.quality.aggregates import Group, group, markdown_table
 from batch_tokenizer.quality.codebooks import CodebookUse, bit_rate
 from batch_tokenizer.quality.metrics import METRICS, Scorer
@@ -70,8 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of " + ", ".join(METRICS))  # fmt: skip
     add("--speaker_model", default="auto", help="a transformers x-vector model, or resemblyzer; auto: WavLM if cached")
     add("--workers", type=int, default=_num_cores(), help="processes that score (%(default)s)")
-    add("--device", choices=get_args(Device), default="auto")
-    add("--dtype", choices=get_args(Dtype), default="auto")
+    add_options(parser, "device", "dtype")
     add("--out", type=Path, metavar="DIR", help="where results go; RUN_DIR/quality or MANIFEST.quality when absent")
     add("--overwrite", action="store_true", help="discard results in DIR that were made with other settings")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ from batch_tokenizer import __version__
 from batch_tokenizer.audio.loading import load_samples
 from batch_tokenizer.codecs.base import CodecInfo
 from batch_tokenizer.codecs.offline import at_input_rate, check_num_quantizers, decode, encode, open_codec
-from batch_tokenizer.config import Device, Dtype
+from batch_tokenizer.config import add_options
 from batch_tokenizer.quality.codebooks import bit_rate
 from batch_tokenizer.quality.metrics import METRICS, Scorer, Scores, mel_db
 from batch_tokenizer.quality.recordings import Recording, align
@@ -36,13 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     add = parser.add_argument
     add("file", help="an audio file, or another location: docs/corpora.md")
-    add("--model_path", help="checkpoint folder or hub id; the bundled default when absent")
-    add("--num_quantizers", type=int, help="codebooks to use; all when absent")
+    add_options(parser, "model_path", "num_quantizers")
     add("--metrics", nargs="+", choices=list(METRICS), default=list(METRICS), metavar="METRIC",
         help="of " + ", ".join(METRICS))  # fmt: skip
     add("--speaker_model", default="auto", help="as in evaluate")
-    add("--device", choices=get_args(Device), default="auto")
-    add("--dtype", choices=get_args(Dtype), default="auto")
+    add_options(parser, "device", "dtype")
     add("--out", type=Path, metavar="DIR", help="where results go; FILE's name with .inspect, here, when absent")
 
 

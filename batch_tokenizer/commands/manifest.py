@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,10 +30,10 @@ from tqdm import tqdm
 
 from batch_tokenizer.audio.decoding import probe_audio
 from batch_tokenizer.commands.status import spoken_size
-from batch_tokenizer.config import AudioFormat, Channels
+from batch_tokenizer.config import add_options
 from batch_tokenizer.manifest.manifest import Manifest
 from batch_tokenizer.manifest.row import REFUSED, LineState, cut_of
-from batch_tokenizer.records import TASKS, ManifestRow, RowError, RunError, Sink
+from batch_tokenizer.records import ManifestRow, RowError, RunError, Sink
 from batch_tokenizer.sources.finishing import SourceSettings
 from batch_tokenizer.sources.listing import lines_of, local_manifest, ordered
 from batch_tokenizer.storage.streams import ALLOW_PIPE
@@ -61,19 +61,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = make.add_argument
     add("source", help="a folder, tars ('shards/{000..999}.tar'), NeMo or Lhotse JSON lines, a URL")
     add("--out", type=Path, default=Path("data.jsonl"), help="the manifest (%(default)s)")
-    add("--task", choices=TASKS, default="wav2token", help="what the rows are for (%(default)s)")
-    add("--output_dir", help="folder or URL of outputs, for rows that name none; without it they still name none")
-    add("--sink", choices=get_args(Sink), default="json", help="what the outputs will be (%(default)s)")
-    add("--audio_format", choices=get_args(AudioFormat), default="wav", help="of reconstructed audio (%(default)s)")
-    add("--channels", choices=get_args(Channels), default="mean", help="split: a row for each channel (%(default)s)")
+    add_options(make, "task", "output_dir", "sink", "audio_format", "channels", "allow_pipe")
     add("--workers", type=int, default=min(32, 4 * (os.cpu_count() or 1)),
         help="files opened at once (%(default)s); more help on network disks")  # fmt: skip
-    add("--allow_pipe", action="store_true", help="let pipe: sources run their shell commands")
     stats = commands.add_parser("stats", help="count, hours, histogram, expected tokens, bytes and GPU-hours")
     add = stats.add_argument
     add("source", help="a manifest, or any other source")
-    add("--model_path", help="checkpoint folder or hub id; the small bundled one when absent")
-    add("--num_quantizers", type=int, help="codebooks to use; all when absent")
+    add_options(stats, "model_path", "num_quantizers")
     add("--rtf", type=float, default=PUBLISHED_RTF,
         help="seconds of one GPU for a second of audio; %(default)s is published for encoding and decoding on an H800;"
         " batch_tokenizer bench measures yours")  # fmt: skip

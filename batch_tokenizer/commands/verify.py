@@ -52,7 +52,7 @@ from batch_tokenizer.commands.verify_shards import (
     shards_of_ledger,
     take_back,
 )
-from batch_tokenizer.config import OUTPUT_SETTINGS, RunConfig
+from batch_tokenizer.config import OUTPUT_SETTINGS, RunConfig, add_options
 from batch_tokenizer.data.token_files import ANY_CODEBOOKS, take_apart
 from batch_tokenizer.manifest.manifest import Manifest
 from batch_tokenizer.records import SHARD_SINKS, TASKS, LedgerEntry, ManifestRow, RowError, RunError, Task
@@ -418,7 +418,7 @@ class Findings:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     add = parser.add_argument
-    add("--data_list", required=True, help="the run's manifest or other source, as the run had it")
+    add_options(parser, "data_list")
     add("--task", choices=TASKS, help="of the run, where several ran on this manifest")
     add("--model_path", help="the checkpoint that the run used; the bundled default when absent")
     add("--run_dir", type=Path, help="the run folder; looked for beside the manifest when absent")

@@ -1,0 +1,132 @@
+"""The declared options: the parser, the checks and docs/flags.md follow from ``RunConfig``'s fields."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from batch_tokenizer import cli
+from batch_tokenizer.config import Group, RunConfig, add_options, options
+from batch_tokenizer.records import RunError
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "flags.md"
+
+
+def flags_table(group: str) -> str:
+    """The table of one group's flags, as docs/flags.md has it."""
+    lines = ["| flag | meaning | default |", "|---|---|---|"]
+    for option in options().values():
+        if option.group == group:
+            choices = f": {', '.join(f'`{choice}`' for choice in option.choices)}" if option.choices else ""
+            shown = option.default_text
+            plain = option.default is None or not shown
+            default = (shown or ("off" if option.value_type is bool else "–")) if plain else f"`{shown}`"
+            lines.append(f"| `--{option.name}` | {option.help}{choices} | {default} |")
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize("group", get_args(Group))
+def test_page_of_flags_has_each_group_as_it_is_declared(group):
+    section = f"## {group.capitalize()}\n\n{flags_table(group)}"
+    assert section in PAGE.read_text(encoding="utf-8"), f"docs/flags.md should have:\n\n{section}"
+
+
+def test_every_field_is_a_flag_with_a_group_and_help():
+    assert list(options()) == [field.name for field in fields(RunConfig)]
+    text = cli.run_parser().format_help()
+    for option in options().values():
+        assert option.group in get_args(Group)
+        assert option.help
+        assert f"--{option.name}" in text
+
+
+def test_a_command_line_without_flags_gives_the_defaults():
+    assert cli._run_config(cli.run_parser().parse_args([])) == RunConfig()
+    assert RunConfig().data_list == "data.jsonl"
+
+
+def test_values_are_converted_to_the_types_of_the_fields():
+    words = "--batch_size 8 --grace 2.5 --run_dir a/b --strict --task wav2token2wav --evaluate_every 2"
+    words += " --stop_below stoi=0.5 --stop_below si_sdr=-3"
+    config = cli._run_config(cli.run_parser().parse_args(words.split()))
+    assert (config.batch_size, config.grace, config.run_dir, config.strict) == (8, 2.5, Path("a/b"), True)
+    assert list(config.stop_below) == [("stoi", 0.5), ("si_sdr", -3.0)]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"batch_size": 0}, r"--batch_size 0: must be at least 1"),
+        ({"num_workers": -1}, r"--num_workers -1: must be at least 0"),
+        ({"num_quantizers": 0}, r"--num_quantizers 0: must be at least 1"),
+        ({"row_timeout": 0.05}, r"--row_timeout 0.05: must be at least 0.1"),
+        ({"grace": float("nan")}, r"--grace nan: must be at least 0"),
+        ({"max_seconds": 0.0}, r"--max_seconds 0: must be at least 0.001"),
+        ({"task": "wav"}, r"--task wav: choose one of wav2token, token2wav, wav2token2wav"),
+        ({"channels": "both"}, r"--channels both: choose one of mean"),
+        ({"sink": "tar"}, r"--sink tar needs --output_dir"),
+        ({"shard": 2, "num_shards": 2}, r"--shard 2: must be below --num_shards 2"),
+        ({"evaluate_every": 1}, r"--evaluate_every needs --task wav2token2wav"),
+        ({"stop_below": [("stoi", 0.5)]}, r"--stop_below needs --evaluate_every"),
+        ({"stop_below": [("pesq", 1.0)], "evaluate_every": 1, "task": "wav2token2wav"}, r"--stop_below pesq: choose"),
+    ],
+)
+def test_values_out_of_range_are_refused_by_the_name_of_their_flag(values, message):
+    with pytest.raises(RunError, match=message):
+        RunConfig(**values)
+
+
+def test_other_commands_share_flags_and_may_have_other_defaults():
+    parser = argparse.ArgumentParser()
+    add_options(parser, "task", "batch_size", task="token2wav")
+    arguments = parser.parse_args([])
+    assert (arguments.task, arguments.batch_size) == ("token2wav", 64)
+    assert "(default: token2wav)" in " ".join(parser.format_help().split())
+
+
+class TestErrorsOfAllRanks:
+    """Rank 0 prints what every rank finds, and torchrun hears of it from one rank of each machine."""
+
+    @pytest.fixture(autouse=True)
+    def place(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(cli, "_OTHERS_END_SECONDS", 0.0)
+
+    def rank(self, monkeypatch, tmp_path, rank, local_rank):
+        for name, value in {
+            "TORCHELASTIC_RUN_ID": "none", "RANK": rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": 16,
+            "MASTER_ADDR": "localhost", "MASTER_PORT": 1, "TORCHELASTIC_ERROR_FILE": tmp_path / f"{rank}.json",
+        }.items():  # fmt: skip
+            monkeypatch.setenv(name, str(value))
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            ([], "no data.jsonl in the working directory: name the utterances with --data_list"),
+            (["--data_list", "none.jsonl"], "--data_list none.jsonl does not exist"),
+            (["--batch_size", "0"], "--batch_size 0: must be at least 1"),
+            (["--bach_size", "1"], "unrecognized arguments: --bach_size 1"),
+        ],
+    )
+    def test_one_line_from_rank_0(self, monkeypatch, tmp_path, caplog, words, message):
+        self.rank(monkeypatch, tmp_path, 0, 0)
+        assert cli.main(words) == 2
+        (line,) = caplog.messages
+        assert message in line
+        reason = json.loads((tmp_path / "0.json").read_text())["message"]
+        assert reason["extraInfo"]["py_callstack"] == line
+        caplog.clear()
+        for rank, local_rank, status in ((1, 1, 0), (8, 0, 2), (9, 1, 0)):
+            self.rank(monkeypatch, tmp_path, rank, local_rank)
+            assert cli.main(words) == status
+        assert not caplog.messages
+        assert [path.name for path in tmp_path.iterdir()] == ["0.json"]
+
+    def test_sources_that_only_a_listing_can_find_are_left_to_it(self):
+        for source in ("s3://bucket/data.jsonl", "shards/{0..9}.tar", "pipe:cat x.tar", "*.tar"):
+            cli._check_source(source)
