@@ -171,6 +171,23 @@ class Checkpoint:
             return tuple(self.folder / shard for shard in shards)
         raise RunError(f"{self.folder}: has none of {', '.join(WEIGHT_FILES)}")
 
+    def preprocessor(self) -> Mapping[str, Any]:
+        """``preprocessor_config.json``, or an empty mapping where there is none.
+
+        Raises:
+            RunError: it cannot be read, or is not a JSON object.
+        """
+        path = self.folder / "preprocessor_config.json"
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            raise RunError(f"{path}: cannot be read: {error}") from error
+        if not isinstance(settings, dict):
+            raise RunError(f"{path}: must hold a JSON object, holds a {type(settings).__name__}")
+        return settings
+
     def tensors(self, strip: str = "") -> Iterator[tuple[str, Tensor]]:
         """Names and tensors, one file after the other, mapped from disk and read only where they are touched.
 

@@ -1,9 +1,9 @@
-"""Keys of a ``config.json``, checked one by one, with messages that say where in the file they are."""
+"""Keys of a JSON configuration, checked one by one, with messages that say where in the file they are."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from batch_tokenizer.records import RunError
@@ -12,20 +12,21 @@ _ABSENT: Any = object()
 
 
 class ConfigKeys:
-    """A mapping inside ``config.json``. Every method raises RunError, one line, where a key is absent or wrong.
+    """A mapping inside a JSON file. Every method raises RunError, one line, where a key is absent or wrong.
 
     ``default`` is the value of a key that is absent; without one the key must be there.
     """
 
-    def __init__(self, mapping: Mapping[str, Any], place: str = "") -> None:
+    def __init__(self, mapping: Mapping[str, Any], place: str = "", file: str = "config.json") -> None:
         self.mapping = mapping
         self.place = place
+        self.file = file
 
     def wrong(self, key: str, rule: str) -> RunError:
         """The error for ``key``."""
         if key not in self.mapping:
-            return RunError(f"config.json: {self.place}{key} is absent")
-        return RunError(f"config.json: {self.place}{key} = {self.mapping[key]!r}: {rule}")
+            return RunError(f"{self.file}: {self.place}{key} is absent")
+        return RunError(f"{self.file}: {self.place}{key} = {self.mapping[key]!r}: {rule}")
 
     def value(self, key: str, default: Any = _ABSENT) -> Any:
         """Whatever is there."""
@@ -40,10 +41,10 @@ class ConfigKeys:
             raise self.wrong(key, "must be a whole number above 0")
         return int(value)
 
-    def sizes(self, key: str) -> tuple[int, ...]:
+    def sizes(self, key: str, default: Sequence[int] = _ABSENT) -> tuple[int, ...]:
         """A list of at least one whole number above 0."""
-        value = self.value(key)
-        if not isinstance(value, list) or not value or not all(map(_is_size, value)):
+        value = self.value(key, default)
+        if not isinstance(value, (list, tuple)) or not value or not all(map(_is_size, value)):
             raise self.wrong(key, "must be a list of whole numbers above 0")
         return tuple(map(int, value))
 
@@ -72,7 +73,7 @@ class ConfigKeys:
         value = self.value(key)
         if not isinstance(value, Mapping):
             raise self.wrong(key, "must be an object")
-        return ConfigKeys(value, f"{self.place}{key}.")
+        return ConfigKeys(value, f"{self.place}{key}.", self.file)
 
 
 def _is_size(value: Any) -> bool:

@@ -44,6 +44,7 @@ FAMILIES: Mapping[str, str] = {
     "moss": "batch_tokenizer.codecs.moss.codec",
     "snac": "batch_tokenizer.codecs.snac.codec",
     "nanocodec": "batch_tokenizer.codecs.nanocodec.codec",
+    "wavtokenizer": "batch_tokenizer.codecs.wavtokenizer.codec",
     "transformers": "batch_tokenizer.codecs.hf.codec",
 }
 

@@ -6,7 +6,6 @@ The library is imported when a checkpoint of it is opened, which takes seconds, 
 from __future__ import annotations
 
 import importlib
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -93,7 +92,7 @@ def open_spec(checkpoint: Checkpoint) -> HfSpec:
         )
     kind = KINDS[kind_name]
     config = _read_config(checkpoint, kind)
-    settings = _preprocessor(checkpoint)
+    settings = checkpoint.preprocessor()
     try:
         lengths = kind.lengths(config, settings)
         input_rate, output_rate = kind.sample_rates(config)
@@ -167,7 +166,7 @@ def load_codec(
     front_end = None
     if kind.front_end is not None:
         extractor = _class(library, kind.front_end, checkpoint)
-        if _preprocessor(checkpoint):
+        if checkpoint.preprocessor():
             front_end = extractor.from_pretrained(checkpoint.folder, local_files_only=True)
         else:
             front_end = extractor(sampling_rate=spec.info.sample_rate, hop_length=spec.info.samples_per_frame)
@@ -275,20 +274,6 @@ def _read_config(checkpoint: Checkpoint, kind: ModelKind) -> Any:
         return model_class.config_class.from_pretrained(checkpoint.folder, local_files_only=True)
     except (StrictDataclassError, OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
         raise RunError(f"{checkpoint.folder}: transformers refuses config.json: {_one_line(error)}") from error
-
-
-def _preprocessor(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """``preprocessor_config.json``, or an empty mapping."""
-    path = checkpoint.folder / "preprocessor_config.json"
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(settings, dict):
-        raise RunError(f"{path}: must hold a JSON object, holds a {type(settings).__name__}")
-    return settings
 
 
 def _needs(checkpoint: Checkpoint, half: str, needed: bool) -> None:

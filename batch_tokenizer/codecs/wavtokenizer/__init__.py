@@ -1,0 +1,1 @@
+"""WavTokenizer: EnCodec's encoder, one codebook, and a Vocos decoder."""
