@@ -112,9 +112,7 @@ class WavTokenizerCodec(PaddedCodec):
 
     spec: WavTokenizerSpec
 
-    def __init__(
-        self, spec: WavTokenizerSpec, model: WavTokenizer, device: torch.device, threads: int = 1
-    ) -> None:
+    def __init__(self, spec: WavTokenizerSpec, model: WavTokenizer, device: torch.device, threads: int = 1) -> None:
         super().__init__(spec, device, threads)
         self.model = model
 
