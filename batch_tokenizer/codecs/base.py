@@ -2,7 +2,8 @@
 
 ``CodecSpec`` is small and picklable. It goes to the loader workers (front end), to ``verify`` (frame arithmetic) and to
 the run folder (fingerprint). ``Codec`` holds weights on a device and is made only in the process that computes.
-Audio enters as float32 samples (S,) at ``info.sample_rate``; codes are (T, K) in every file and interface.
+Audio is float32 samples (S,) at ``info.sample_rate``, or (channels, S) where ``info.channels`` is more than one; codes
+are (T, K) in every file and interface.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class CodecInfo:
         max_samples: longest utterance that the model takes in one pass, or None for no limit.
         decoded_sample_rate: Hz, of the audio that comes out, where that is another; else None.
         columns: what each column of the codes is, where they are not simply codebooks in their order; else empty.
+        channels: of the audio; where there are two or more, samples are (channels, S) instead of (S,) everywhere.
     """
 
     family: str
@@ -46,6 +48,7 @@ class CodecInfo:
     max_samples: int | None = None
     decoded_sample_rate: int | None = None
     columns: tuple[str, ...] = ()
+    channels: int = 1
 
     @property
     def output_sample_rate(self) -> int:
@@ -107,15 +110,18 @@ class CodecSpec(ABC):
 
     @abstractmethod
     def features(self, samples: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """The front end: samples (S,), S >= 1, to what ``Codec.encode`` takes, (channels, length). Runs in a worker."""
+        """The front end: samples (S,) or (channels, S), S >= 1, to what ``Codec.encode`` takes, (channels, length).
+
+        Runs in a loader worker.
+        """
 
     @abstractmethod
     def num_frames(self, num_samples: int) -> int:
-        """Token frames T of an utterance of ``num_samples`` >= 1 samples."""
+        """Token frames T of an utterance of ``num_samples`` >= 1 samples of each channel."""
 
     @abstractmethod
     def num_output_samples(self, num_frames: int) -> int:
-        """Samples that decoding ``num_frames`` >= 1 frames yields, at ``info.output_sample_rate``.
+        """Samples of each channel that ``num_frames`` >= 1 frames decode to, at ``info.output_sample_rate``.
 
         Raises:
             RowError: the model cannot decode that many.
@@ -135,7 +141,8 @@ class CodecStream(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """What a batch became: codes (T_i, K_i), samples (S_i,) if the task has any, and the device's seconds by stage."""
+    """What a batch became: codes (T_i, K_i), samples as ``Codec.decode`` gives them if the task has any, and the
+    device's seconds by stage."""
 
     codes: list[npt.NDArray[np.uint16]]
     samples: list[npt.NDArray[np.float32]] | None
@@ -178,7 +185,10 @@ class Codec(ABC):
 
     @abstractmethod
     def decode(self, codes: Sequence[npt.NDArray[np.uint16]]) -> list[npt.NDArray[np.float32]]:
-        """Codes (T_i, K_i) each, 1 <= K_i <= ``num_codebooks``, to samples (S_i,) each, in the order given."""
+        """Codes (T_i, K_i) each, 1 <= K_i <= ``num_codebooks``, to samples (S_i,) each, in the order given.
+
+        Samples are (channels, S_i) where the codec has more than one channel.
+        """
 
     def begin(self, task: Task, inputs: Sequence[npt.NDArray[Any]], num_quantizers: int) -> Computation:
         """All of ``task`` for a batch of features, or of codes in ``token2wav``, where ``runs_ahead``.

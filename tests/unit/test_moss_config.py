@@ -52,6 +52,51 @@ def test_quantizers_that_are_the_same_at_inference(kind):
     MossConfig.from_json(changed("quantizer_kwargs.quantizer_type", kind))
 
 
+def stereo(**changes: Any) -> dict[str, Any]:
+    """``tiny()`` for two channels: half the samples a frame in each."""
+    return tiny(downsample_rate=320, number_channels=2, enable_channel_interleave=True, **changes)
+
+
+def test_two_channels_are_one_sequence_of_twice_the_rate():
+    config = MossConfig.from_json(stereo(sampling_rate=8000))
+    mono = MossConfig.from_json(tiny(sampling_rate=16000))
+    assert (config.channels, config.downsample_rate, config.rows_per_frame) == (2, 320, 640)
+    assert (config.encoder, config.decoder, config.frame_rate) == (mono.encoder, mono.decoder, 25)
+    assert config.num_frames(321) == 2
+
+
+def test_channels_by_other_names_and_by_none():
+    whole = MossConfig.from_json(stereo())
+    for name in ("channels_numbers", "num_channels"):
+        config = stereo()
+        config[name] = config.pop("number_channels")
+        assert MossConfig.from_json(config) == whole
+    silent = stereo()
+    del silent["number_channels"]
+    assert MossConfig.from_json(silent) == whole
+    with pytest.raises(RunError, match="enable_channel_interleave = False: only True is known"):
+        MossConfig.from_json({**stereo(), "enable_channel_interleave": False})
+    assert MossConfig.from_json(tiny(number_channels=1, enable_channel_interleave=False)).channels == 1
+
+
+def test_windows_are_rounded_in_v2_and_truncated_in_v1():
+    first = MossConfig.from_json(tiny(causal_transformer_context_duration=0.516)).encoder
+    later = MossConfig.from_json(tiny(causal_transformer_context_duration=0.516, number_channels=1)).encoder
+    contexts = [[stage.context for stage in part if isinstance(stage, TransformerStage)] for part in (first, later)]
+    assert contexts == [[51, 12], [52, 13]]
+    half = MossConfig.from_json(changed("encoder_kwargs.3.context_duration", 0.5)).encoder[3]  # 12.5 rows
+    assert isinstance(half, TransformerStage)
+    assert half.context == 12
+
+
+def test_decoder_given_as_the_reversed_encoder():
+    config = tiny()
+    swapped = {"input_dimension": "output_dimension", "output_dimension": "input_dimension"}
+    reverse = [{swapped.get(key, key): value for key, value in item.items()} for item in config.pop("decoder_kwargs")]
+    config["reversed_decoder_kwargs"] = reverse[::-1]
+    assert MossConfig.from_json(config) == MossConfig.from_json(tiny())
+
+
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
@@ -85,7 +130,8 @@ def test_quantizers_that_are_the_same_at_inference(kind):
         ("downsample_rate", ABSENT, "downsample_rate is absent"),
         ("sampling_rate", ABSENT, "sampling_rate is absent"),
         ("sample_rate", 24000, r"sample_rate = 24000: differs from sampling_rate \(16000\)"),
-        ("number_channels", 2, "number_channels = 2: only 1 is known"),
+        ("number_channels", 3, "number_channels = 3: only 1 and 2 are known"),
+        ("num_channels", 2, "downsample_rate = 640: must be the product .* half of it where audio is stereo"),
         ("causal_transformer_context_duration", ABSENT, "causal_transformer_context_duration is absent"),
         ("causal_transformer_context_duration", 0, "causal_transformer_context_duration = 0: must be a number above 0"),
         ("causal_transformer_context_duration", 0.03, "the window is less than one row"),

@@ -74,6 +74,73 @@ def test_equals_its_definition(tmp_path, config, capacity):
             np.testing.assert_allclose(decoded, reference.decode(code), rtol=0, atol=2e-6)
 
 
+def test_stereo_is_the_interleaved_sequence(tmp_path):
+    tensors = random_tensors(tiny(), seed=4)
+    stereo = tiny(sampling_rate=8000, downsample_rate=320, number_channels=2, enable_channel_interleave=True)
+    codec, mono = (
+        codec_of(write(tmp_path / "stereo", stereo, tensors)),
+        codec_of(write(tmp_path / "mono", None, tensors)),
+    )
+    assert (codec.info.channels, codec.info.sample_rate, codec.info.frame_rate) == (2, 8000, 25)
+    wavs = [noise(2 * length, seed=length).reshape(2, length) for length in LENGTHS]
+    codes = codec.encode([codec.spec.features(wav) for wav in wavs], 5)
+    single = mono.encode([mono.spec.features(wav.T.flatten()) for wav in wavs], 5)
+    for wav, code, same in zip(wavs, codes, single, strict=True):
+        np.testing.assert_array_equal(code, same)
+        assert codec.spec.num_frames(wav.shape[1]) == len(code)
+    for code, samples, same in zip(codes, codec.decode(codes), mono.decode(codes), strict=True):
+        assert samples.shape == (2, codec.spec.num_output_samples(len(code)))
+        np.testing.assert_array_equal(samples.T.flatten(), same)
+    with pytest.raises(ValueError, match=r"must be \(2, n\)"):
+        list(codec.encode_stream([[wavs[0][0]]], 5))
+
+
+V2_NAMES = {"self_attn.in_projs.0": "self_attn.in_proj", "self_attn.out_projs.0": "self_attn.out_proj",
+            "linear1": "ffn.0", "linear2": "ffn.2"}  # fmt: skip
+OLDEST_NAMES = {
+    "self_attn.in_projs.0.weight": "self_attn.in_proj_weight",
+    "parametrizations.weight.original0": "weight_g",
+    "parametrizations.weight.original1": "weight_v",
+}
+
+
+@pytest.mark.parametrize("names", [V2_NAMES, OLDEST_NAMES], ids=["v2", "oldest"])
+def test_other_names_of_the_same_tensors(tmp_path, names):
+    tensors = random_tensors(tiny())
+    renamed = {}
+    for name, tensor in tensors.items():
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        renamed[name] = tensor
+    assert renamed.keys() != tensors.keys()
+    codes = encode(codec_of(write(tmp_path / "renamed", tensors=renamed)))
+    for code, same in zip(codes, encode(codec_of(write(tmp_path / "published", tensors=tensors))), strict=True):
+        np.testing.assert_array_equal(code, same)
+
+
+def test_a_projection_between_equal_sizes_is_used_where_the_checkpoint_has_one(tmp_path):
+    config = tiny(encoder_kwargs=[patch(160), stage(160, 12, 24, 2), patch(4), stage(48, 20, 48, 2)])
+    tensors = random_tensors(config)
+    without = np.concatenate(encode(codec_of(write(tmp_path / "without", config, tensors))))
+    tensors["encoder.3.input_proj.weight"] = torch.eye(48)
+    same = np.concatenate(encode(codec_of(write(tmp_path / "same", config, tensors))))
+    np.testing.assert_array_equal(same, without)
+    tensors["encoder.3.input_proj.weight"] = torch.eye(48).flip(0)
+    assert (np.concatenate(encode(codec_of(write(tmp_path / "other", config, tensors)))) != without).any()
+
+
+def test_loudness_is_set_before_encoding_and_recorded(tmp_path):
+    checkpoint = Checkpoint.open(str(write(tmp_path)))
+    spec = open_spec(checkpoint).with_options({"loudness": "moss_tts"})
+    wav = noise(5000)
+    gain = np.clip(-20 - 10 * np.log10(np.mean(np.square(wav)) + 1e-9), -3, 3)
+    np.testing.assert_allclose(spec.features(wav)[0], wav * 10 ** (gain / 20), rtol=1e-6)
+    assert spec.settings == {"loudness": "moss_tts"}
+    codec = MossCodec(spec, load_model(checkpoint, device=CPU))
+    with pytest.raises(ValueError, match="loudness is of whole utterances"):
+        next(codec.encode_stream([[wav]], 5))
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("capacity", [None, 90])
 def test_a_result_does_not_depend_on_the_batch_to_the_bit(tmp_path, capacity, threads):

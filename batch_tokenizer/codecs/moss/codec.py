@@ -6,18 +6,20 @@ import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from batch_tokenizer.audio.loudness import moss_tts_loudness
 from batch_tokenizer.codecs.base import Codec, CodecInfo, CodecSpec
 from batch_tokenizer.codecs.checkpoint import Checkpoint
 from batch_tokenizer.codecs.execution import BatchRunner, to_host
+from batch_tokenizer.codecs.layers.convolution import weight_norm_name
 from batch_tokenizer.codecs.moss.config import MossConfig, TransformerStage
 from batch_tokenizer.codecs.moss.layers import Stream
-from batch_tokenizer.codecs.moss.model import DEFAULT_CAPACITY, MossAudioTokenizer
+from batch_tokenizer.codecs.moss.model import DEFAULT_CAPACITY, MossAudioTokenizer, interleave
 from batch_tokenizer.codecs.moss.streaming import decode_stream, encode_stream
 from batch_tokenizer.kernels.attention import BackendUnavailable, choose_backend
 from batch_tokenizer.records import RunError, Task
@@ -33,25 +35,40 @@ _PARTS: Mapping[Task, tuple[str, ...]] = {
     "wav2token2wav": ("encoder", "decoder"),
 }
 
-#: What older checkpoints call the attention's projections.
-_OLDER = re.compile(r"\.self_attn\.(in|out)_proj(?:_weight|\.weight)$")
+Loudness = Literal["none", "moss_tts"]
+
+#: Other names of the same tensors: patterns, and what they stand for. v2 and older checkpoints have them.
+_ALIASES = (
+    (re.compile(r"\.self_attn\.(in|out)_proj(?:_weight|\.weight)$"), r".self_attn.\1_projs.0.weight"),
+    (re.compile(r"\.ffn\.0\.weight$"), ".linear1.weight"),
+    (re.compile(r"\.ffn\.2\.weight$"), ".linear2.weight"),
+)
 
 
 def recognises(config: Mapping[str, Any]) -> bool:
     """A MOSS checkpoint lists its stages. (The conversion to transformers' own classes does not, and is not this.)"""
-    return any(isinstance(config.get(key), list) for key in ("encoder_kwargs", "decoder_kwargs"))
+    keys = ("encoder_kwargs", "decoder_kwargs", "reversed_decoder_kwargs")
+    return any(isinstance(config.get(key), list) for key in keys)
 
 
 @dataclass(frozen=True)
 class MossSpec(CodecSpec):
-    """A MOSS checkpoint without its weights. Features are the samples themselves, (1, S)."""
+    """A MOSS checkpoint without its weights. Features are the samples themselves, (channels, S).
+
+    Attributes:
+        loudness: what is done to an utterance's level first; ``moss_tts`` as MOSS-TTS prepares what it trains on.
+    """
+
+    options = ("loudness",)
 
     info: CodecInfo
     config: MossConfig
+    loudness: Loudness = "none"
     streams = True
 
     def features(self, samples: Samples) -> Samples:
-        return np.asarray(samples, dtype=np.float32)[None]
+        channels = np.asarray(samples, dtype=np.float32).reshape(self.info.channels, -1)
+        return channels if self.loudness == "none" else moss_tts_loudness(channels)
 
     def num_frames(self, num_samples: int) -> int:
         return self.config.num_frames(num_samples)
@@ -75,6 +92,7 @@ def open_spec(checkpoint: Checkpoint) -> MossSpec:
         samples_per_frame=config.downsample_rate,
         codebook_sizes=(quantizer.codebook_size,) * quantizer.num_quantizers,
         fingerprint=checkpoint.fingerprint(),
+        channels=config.channels,
     )
     return MossSpec(info=info, config=config)
 
@@ -95,6 +113,9 @@ def load_model(
     with torch.device("meta"):
         whole = MossAudioTokenizer(config)
         part = MossAudioTokenizer(config, parts=parts)
+        stored = checkpoint.names()
+        for model in (whole, part):
+            model.add_projections(stored)
     checkpoint.load(whole, part, device=device, dtype=dtype, rename=_rename)
     part.quantizer.fold()
     return part.freeze()
@@ -131,15 +152,17 @@ class MossCodec(Codec):
     ``decode`` take any length; their activations need no more memory than that many frames do.
     """
 
+    spec: MossSpec
+
     def __init__(self, spec: MossSpec, model: MossAudioTokenizer, threads: int = 1) -> None:
         self.spec = spec
         self.model = model
-        self.frame_budget = DEFAULT_CAPACITY
+        self.frame_budget = DEFAULT_CAPACITY // spec.info.channels
         self._run = BatchRunner(model.device, threads)
         self.batch_limit = self._run.batch_limit
 
     def encode(self, features: Sequence[Samples], num_quantizers: int) -> list[Codes]:
-        samples = [torch.from_numpy(feature)[0] for feature in features]
+        samples = [interleave(torch.from_numpy(feature)) for feature in features]
         codes = self._run(lambda batch: self.model.encode_utterances(batch, num_quantizers), samples, len)
         return _codes_to_host(codes)
 
@@ -149,14 +172,14 @@ class MossCodec(Codec):
             if not len(code):
                 raise ValueError(f"utterance {index}: codes have no frames")
         tensors = [torch.from_numpy(code.astype(np.int64)) for code in codes]
-        return to_host(self._run(self.model.decode_utterances, tensors, len), torch.float32)
+        return self._channels(self._run(self.model.decode_utterances, tensors, len))
 
     def encode_stream(self, chunks: Iterable[Sequence[Samples | None]], num_quantizers: int) -> Iterator[list[Codes]]:
         """Encodes several utterances as their samples arrive.
 
         Args:
-            chunks: a list a step, for each utterance its next samples float32 (n_i,), n_i >= 0, or None from when it
-                has ended. The first step says how many utterances there are.
+            chunks: a list a step, for each utterance its next samples float32 (n_i,), or (channels, n_i) of a stereo
+                model, n_i >= 0, or None from when it has ended. The first step says how many utterances there are.
 
         Yields:
             a list a step, for each utterance codes uint16 (t_i, ``num_quantizers``) of the frames that are whole by
@@ -164,9 +187,13 @@ class MossCodec(Codec):
             ``chunks`` tells come in one more step. All steps together equal ``encode`` of the whole.
 
         Raises:
-            ValueError: the number of utterances changes, one goes on after its end, or one ends without any samples.
+            ValueError: the number of utterances changes, one goes on after its end, or one ends without any samples;
+                or ``loudness`` is set, which needs whole utterances.
         """
-        steps = ([None if chunk is None else _samples(chunk) for chunk in step] for step in chunks)
+        if self.spec.loudness != "none":
+            raise ValueError("loudness is of whole utterances: set the level before streaming, and no loudness here")
+        channels = self.info.channels
+        steps = ([None if chunk is None else _samples(chunk, channels) for chunk in step] for step in chunks)
         for codes in encode_stream(self.model, steps, num_quantizers):
             yield _codes_to_host(codes)
 
@@ -178,8 +205,8 @@ class MossCodec(Codec):
                 has ended. The first step says how many utterances there are.
 
         Yields:
-            a list a step, for each utterance samples float32 (t_i · samples per frame,). All steps together equal
-            ``decode`` of the whole within 1e-5 in float32.
+            a list a step, for each utterance samples float32 (t_i · samples per frame,), or (channels, …). All steps
+            together equal ``decode`` of the whole within 1e-5 in float32.
 
         Raises:
             ValueError: the number of utterances changes, one goes on after its end, or a code is out of range.
@@ -188,7 +215,7 @@ class MossCodec(Codec):
             [None if code is None else self._codes(code, index) for index, code in enumerate(step)] for step in chunks
         )
         for samples in decode_stream(self.model, steps):
-            yield to_host(samples, torch.float32)
+            yield self._channels(samples)
 
     def open_stream(self) -> MossStream:
         return MossStream(self)
@@ -207,6 +234,12 @@ class MossCodec(Codec):
     def release(self) -> None:
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _channels(self, interleaved: Sequence[torch.Tensor]) -> list[Samples]:
+        """Interleaved samples (n · channels,) each as (n,), or as (channels, n) of a stereo model."""
+        arrays = to_host(interleaved, torch.float32)
+        channels = self.info.channels
+        return arrays if channels == 1 else [np.ascontiguousarray(one.reshape(-1, channels).T) for one in arrays]
 
     def _codes(self, code: Codes, index: int) -> torch.Tensor:
         self._check_codes(code, f"utterance {index}")
@@ -230,20 +263,21 @@ class MossStream:
     def encode(self, features: Sequence[Samples], num_quantizers: int) -> list[Codes]:
         (feature,) = features
         with torch.inference_mode():
-            samples = torch.from_numpy(feature)[0]
+            samples = interleave(torch.from_numpy(feature))
             return _codes_to_host(self._codec.model.encode_streams([self._encoding], [samples], num_quantizers))
 
     def decode(self, codes: Sequence[Codes]) -> list[Samples]:
         (code,) = codes
         with torch.inference_mode():
             checked = self._codec._codes(code, 0)
-            return to_host(self._codec.model.decode_streams([self._decoding], [checked]), torch.float32)
+            return self._codec._channels(self._codec.model.decode_streams([self._decoding], [checked]))
 
 
-def _samples(chunk: Samples) -> torch.Tensor:
-    if chunk.ndim != 1:
-        raise ValueError(f"samples have shape {chunk.shape}, must be (n,)")
-    return torch.from_numpy(np.asarray(chunk, dtype=np.float32))
+def _samples(chunk: Samples, channels: int) -> torch.Tensor:
+    """Samples (n,) or (channels, n), interleaved."""
+    if chunk.shape[:-1] != (() if channels == 1 else (channels,)):
+        raise ValueError(f"samples have shape {chunk.shape}, must be {'(n,)' if channels == 1 else f'({channels}, n)'}")
+    return interleave(torch.from_numpy(np.asarray(chunk, dtype=np.float32)).reshape(channels, -1))
 
 
 def _codes_to_host(codes: Sequence[torch.Tensor]) -> list[Codes]:
@@ -258,4 +292,6 @@ def _config(checkpoint: Checkpoint) -> MossConfig:
 
 
 def _rename(name: str) -> str:
-    return _OLDER.sub(r".self_attn.\1_projs.0.weight", name)
+    for pattern, meant in _ALIASES:
+        name = pattern.sub(meant, name)
+    return weight_norm_name(name)

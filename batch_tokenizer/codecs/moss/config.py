@@ -1,13 +1,20 @@
-"""``config.json`` of a MOSS-Audio-Tokenizer checkpoint: read, checked key by key, and the shapes that it implies."""
+"""``config.json`` of a MOSS-Audio-Tokenizer checkpoint: read, checked key by key, and the shapes that it implies.
+
+v1 is mono at 24 kHz; v2 and Nano are stereo at 48 kHz, their two channels interleaved to one sequence of samples, and
+their stages have windows of their own.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from batch_tokenizer.records import RunError
+
+#: The key for the number of channels, and other names of it.
+_CHANNELS = ("number_channels", "channels_numbers", "num_channels")
 
 #: Quantizers that are the same at inference.
 QUANTIZER_TYPES = ("rlfq", "random_prefix_rlfq")
@@ -73,12 +80,14 @@ class MossConfig:
 
     Attributes:
         sampling_rate: Hz.
-        downsample_rate: samples per token frame.
+        downsample_rate: samples of a channel per token frame.
+        channels: 1 or 2; two are interleaved before the first stage and after the last.
         encoder, decoder: their stages in order.
     """
 
     sampling_rate: int
     downsample_rate: int
+    channels: int
     encoder: tuple[Stage, ...]
     decoder: tuple[Stage, ...]
     quantizer: QuantizerConfig
@@ -91,18 +100,20 @@ class MossConfig:
             RunError: a key is absent, of the wrong type, out of range or of a kind not known; the message names it.
         """
         top = _Keys(config, "")
-        top.fixed("number_channels", 1, absent=1)
         only_alias = "sample_rate" in config and "sampling_rate" not in config
         sampling_rate = top.size("sample_rate" if only_alias else "sampling_rate")
         if config.get("sample_rate", sampling_rate) != sampling_rate:
             raise top.wrong("sample_rate", f"differs from sampling_rate ({sampling_rate})")
         downsample_rate = top.size("downsample_rate")
         quantizer = _quantizer(config)
-        encoder = _stages(top, "encoder_kwargs", sampling_rate, downsample_rate, 1, quantizer.input_dim)
-        decoder = _stages(top, "decoder_kwargs", sampling_rate, downsample_rate, quantizer.output_dim, 1)
+        channels = _channels(top, downsample_rate)
+        stages = _Stages(top, sampling_rate * channels, downsample_rate * channels)
+        encoder = stages.read("encoder_kwargs", top.list("encoder_kwargs"), 1, quantizer.input_dim)
+        decoder = stages.read("decoder_kwargs", _decoder_list(top), quantizer.output_dim, 1)
         return cls(
             sampling_rate=sampling_rate,
             downsample_rate=downsample_rate,
+            channels=channels,
             encoder=encoder,
             decoder=decoder,
             quantizer=quantizer,
@@ -113,8 +124,13 @@ class MossConfig:
         """Token frames per second."""
         return self.sampling_rate / self.downsample_rate
 
+    @property
+    def rows_per_frame(self) -> int:
+        """Interleaved samples per token frame."""
+        return self.downsample_rate * self.channels
+
     def num_frames(self, num_samples: int) -> int:
-        """Token frames of ``num_samples`` samples; the last one may be padded."""
+        """Token frames of ``num_samples`` samples of each channel; the last one may be padded."""
         return -(-num_samples // self.downsample_rate)
 
 
@@ -185,46 +201,93 @@ def _quantizer(config: Mapping[str, Any]) -> QuantizerConfig:
     return quantizer
 
 
-def _stages(
-    top: _Keys, key: str, sampling_rate: int, downsample_rate: int, channels: int, last_channels: int
-) -> tuple[Stage, ...]:
-    """The stages under ``key``, checked to fit each other from ``channels`` to ``last_channels``."""
-    encoding = key == "encoder_kwargs"
-    duration = top.number("causal_transformer_context_duration")
-    rate = downsample_rate if encoding else 1
-    rows_a_second = float(sampling_rate) if encoding else sampling_rate / downsample_rate
-    stages: list[Stage] = []
-    for index, item in enumerate(top.list(key)):
-        keys = _Keys(item, f"{key}[{index}].")
-        kind = item.get("module_type")
-        if kind == "PatchedPretransform":
-            size = keys.size("patch_size")
-            whole = rate if encoding else channels
-            if whole % size:
-                raise keys.wrong("patch_size", f"must divide {whole}, what the stages before it leave")
-            if encoding:
-                rate, channels, rows_a_second = rate // size, channels * size, rows_a_second / size
+def _channels(top: _Keys, downsample_rate: int) -> int:
+    """1 or 2. Where no key says it, two have patches that multiply to twice the samples of a frame.
+
+    Raises:
+        RunError: another number, or two that are not interleaved.
+    """
+    said = [key for key in _CHANNELS if key in top.mapping]
+    if said:
+        channels = top.size(said[0])
+        if channels not in (1, 2):
+            raise top.wrong(said[0], "only 1 and 2 are known")
+    else:
+        patches = [item.get("patch_size") for item in top.list("encoder_kwargs")]
+        product = math.prod(size for size in patches if isinstance(size, int))
+        channels = 2 if product == 2 * downsample_rate else 1
+    if channels == 2:
+        top.fixed("enable_channel_interleave", True, absent=True)
+    return channels
+
+
+def _decoder_list(top: _Keys) -> list[dict[str, Any]]:
+    """``decoder_kwargs``, or ``reversed_decoder_kwargs`` from back to front with each stage's dimensions swapped."""
+    if "decoder_kwargs" in top.mapping or "reversed_decoder_kwargs" not in top.mapping:
+        return top.list("decoder_kwargs")
+    swapped = {"input_dimension": "output_dimension", "output_dimension": "input_dimension"}
+    return [
+        {swapped.get(key, key): value for key, value in item.items()}
+        for item in reversed(top.list("reversed_decoder_kwargs"))
+    ]
+
+
+class _Stages:
+    """Reads lists of stages, for sequences of ``rate`` samples a second and ``rows_per_frame`` a token frame."""
+
+    def __init__(self, top: _Keys, rate: int, rows_per_frame: int) -> None:
+        self._top = top
+        self._rate = rate
+        self._rows_per_frame = rows_per_frame
+        items = [item for key in ("encoder_kwargs", "decoder_kwargs") for item in top.mapping.get(key) or ()]
+        later = top.mapping.get("sampling_rate") == 48000 or any(
+            key in top.mapping for key in (*_CHANNELS, "enable_channel_interleave")
+        )
+        # v1's code truncates windows, that of v2 and Nano rounds them, half to even.
+        self._whole: Callable[[float], int] = (
+            round if later or any("context_duration" in item for item in items if isinstance(item, dict)) else int
+        )
+
+    def read(
+        self, key: str, items: Sequence[Mapping[str, Any]], channels: int, last_channels: int
+    ) -> tuple[Stage, ...]:
+        """The stages under ``key``, checked to fit each other from ``channels`` to ``last_channels``."""
+        top, encoding = self._top, key == "encoder_kwargs"
+        rate = self._rows_per_frame if encoding else 1
+        rows_a_second = float(self._rate) if encoding else self._rate / self._rows_per_frame
+        stages: list[Stage] = []
+        for index, item in enumerate(items):
+            keys = _Keys(item, f"{key}[{index}].")
+            kind = item.get("module_type")
+            if kind == "PatchedPretransform":
+                size = keys.size("patch_size")
+                whole = rate if encoding else channels
+                if whole % size:
+                    raise keys.wrong("patch_size", f"must divide {whole}, what the stages before it leave")
+                if encoding:
+                    rate, channels, rows_a_second = rate // size, channels * size, rows_a_second / size
+                else:
+                    rate, channels, rows_a_second = rate * size, channels // size, rows_a_second * size
+                stages.append(Patch(size))
+            elif kind == "Transformer":
+                own = "context_duration" in item
+                seconds = keys.number("context_duration") if own else top.number("causal_transformer_context_duration")
+                stage = _transformer(keys, self._whole(rows_a_second * seconds), rate)
+                if stage.input_dimension != channels:
+                    raise keys.wrong("input_dimension", f"must be {channels}, what the stages before it leave")
+                channels = stage.output_dimension
+                stages.append(stage)
             else:
-                rate, channels, rows_a_second = rate * size, channels // size, rows_a_second * size
-            stages.append(Patch(size))
-        elif kind == "Transformer":
-            if "context_duration" in item:
-                duration_here = keys.number("context_duration")
-            else:
-                duration_here = duration
-            stage = _transformer(keys, int(rows_a_second * duration_here), rate)
-            if stage.input_dimension != channels:
-                raise keys.wrong("input_dimension", f"must be {channels}, what the stages before it leave")
-            channels = stage.output_dimension
-            stages.append(stage)
-        else:
-            raise keys.wrong("module_type", "must be PatchedPretransform or Transformer")
-    if rate != (1 if encoding else downsample_rate):
-        raise top.wrong("downsample_rate", f"must be the product of the patch sizes in {key}")
-    if channels != last_channels:
-        wanted = "quantizer_kwargs.input_dim" if encoding else "one channel of audio"
-        raise RunError(f"config.json: {key}: leaves {channels} channels, must leave {last_channels} ({wanted})")
-    return tuple(stages)
+                raise keys.wrong("module_type", "must be PatchedPretransform or Transformer")
+        if rate != (1 if encoding else self._rows_per_frame):
+            raise top.wrong(
+                "downsample_rate",
+                f"must be the product of the patch sizes in {key}, or half of it where audio is stereo",
+            )
+        if channels != last_channels:
+            wanted = "quantizer_kwargs.input_dim" if encoding else "one channel of audio"
+            raise RunError(f"config.json: {key}: leaves {channels} channels, must leave {last_channels} ({wanted})")
+        return tuple(stages)
 
 
 def _transformer(keys: _Keys, context: int, rate: int) -> TransformerStage:

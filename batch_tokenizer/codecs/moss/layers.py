@@ -185,6 +185,14 @@ class Transformer(nn.Module):
         self.transformer.layers = nn.ModuleList(TransformerLayer(stage) for _ in range(stage.num_layers))
         self.output_proj = _projection(stage.d_model, stage.output_dimension)
 
+    def add_projection(self, name: str) -> None:
+        """Puts ``input_proj`` or ``output_proj`` in place, between equal sizes too, which usually have none."""
+        stage = self.stage
+        sizes = (
+            (stage.input_dimension, stage.d_model) if name == "input_proj" else (stage.d_model, stage.output_dimension)
+        )
+        setattr(self, name, nn.Linear(*sizes, bias=False))
+
     def forward(self, x: Tensor, passage: Passage) -> Tensor:
         """(N, input_dimension) to (N, output_dimension)."""
         stage = self.stage

@@ -9,7 +9,7 @@ grow.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,11 @@ DEFAULT_CAPACITY = 4096
 
 #: Seconds of audio above which an utterance goes through in pieces, where utterances are not packed.
 STREAM_ABOVE_SECONDS = 60.0
+
+
+def interleave(samples: Tensor) -> Tensor:
+    """Channels (C, S) to one sequence (S · C,), as the first stage takes them: L₀ R₀ L₁ R₁ …"""
+    return samples.t().reshape(-1)
 
 
 class MossAudioTokenizer(nn.Module):
@@ -66,8 +71,18 @@ class MossAudioTokenizer(nn.Module):
             if isinstance(module, Transformer):
                 module.attention = backend
 
+    def add_projections(self, names: Collection[str]) -> None:
+        """Puts projections between equal sizes in place where ``names``, those of a checkpoint's tensors, have them."""
+        for part in ("encoder", "decoder"):
+            for index, stage in enumerate(getattr(self, part) or ()):
+                for projection in ("input_proj", "output_proj"):
+                    if isinstance(stage, Transformer) and f"{part}.{index}.{projection}.weight" in names:
+                        stage.add_projection(projection)
+
     def encode_utterances(self, samples: Sequence[Tensor], n_q: int | None = None) -> list[Tensor]:
-        """Samples float32 (S_i,) each, S_i >= 1, to codes int64 (ceil(S_i / samples per frame), n_q) each.
+        """Samples float32 (S_i,) each, S_i >= 1, to codes int64 (ceil(S_i / rows per frame), n_q) each.
+
+        Here and below, samples of a stereo model are interleaved (``interleave``), so S counts those of both channels.
 
         Raises:
             ValueError: ``n_q`` is out of range, an utterance is empty, or the encoder was not loaded.
@@ -76,7 +91,7 @@ class MossAudioTokenizer(nn.Module):
         self._check_num_quantizers(num_quantizers)
         if any(len(wav) < 1 for wav in samples):
             raise ValueError("an utterance has no samples")
-        frames = [self.config.num_frames(len(wav)) for wav in samples]
+        frames = [-(-len(wav) // self.config.rows_per_frame) for wav in samples]
         return self._utterances(
             samples,
             frames,
@@ -85,7 +100,7 @@ class MossAudioTokenizer(nn.Module):
         )
 
     def decode_utterances(self, codes: Sequence[Tensor]) -> list[Tensor]:
-        """Codes (T_i, K_i) each, T_i >= 1, in range, to float32 samples (T_i · samples per frame,) each.
+        """Codes (T_i, K_i) each, T_i >= 1, in range, to float32 samples (T_i · rows per frame,) each.
 
         Raises:
             ValueError: the decoder was not loaded.
@@ -108,7 +123,7 @@ class MossAudioTokenizer(nn.Module):
         return self._in_pieces(
             streams,
             samples,
-            self.config.downsample_rate,
+            self.config.rows_per_frame,
             lambda wavs, passage: self._encode(wavs, passage, num_quantizers),
             empty,
         )
@@ -117,14 +132,14 @@ class MossAudioTokenizer(nn.Module):
         """Continues each stream with its next codes (T_i, K_i), however many, in bounded memory.
 
         Returns:
-            float32 samples (T_i · samples per frame,) each.
+            float32 samples (T_i · rows per frame,) each.
         """
         return self._in_pieces(streams, codes, 1, self._decode, torch.empty(0, device=self.device))
 
     @torch.no_grad()
     def hidden(self, samples: Tensor) -> Tensor:
         """Samples float32 (S,) of one utterance to hidden frames float32 (T, d) before the quantizer, in one pass."""
-        return self._hidden([samples], Passage([self.config.num_frames(len(samples))], self.device))
+        return self._hidden([samples], Passage([-(-len(samples) // self.config.rows_per_frame)], self.device))
 
     def _utterances(
         self,
@@ -189,8 +204,8 @@ class MossAudioTokenizer(nn.Module):
         """Hidden float32 (N, d) of packed utterances, each zero-padded to its whole frames."""
         if self.encoder is None:
             raise ValueError("this model was loaded without its encoder")
-        starts = passage.segments(self.config.downsample_rate).starts.tolist()
-        rows = samples[0].new_zeros(passage.segments(self.config.downsample_rate).total)
+        starts = passage.segments(self.config.rows_per_frame).starts.tolist()
+        rows = samples[0].new_zeros(passage.segments(self.config.rows_per_frame).total)
         for start, wav in zip(starts, samples, strict=False):
             rows[start : start + len(wav)] = wav
         return self.encoder(rows.to(self.device, self.dtype)[:, None], passage).float()
@@ -208,7 +223,7 @@ class MossAudioTokenizer(nn.Module):
         with torch.autocast(self.device.type, enabled=False):
             summed = self.quantizer.decode(packed.to(self.device))
             samples = self.decoder(summed.to(self.dtype), passage).float()[:, 0]
-        return list(samples.split((passage.frames * self.config.downsample_rate).tolist())[: len(codes)])
+        return list(samples.split((passage.frames * self.config.rows_per_frame).tolist())[: len(codes)])
 
     def _fixed_capacity(self) -> int | None:
         if self.capacity == "auto":

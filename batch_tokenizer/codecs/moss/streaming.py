@@ -1,6 +1,7 @@
 """Audio and codes in chunks as they arrive, for several utterances at once, equal to doing each utterance in one pass.
 
 Enters: one list a step with a chunk for each utterance, of any size, empty too; None from when it has ended.
+Samples of a stereo model are interleaved.
 Leaves: for each step what that makes of whole frames. Memory is constant: a chunk, less than a frame of samples that
 wait for the rest of theirs, and the keys and values of each layer's window.
 """
@@ -64,7 +65,7 @@ def _encode_step(
 ) -> list[Tensor]:
     _check_step(step, [utterance.ended for utterance in utterances])
     ready = [
-        utterance.take(chunk, model.config.downsample_rate) for utterance, chunk in zip(utterances, step, strict=True)
+        utterance.take(chunk, model.config.rows_per_frame) for utterance, chunk in zip(utterances, step, strict=True)
     ]
     for index, utterance in enumerate(utterances):
         if utterance.ended and not utterance.begun:

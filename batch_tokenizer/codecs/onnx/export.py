@@ -49,6 +49,10 @@ def export_moss(checkpoint: Checkpoint, folder: Path, *, external_above: int = E
 
 def _write(checkpoint: Checkpoint, folder: Path, external_above: int) -> Iterator[Path]:
     info = open_spec(checkpoint).info
+    if info.channels > 1:
+        raise RunError(
+            f"{checkpoint.folder}: only mono checkpoints are exported, this one has {info.channels} channels"
+        )
     described = {
         "name": info.name,
         "sample_rate": info.sample_rate,
