@@ -134,7 +134,7 @@ class ToHost:
         host = torch.empty(packed.shape, dtype=dtype, pin_memory=packed.device.type == "cuda")
         host.copy_(packed, non_blocking=True)
         if packed.device.type == "cuda":
-            self._done = torch.cuda.Event()
+            self._done = torch.cuda.Event(blocking=True)  # its wait gives the processor to loaders and writers
             self._done.record(torch.cuda.current_stream(packed.device))
         self._parts = list(host.split([len(part) for part in parts]))
 

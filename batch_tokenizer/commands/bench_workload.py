@@ -20,7 +20,7 @@ import torch
 from batch_tokenizer.audio.encoding import encoded_bytes
 from batch_tokenizer.codecs.base import Codec, CodecInfo, CodecSpec
 from batch_tokenizer.codecs.checkpoint import Checkpoint
-from batch_tokenizer.codecs.mimo.codec import PARTS, MiMoCodec, MiMoSpec, check_attention
+from batch_tokenizer.codecs.mimo.codec import PARTS, MiMoSpec, check_attention, prepare_codec
 from batch_tokenizer.codecs.mimo.config import MiMoConfig
 from batch_tokenizer.codecs.mimo.sized import random_model
 from batch_tokenizer.records import RunError, Task
@@ -147,10 +147,9 @@ class RandomMiMo:
         attention: str, threads: int,
     ) -> Codec:  # fmt: skip
         assert isinstance(spec, MiMoSpec)
-        check_attention(self.config, attention, device, dtype)
+        check_attention(self.config, PARTS[task], attention, device, dtype)
         model = random_model(self.config, parts=PARTS[task], device=device, dtype=dtype)
-        model.use_attention(attention)
-        return MiMoCodec(spec, model, threads)
+        return prepare_codec(spec, model, attention, threads)
 
 
 # ----------------------------------------------------------------------------------------------------- a codec for free

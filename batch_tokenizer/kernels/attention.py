@@ -14,6 +14,7 @@ last key), and -1 is no limit. Causal is ``right = 0``. The scale is 1/sqrt(head
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import math
 from functools import cache
@@ -50,7 +51,12 @@ def _has_torch_varlen() -> bool:
 
 @cache
 def _has_flash_attn() -> bool:
-    return importlib.util.find_spec("flash_attn") is not None
+    try:
+        # A build for another torch or CUDA is found, but cannot be imported.
+        importlib.import_module("flash_attn")
+    except (ImportError, OSError, RuntimeError):
+        return False
+    return True
 
 
 def _why_not(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -68,7 +74,7 @@ def _why_not(backend: str, device: torch.device, dtype: torch.dtype, head_dim: i
     if backend == "torch_varlen" and not _has_torch_varlen():
         return "torch.nn.attention.varlen is not in this torch"
     if backend == "flash_attn" and not _has_flash_attn():
-        return "the flash-attn package is not installed"
+        return "the flash-attn package is not installed, or not for this torch"
     return None
 
 

@@ -167,7 +167,7 @@ class GappedAxis:
             before, after = int(self.starts[0]), self.size - int(self.starts[0]) - len(tight)
             return pad(tight, (0, 0) * (tight.ndim - 1) + (before, after)) if before or after else tight
         gapped = tight.new_zeros((self.size, *tight.shape[1:]))
-        return gapped.index_copy(0, self.rows, tight)
+        return gapped.index_copy_(0, self.rows, tight)
 
     def gather(self, gapped: Tensor) -> Tensor:
         """Gapped rows (size, …) to the tight axis (N, …); of a lone utterance a view."""

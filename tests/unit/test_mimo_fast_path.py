@@ -12,9 +12,10 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from batch_tokenizer.codecs.mimo.codec import MiMoCodec
+from batch_tokenizer.codecs.mimo.compiled import CompiledLayers
 from batch_tokenizer.codecs.mimo.config import MiMoConfig
 from batch_tokenizer.codecs.mimo.decoder import InverseSTFT, overlap_add
-from batch_tokenizer.codecs.mimo.layers import CompiledLayers, Rotation, TransformerStack
+from batch_tokenizer.codecs.mimo.layers import Rotation, TransformerStack
 from batch_tokenizer.codecs.mimo.sized import random_model
 from batch_tokenizer.kernels import segments as segments_module
 from batch_tokenizer.kernels.segments import GappedAxis, Segments, to_device
@@ -76,16 +77,37 @@ def test_layers_are_compiled_once_and_whole(norm):
     """Traced without a break, whatever begins and ends where, and shared by all layers of a stack."""
     layers, x = stack(norm=norm), torch.randn(96, 32)
     torch._dynamo.reset()
+    counters.clear()
     with torch.inference_mode():
         packs = [Segments(lengths) for lengths in ([50, 30, 16], [96], [1] * 96)]
         expected = [layers(x.clone(), segments) for segments in packs]
-        layers.run_layer = compiled = CompiledLayers(backend="aot_eager")
-        counters.clear()
+        layers.compile(96, backend="aot_eager")
         for segments, want in zip(packs, expected, strict=True):
             torch.testing.assert_close(layers(x.clone(), segments), want, atol=1e-5, rtol=0)
-    assert compiled.failed is None
     assert counters["stats"]["unique_graphs"] == 2
     assert not counters["graph_break"]
+
+
+def test_a_longer_axis_runs_uncompiled(config):
+    """A recording longer than a pack has an axis of its own: any number of those lengths compiles nothing new."""
+    model = random_model(config)
+    model.capacity = capacity = 32
+    torch._dynamo.reset()
+    counters.clear()
+    for name, rows in (("encoder", 1), ("decoder", 1), ("vocoder", config.decoder_stride_size)):
+        owner = {"encoder": model.encoder, "decoder": model.decoder, "vocoder": model.decoder.vocoder}[name]
+        owner.layers.compile(capacity * config.avg_pooler * rows, backend="aot_eager")
+    compiled = counters["stats"]["unique_graphs"]
+    uncompiled = random_model(config)
+    uncompiled.capacity = capacity
+    with torch.inference_mode():
+        for packs in range(1, 12):
+            mels = random_mels(config, [packs * capacity * config.stride_size * config.avg_pooler - 2])
+            codes = model.encode_utterances(mels)
+            model.decode_utterances(codes)
+            if packs > 1:
+                assert all(map(torch.equal, codes, uncompiled.encode_utterances(mels)))
+    assert counters["stats"]["unique_graphs"] == compiled
 
 
 @pytest.mark.slow
@@ -95,24 +117,48 @@ def test_compiled_kernels_equal_the_layers():
     torch._dynamo.reset()
     with torch.inference_mode():
         expected = layers(x.clone(), Segments([50, 46]))
-        layers.run_layer = compiled = CompiledLayers()
+        layers.compile(96)
         torch.testing.assert_close(layers(x.clone(), Segments([50, 46])), expected, atol=1e-5, rtol=0)
-    assert compiled.failed is None
 
 
-def test_layers_run_on_where_compiling_fails(caplog):
-    layers, x = stack(), torch.randn(20, 32)
-    expected = layers(x.clone(), Segments([20]))
-    layers.run_layer = compiled = CompiledLayers()
+def failing(monkeypatch, error):
+    """Makes every compiled half of a layer raise ``error``."""
 
     def broken(*arguments):
-        raise TorchDynamoException("no compiler here\nmore of it")
+        raise error
 
-    compiled._before = broken
-    for _ in range(2):
-        assert torch.equal(layers(x.clone(), Segments([20])), expected)
+    monkeypatch.setattr(torch, "compile", lambda *arguments, **options: broken)
+
+
+def test_layers_run_as_they_are_where_compiling_fails(monkeypatch, caplog, model, config):
+    mels = random_mels(config, [40])
+    expected = model.encode_utterances(mels)
+    failing(monkeypatch, TorchDynamoException("no compiler here\nmore of it"))
+    codec = MiMoCodec(None, model)
+    codec.compile_layers()
+    assert not codec.compiled
     (record,) = caplog.records
     assert "no compiler here" in record.getMessage()
+    assert torch.equal(model.encode_utterances(mels)[0], expected[0])
+
+
+def test_a_lack_of_memory_is_no_failed_compilation(monkeypatch):
+    error = TorchDynamoException("backend failed")
+    error.__cause__ = torch.OutOfMemoryError("CUDA out of memory")
+    failing(monkeypatch, error)
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        stack().compile(20)
+
+
+def test_joined_projections_equal_single_ones(config):
+    """Within rounding, and without a second copy of the weights."""
+    model, joined = random_model(config), random_model(config)
+    joined.join_projections()
+    mel = random_mels(config, [200])[0]
+    torch.testing.assert_close(joined.hidden(mel), model.hidden(mel), atol=1e-5, rtol=0)
+    attention = joined.encoder.layers[0].self_attn
+    assert attention.k_proj.weight.untyped_storage().data_ptr() == attention.joined[0].untyped_storage().data_ptr()
+    assert joined.state_dict().keys() == model.state_dict().keys()
 
 
 def test_only_large_models_on_cuda_are_compiled(model, config):
@@ -131,6 +177,23 @@ def test_rotation_turns_halves_by_position():
             complex_out = complex_in * torch.polar(torch.tensor(1.0), torch.tensor(angle))
             torch.testing.assert_close(turned[row, :, pair], complex_out.real)
             torch.testing.assert_close(turned[row, :, pair + 4], complex_out.imag)
+
+
+@pytest.mark.parametrize("trim", [360, 480, 100])
+@pytest.mark.parametrize("lengths", [[5], [3, 2, 12, 40], [7, 200, 33]])
+def test_blocks_of_samples_are_gathered_as_single_samples_would_be(lengths, trim):
+    """Equal to the bit to each utterance's own inverse transform, also where the trim is no multiple of the hop."""
+    transform, hop = InverseSTFT(960), 240
+    spectrum = torch.randn(sum(lengths), 481, dtype=torch.complex64, generator=torch.Generator().manual_seed(0))
+    samples, segments = transform(spectrum, Segments(lengths), hop, trim)
+    alone = [transform(part, Segments([len(part)]), hop, trim)[0] for part in spectrum.split(lengths)]
+    assert segments.lengths.tolist() == [len(part) for part in alone]
+    frames = torch.fft.irfft(spectrum, n=960, dim=1) * transform.window
+    first = overlap_add(frames[: lengths[0]], hop) / overlap_add(
+        transform.window.square().expand(lengths[0], -1).contiguous(), hop
+    )
+    assert torch.equal(samples, torch.cat(alone))
+    torch.testing.assert_close(alone[0], first[trim : len(first) - trim], equal_nan=True)
 
 
 @pytest.mark.parametrize(("width", "hop"), [(960, 240), (400, 160), (7, 7)])

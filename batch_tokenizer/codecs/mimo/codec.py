@@ -17,6 +17,7 @@ from batch_tokenizer.codecs.base import Codec, CodecInfo, CodecSpec, Computation
 from batch_tokenizer.codecs.checkpoint import Checkpoint
 from batch_tokenizer.codecs.execution import BatchRunner, StageClock, ToHost, to_host
 from batch_tokenizer.codecs.mimo.config import MiMoConfig
+from batch_tokenizer.codecs.mimo.layers import CompilationFailed
 from batch_tokenizer.codecs.mimo.model import DEFAULT_CAPACITY, MiMoAudioTokenizer
 from batch_tokenizer.kernels.attention import BackendUnavailable, choose_backend
 from batch_tokenizer.records import RunError, Stage, Task
@@ -127,23 +128,44 @@ def load_codec(
     threads: int,
 ) -> MiMoCodec:
     """The weights that ``task`` needs. See ``registry.Family``."""
-    check_attention(spec.config, attention, device, dtype)
+    check_attention(spec.config, PARTS[task], attention, device, dtype)
     model = load_model(checkpoint, parts=PARTS[task], device=device, dtype=dtype)
+    return prepare_codec(spec, model, attention, threads)
+
+
+def prepare_codec(spec: MiMoSpec, model: MiMoAudioTokenizer, attention: str, threads: int) -> MiMoCodec:
+    """A codec of a loaded model, in the fastest form for the model's device."""
     model.use_attention(attention)
-    return MiMoCodec(spec, model, threads)
+    codec = MiMoCodec(spec, model, threads)
+    if model.device.type == "cuda":
+        model.join_projections()
+        if sum(weight.numel() for weight in model.parameters()) >= COMPILED_SIZE:
+            codec.compile_layers()
+    return codec
 
 
-def check_attention(config: MiMoConfig, attention: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Logs which backend will run.
+def check_attention(
+    config: MiMoConfig, parts: Sequence[str], attention: str, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Logs which attention backend each stack of ``parts`` will run.
 
     Raises:
-        RunError: the one asked for cannot run here.
+        RunError: the one that ``--attention`` forces cannot run here.
     """
-    try:
-        backend, reason = choose_backend(attention, device, dtype, config.d_model // config.encoder_attention_heads)
-    except BackendUnavailable as error:
-        raise RunError(f"--attention {attention}: {error}") from error
-    log.info("attention %s (%s)", backend, reason)
+    sizes = {"encoder": config.d_model // config.encoder_attention_heads}
+    if "decoder" in parts:
+        sizes["decoder"] = config.d_model // config.decoder_attention_heads
+        sizes["vocoder"] = config.vocoder_dim // config.vocoder_attention_heads
+    if "encoder" not in parts:
+        del sizes["encoder"]
+    chosen: dict[tuple[str, str], list[str]] = {}
+    for stack, head_size in sizes.items():
+        try:
+            chosen.setdefault(choose_backend(attention, device, dtype, head_size), []).append(stack)
+        except BackendUnavailable as error:
+            raise RunError(f"--attention {attention}: {error} (in the {stack})") from error
+    for (backend, reason), stacks in chosen.items():
+        log.info("attention of the %s: %s (%s)", ", ".join(stacks), backend, reason)
 
 
 class MiMoComputation:
@@ -176,9 +198,8 @@ class MiMoCodec(Codec):
     def __init__(self, spec: MiMoSpec, model: MiMoAudioTokenizer, threads: int = 1) -> None:
         self.spec = spec
         self.model = model
+        self.compiled = False
         self.frame_budget = DEFAULT_CAPACITY
-        if model.device.type == "cuda" and sum(weight.numel() for weight in model.parameters()) >= COMPILED_SIZE:
-            model.compile_layers()
         self.runs_ahead = model.device.type == "cuda"
         self._run = BatchRunner(model.device, threads)
         self.batch_limit = self._run.batch_limit
@@ -224,6 +245,17 @@ class MiMoCodec(Codec):
         self._frame_budget = max(1, frames)
         if self.model.device.type == "cuda":
             self.model.capacity = self._frame_budget
+            if self.compiled:
+                self.compile_layers()
+
+    def compile_layers(self) -> None:
+        """Compiles the layers for packs of ``frame_budget`` token frames; where that fails, says so in the log."""
+        try:
+            self.model.compile_layers(self._frame_budget)
+            self.compiled = True
+        except CompilationFailed as error:
+            log.warning("layers run without torch.compile, which failed here: %s", error)
+            self.compiled = False
 
     def release(self) -> None:
         if self.model.device.type == "cuda":

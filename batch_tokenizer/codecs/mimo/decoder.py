@@ -8,6 +8,7 @@ zero row between them where frames of a transposed convolution or of the inverse
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import gcd
 
 import numpy as np
 import torch
@@ -85,8 +86,15 @@ class InverseSTFT(Float32Buffers):
         signal = overlap_add(axis.scatter(frames), hop)
         envelope = self._envelope(axis, hop)
         lengths = (segments.lengths - 1) * hop + width - 2 * trim
-        kept = GappedAxis.build(axis.starts * hop + trim, lengths, len(signal), spectrum.device)
-        return kept.gather(signal) / kept.gather(envelope), Segments(lengths, spectrum.device)
+        # Blocks of samples are gathered, not samples: a table of single samples would be 63 MB for a pack of 300 s.
+        block = gcd(hop, width - 2 * trim)
+        blocks = (len(signal) - trim) // block
+        kept = GappedAxis.build(axis.starts * hop // block, lengths // block, blocks, spectrum.device)
+
+        def cut(samples: Tensor) -> Tensor:
+            return kept.gather(samples[trim : trim + blocks * block].unflatten(0, (blocks, block))).flatten()
+
+        return cut(signal) / cut(envelope), Segments(lengths, spectrum.device)
 
     def _envelope(self, axis: GappedAxis, hop: int) -> Tensor:
         """The squared window overlap-added wherever ``axis`` has a frame, float32, as long as the signal."""

@@ -2,52 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import TorchDynamoException
-from torch._inductor.exc import InductorError
-from torch.nn.functional import gelu
+from torch.nn.functional import gelu, linear
 
 from batch_tokenizer.kernels.attention import Window, choose_backend, varlen_attention
 from batch_tokenizer.kernels.norms import RMSNorm
-from batch_tokenizer.kernels.segments import Segments
-
-log = logging.getLogger(__name__)
+from batch_tokenizer.kernels.segments import Segments, filler_runs
 
 
-class CompiledLayers:
-    """Runs layers compiled. Where compiling fails they run as they are from then on, and the log says why.
-
-    Attributes:
-        failed: why they do, or None.
-    """
-
-    def __init__(self, backend: str = "inductor") -> None:
-        """``backend`` as ``torch.compile`` knows it."""
-        self._before: Callable[..., tuple[Tensor, Tensor, Tensor]] = torch.compile(
-            TransformerLayer.before, dynamic=False, fullgraph=True, backend=backend
-        )
-        self._after: Callable[..., Tensor] = torch.compile(
-            TransformerLayer.after, dynamic=False, fullgraph=True, backend=backend
-        )
-        self.failed: str | None = None
-
-    def __call__(
-        self, layer: TransformerLayer, x: Tensor, rotate: Rotation, segments: Segments, backend: str
-    ) -> Tensor:
-        """As ``TransformerLayer.forward``."""
-        if self.failed is None:
-            try:
-                attended = layer.self_attn.attend(*self._before(layer, x, rotate), segments, backend)
-                return self._after(layer, x, attended)
-            except (TorchDynamoException, InductorError) as error:
-                self.failed = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                log.warning("layers run without torch.compile, which failed here: %s", self.failed)
-        out: Tensor = layer(x, rotate, segments, backend)
-        return out
+class CompilationFailed(Exception):
+    """Layers cannot be compiled here; the message is the compiler's first line."""
 
 
 def make_norm(kind: str, channels: int) -> nn.Module:
@@ -90,11 +57,28 @@ class SelfAttention(nn.Module):
         self.k_proj = nn.Linear(width, width, bias=False)
         self.v_proj = nn.Linear(width, width)
         self.out_proj = nn.Linear(width, width)
+        #: Weight (3 width, width) and bias (3 width,) of queries, keys and values together; None for one by one.
+        self.joined: tuple[Tensor, Tensor] | None = None
 
     def project(self, rows: Tensor, rotate: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """(N, width) to queries and keys, rotated, and values, (N, H, D) each."""
-        q, k, v = (project(rows).unflatten(-1, (self.heads, -1)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        if self.joined is None:
+            q, k, v = self.q_proj(rows), self.k_proj(rows), self.v_proj(rows)
+        else:
+            q, k, v = linear(rows, *self.joined).chunk(3, dim=-1)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in (q, k, v))
         return rotate(q), rotate(k), v
+
+    def join_projections(self) -> None:
+        """Computes queries, keys and values in one matrix product from now on, which is faster on a GPU.
+
+        The three weights become views of the joined one, so that no memory is added.
+        """
+        weight = torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight])
+        no_bias = torch.zeros_like(self.q_proj.bias)
+        self.joined = weight, torch.cat([self.q_proj.bias, no_bias, self.v_proj.bias])
+        for projection, part in zip((self.q_proj, self.k_proj, self.v_proj), weight.chunk(3), strict=True):
+            projection.weight = nn.Parameter(part, requires_grad=False)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, backend: str) -> Tensor:
         """(N, H, D) each to (N, width)."""
@@ -137,8 +121,25 @@ class TransformerStack(nn.ModuleList):
         self.head_dim = width // heads
         self.theta = theta
         self.attention = "auto"
-        #: Runs a layer, as ``TransformerLayer.__call__`` does; ``compiled.CompiledLayers`` in its place is faster.
+        #: Runs a layer, as ``TransformerLayer.__call__`` does.
         self.run_layer: Callable[..., Tensor] = TransformerLayer.__call__
+
+    def compile(self, rows: int, backend: str = "inductor") -> None:  # type: ignore[override]
+        """Compiles the layers for packs of ``rows`` rows, now: a run must not change its bits when it has begun.
+
+        Raises:
+            CompilationFailed: they cannot be compiled here; the layers then run as they are.
+        """
+        from batch_tokenizer.codecs.mimo.compiled import CompiledLayers  # imports torch's compiler, which takes seconds
+
+        weight = self[0].fc1.weight  # type: ignore[union-attr]
+        self.run_layer = CompiledLayers(rows, backend)
+        try:
+            with torch.inference_mode():
+                self(weight.new_zeros(rows, weight.shape[1]), Segments(filler_runs(rows), weight.device))
+        except CompilationFailed:
+            self.run_layer = TransformerLayer.__call__
+            raise
 
     def forward(self, x: Tensor, segments: Segments, skip: int | None = None) -> Tensor:
         """(N, width) to (N, width). The output of layer number ``skip``, from 1, is added to the last one's."""

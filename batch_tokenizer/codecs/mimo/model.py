@@ -20,7 +20,7 @@ from batch_tokenizer.audio.mel import FLOOR, MelForm, mel_transform
 from batch_tokenizer.codecs.mimo.config import MiMoConfig
 from batch_tokenizer.codecs.mimo.decoder import AudioDecoder
 from batch_tokenizer.codecs.mimo.encoder import AudioEncoder, EncoderLayout
-from batch_tokenizer.codecs.mimo.layers import TransformerStack
+from batch_tokenizer.codecs.mimo.layers import CompilationFailed, SelfAttention, TransformerLayer, TransformerStack
 from batch_tokenizer.kernels.segments import GappedAxis, Lengths, filler_runs, joined_on, packs, to_device, within
 
 #: Rows of the axis whose windows are in memory at once, 160 MB of them at 960 samples.
@@ -102,13 +102,36 @@ class MiMoAudioTokenizer(nn.Module):
             if isinstance(module, TransformerStack):
                 module.attention = backend
 
-    def compile_layers(self) -> None:
-        """Runs the layers under ``torch.compile``: faster on CUDA, where packs have one shape; see ``compiled``."""
-        from batch_tokenizer.codecs.mimo.layers import CompiledLayers
-
+    def join_projections(self) -> None:
+        """Computes queries, keys and values of each layer in one matrix product from now on."""
         for module in self.modules():
-            if isinstance(module, TransformerStack):
-                module.run_layer = CompiledLayers()
+            if isinstance(module, SelfAttention):
+                module.join_projections()
+
+    def compile_layers(self, capacity: int) -> None:
+        """Compiles the transformer layers for packs of ``capacity`` token frames, before it returns.
+
+        Raises:
+            CompilationFailed: they cannot be compiled here; all layers then run as they are.
+        """
+        from torch import _dynamo, _inductor
+
+        # One entry for each stack and capacity, and a few more where torch compiles for another global state.
+        _dynamo.config.recompile_limit = 64
+        _inductor.config.compile_threads = 1  # the few kernels need no pool of processes in every rank
+        if hasattr(_inductor.config, "deterministic"):
+            _inductor.config.deterministic = True  # kernels are chosen by rule and not by timing
+        config, frames = self.config, capacity * self.config.avg_pooler
+        stacks = {"encoder.layers": frames, "decoder.layers": frames}
+        stacks["decoder.vocoder.layers"] = frames * config.decoder_stride_size
+        present = {name: module for name, module in self.named_modules() if isinstance(module, TransformerStack)}
+        try:
+            for name, stack in present.items():
+                stack.compile(stacks[name])
+        except CompilationFailed:
+            for stack in present.values():
+                stack.run_layer = TransformerLayer.__call__
+            raise
 
     @torch.no_grad()
     def encode(self, mels: Tensor, mels_lens: Tensor, n_q: int | None = None, **_: Any) -> tuple[Tensor, Tensor, Stats]:
