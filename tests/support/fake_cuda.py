@@ -1,0 +1,175 @@
+"""A CUDA device made of fake tensors: shapes, dtypes and devices are computed, values are not, and no GPU is needed.
+
+``fake_cuda()`` makes torch believe in one GPU. While its ``watch()`` is open
+
+- an operator whose tensors lie on different devices raises, as does one that needs a value on the host (``item``,
+  ``nonzero``, ``repeat_interleave`` without ``output_size``): on a GPU that would wait for all work before it;
+- a copy between host and device from memory that is not pinned raises, as it would wait too;
+- ``segment_reduce`` with its own check of the lengths raises, as the check is on the host;
+- the varlen attention kernel's demands are checked, which its fake implementation does not look at.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+import torch._subclasses.fake_tensor as fake_tensor
+import torch.nn.attention.varlen as varlen
+import torch.utils._device
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+CUDA = torch.device("cuda", 0)
+
+
+class HostWait(AssertionError):
+    """Something on the path would wait for the device."""
+
+
+@dataclass
+class Trace:
+    """What was done while the fake device was there.
+
+    Attributes:
+        pinned_bytes: sizes of the host arrays that were pinned for a copy to the device.
+        operators: operators on the device, without views.
+    """
+
+    pinned_bytes: list[int] = field(default_factory=list)
+    operators: int = 0
+
+    def watch(self) -> contextlib.AbstractContextManager[object]:
+        """Checks every operator while it is open. Building a model before may copy as it likes."""
+        self.pinned_bytes.clear()
+        return _Checks(self)
+
+
+class _Event:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def record(self, *args: Any) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, other: _Event) -> float:
+        return 1.0
+
+
+class _Checks(TorchDispatchMode):
+    """Watches every operator; sits above the fake tensors."""
+
+    def __init__(self, trace: Trace) -> None:
+        super().__init__()
+        self.trace = trace
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is torch.ops.aten.segment_reduce.default and not kwargs.get("unsafe", False):
+            raise HostWait("segment_reduce checks its lengths on the host; pass unsafe=True")
+        out = function(*args, **kwargs)
+        packet = function.overloadpacket
+        if packet in (torch.ops.aten._to_copy, torch.ops.aten.to):  # the latter in inference mode
+            self._check_copy(args[0], out, args[0])
+        elif packet is torch.ops.aten.copy_:
+            self._check_copy(args[1], args[0], args[0] if args[0].device.type == "cpu" else args[1])
+        first = out[0] if isinstance(out, (tuple, list)) and out else out
+        if isinstance(first, torch.Tensor) and first.device.type == "cuda" and not function.is_view:
+            self.trace.operators += 1
+        return out
+
+    @staticmethod
+    def _check_copy(source: torch.Tensor, target: torch.Tensor, host: torch.Tensor) -> None:
+        if source.device.type != target.device.type and not getattr(host, "is_marked_pinned", False):
+            raise HostWait(
+                f"a copy from {source.device.type} to {target.device.type} of {tuple(source.shape)} {source.dtype} in "
+                f"pageable memory"
+            )
+
+
+def _checked_varlen(real: Any) -> Any:
+    """``varlen_attn`` with what its kernel demands: 16 bits, contiguous last axes, int32 offsets, plain integers."""
+
+    def call(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: Any, max_k: Any, **rest: Any) -> Any:
+        for x in (q, k, v):
+            assert x.device == CUDA
+            assert x.dtype in (torch.float16, torch.bfloat16)
+            assert x.ndim == 3
+            assert x.stride(-1) == 1
+            assert x.shape[-1] % 8 == 0
+            assert x.shape[-1] <= 256
+        for offsets in (cu_q, cu_k):
+            assert offsets.device == CUDA
+            assert offsets.dtype == torch.int32
+            assert offsets.is_contiguous()
+        assert type(max_q) is int
+        assert type(max_k) is int
+        assert isinstance(rest.get("window_size"), tuple)
+        return real(q, k, v, cu_q, cu_k, max_q, max_k, **rest)
+
+    return call
+
+
+@contextlib.contextmanager
+def fake_cuda(capability: tuple[int, int] = (9, 0), *patches: Any) -> Iterator[Trace]:
+    """One fake GPU of ``capability`` for the block; ``patches`` are entered with it."""
+    torch.utils._device._device_constructors()  # caches torch.empty: fill the cache before it is replaced
+    torch._C._ensureCUDADeviceGuardSet()
+    trace = Trace()
+    real_empty = torch.empty
+
+    def pin(tensor: torch.Tensor, *args: Any) -> torch.Tensor:
+        trace.pinned_bytes.append(tensor.nbytes)
+        copy = tensor.clone()
+        copy.is_marked_pinned = True  # type: ignore[attr-defined]
+        return copy
+
+    def empty(*args: Any, pin_memory: bool = False, **kwargs: Any) -> torch.Tensor:
+        made = real_empty(*args, **kwargs)
+        if pin_memory:
+            trace.pinned_bytes.append(made.nbytes)
+            made.is_marked_pinned = True  # type: ignore[attr-defined]
+        return made
+
+    replaced = [
+        (fake_tensor, "init_gpu_context", lambda *args: None),
+        (torch.cuda, "is_available", lambda: True),
+        (torch.cuda, "get_device_capability", lambda *args: capability),
+        (torch.cuda, "current_stream", lambda *args: None),
+        (torch.cuda, "Event", _Event),
+        (torch.Tensor, "pin_memory", pin),
+        (torch, "empty", empty),
+        (varlen, "varlen_attn", _checked_varlen(varlen.varlen_attn)),
+    ]
+    with contextlib.ExitStack() as stack:
+        for where, name, value in replaced:
+            stack.enter_context(mock.patch.object(where, name, value))
+        for patch in patches:
+            stack.enter_context(patch)
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        yield trace
+
+
+def fake_weights(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """The model with its parameters in ``dtype``, in place: ``Module.to`` cannot swap fake parameters."""
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                module._parameters[name] = torch.nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
+    return model.eval()
+
+
+def fake_mel_transform(form: Any, device: torch.device) -> Any:
+    """The window and the filters of a mel transform, by their shapes."""
+    return SimpleNamespace(
+        spectrogram=SimpleNamespace(window=torch.empty(form.window_size, device=device)),
+        mel_scale=SimpleNamespace(fb=torch.empty(form.n_fft // 2 + 1, form.n_mels, device=device)),
+    )
