@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
 
 from batch_tokenizer.config import Device, Dtype
-from batch_tokenizer.records import RunError
+from batch_tokenizer.records import RunError, first_line
+
+log = logging.getLogger(__name__)
+
+#: The oldest NVIDIA driver that builds of torch for CUDA 13.0 run with.
+LEAST_DRIVER = 580
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -45,14 +53,22 @@ class ComputeDevice:
 def choose_device(
     device: Device, dtype: Dtype, local_rank: int, cuda_dtype: Literal["float32", "bfloat16"] = "bfloat16"
 ) -> ComputeDevice:
-    """Ranks of one machine go to its GPUs in turn; ``auto`` is CUDA where there is any.
+    """The device of a rank: ranks of one machine take its GPUs in turn; ``auto`` is CUDA where there is any.
 
-    ``auto`` dtype is ``cuda_dtype`` on CUDA, as the codec wants it, and float32 on a CPU.
+    ``auto`` dtype is ``cuda_dtype`` on CUDA, as the codec wants it, and float32 on a CPU. Matrix products and
+    convolutions in float32 are computed in float32, not in TF32, on every GPU.
 
     Raises:
-        RunError: CUDA was asked for and there is none, or a GPU cannot be used.
+        RunError: CUDA was asked for and there is none, the driver is too old, or a GPU cannot be used.
     """
     gpus = torch.cuda.device_count()
+    driver = nvidia_driver()
+    if gpus == 0 and driver is not None and device != "cpu":
+        raise RunError(
+            f"--device {device}: this machine has NVIDIA driver {driver}, which torch {torch.__version__} cannot use: "
+            f"{_why_no_cuda()}; install driver {LEAST_DRIVER} or newer, or pass --device cpu",
+            exit_code=1,
+        )
     if device == "cuda" and gpus == 0:
         raise RunError("--device cuda: torch sees no CUDA device here; use --device cpu, or check the driver")
     on_cuda = device == "cuda" or (device == "auto" and gpus > 0)
@@ -60,10 +76,17 @@ def choose_device(
     if on_cuda:
         try:
             torch.cuda.set_device(chosen)
-            what = f"{chosen} ({torch.cuda.get_device_name(chosen)})"
+            torch.zeros(1, device=chosen).add_(1)  # a card that this torch has no kernels for fails here, in one line
+            torch.cuda.synchronize(chosen)
+            name = torch.cuda.get_device_name(chosen)
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
-            raise RunError(f"{chosen} cannot be used: {reason}; free it, or use --device cpu", exit_code=1) from error
+            raise RunError(
+                f"{chosen} cannot be used: {first_line(error)}; free it, choose another by CUDA_VISIBLE_DEVICES, or use "
+                "--device cpu",
+                exit_code=1,
+            ) from error
+        what = f"{chosen} ({name})"
+        _compute_in_float32()
     else:
         what = "cpu (no CUDA device)" if device == "auto" else "cpu (asked for)"
     if dtype == "auto":
@@ -73,6 +96,46 @@ def choose_device(
     cores = _share_of_cores()
     name = str(number_format).removeprefix("torch.")
     return ComputeDevice(chosen, number_format, cores, f"device {what}, {name}, {cores} cores a rank")
+
+
+def nvidia_driver() -> str | None:
+    """The version of the NVIDIA driver that the kernel has loaded, such as ``580.65.06``; None where there is none."""
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    found = re.search(r"\b(\d{3,}\.\d+(?:\.\d+)?)\b", text)
+    return found[1] if found else "of unknown version"
+
+
+def environment_of(compute: ComputeDevice) -> dict[str, str]:
+    """What a run's bits may depend on beside its settings: processor or GPU type, torch, CUDA and driver versions."""
+    if compute.device.type != "cuda":
+        return {"device": "cpu", "torch": torch.__version__}
+    return {
+        "device": torch.cuda.get_device_name(compute.device),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda or "unknown",
+        "driver": nvidia_driver() or "unknown",
+    }
+
+
+def _why_no_cuda() -> str:
+    if torch.version.cuda is None:
+        return "it is a build for CPUs"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return first_line(error)
+    return "no GPU is visible to it"
+
+
+def _compute_in_float32() -> None:
+    """Keeps float32 operations in float32: with TF32, which Ampere and newer GPUs have, codes would change."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+    if os.environ.get("NVIDIA_TF32_OVERRIDE") == "1":
+        log.warning("NVIDIA_TF32_OVERRIDE=1 computes float32 in TF32, which changes codes: unset it")
 
 
 def _share_of_cores() -> int:

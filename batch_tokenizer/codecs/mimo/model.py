@@ -116,6 +116,8 @@ class MiMoAudioTokenizer(nn.Module):
         """
         from torch import _dynamo, _inductor
 
+        if _dynamo.config.disable:
+            raise CompilationFailed("TORCHDYNAMO_DISABLE is set")
         # One entry for each stack and capacity, and a few more where torch compiles for another global state.
         _dynamo.config.recompile_limit = 64
         _inductor.config.compile_threads = 1  # the few kernels need no pool of processes in every rank
