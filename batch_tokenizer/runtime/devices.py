@@ -81,8 +81,8 @@ def choose_device(
             name = torch.cuda.get_device_name(chosen)
         except RuntimeError as error:
             raise RunError(
-                f"{chosen} cannot be used: {first_line(error)}; free it, choose another by CUDA_VISIBLE_DEVICES, or use "
-                "--device cpu",
+                f"{chosen} cannot be used: {first_line(error)}; free it, choose another by CUDA_VISIBLE_DEVICES, or "
+                "use --device cpu",
                 exit_code=1,
             ) from error
         what = f"{chosen} ({name})"

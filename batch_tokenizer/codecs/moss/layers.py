@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from batch_tokenizer.codecs.moss.config import Patch, Stage, TransformerStage
 from batch_tokenizer.kernels.attention import choose_backend, varlen_attention
-from batch_tokenizer.kernels.segments import Lengths, Segments, as_lengths
+from batch_tokenizer.kernels.segments import Lengths, Segments, as_lengths, to_device, within
 
 
 class Stream:
@@ -63,9 +64,8 @@ class Passage:
         segments = self.segments(rate)
         if self.streams is None:
             return segments.positions
-        begun = torch.tensor([stream.frames * rate for stream in self.streams], device=self.device)
-        lengths = torch.from_numpy(segments.lengths).to(self.device)
-        return segments.positions + begun.repeat_interleave(lengths, output_size=segments.total)
+        begun = np.array([stream.frames * rate for stream in self.streams], np.int64)
+        return to_device(within(segments.lengths) + np.repeat(begun, segments.lengths), self.device)
 
     def with_past(
         self, layer: nn.Module, keys: Tensor, values: Tensor, rate: int, context: int

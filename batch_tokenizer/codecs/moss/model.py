@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from batch_tokenizer.codecs.moss.config import MossConfig
 from batch_tokenizer.codecs.moss.layers import Passage, PatchDown, PatchUp, Stages, Stream, Transformer
 from batch_tokenizer.codecs.moss.quantizer import ResidualQuantizer
-from batch_tokenizer.kernels.segments import filler_runs, packs
+from batch_tokenizer.kernels.segments import filler_runs, packs, to_device
 
 #: Token frames of axis that a pack on CUDA has, unless told otherwise.
 DEFAULT_CAPACITY = 4096
@@ -208,7 +208,7 @@ class MossAudioTokenizer(nn.Module):
         rows = samples[0].new_zeros(passage.segments(self.config.rows_per_frame).total)
         for start, wav in zip(starts, samples, strict=False):
             rows[start : start + len(wav)] = wav
-        return self.encoder(rows.to(self.device, self.dtype)[:, None], passage).float()
+        return self.encoder(to_device(rows, self.device).to(self.dtype)[:, None], passage).float()
 
     @torch.no_grad()
     def _decode(self, codes: Sequence[Tensor], passage: Passage) -> list[Tensor]:
@@ -221,7 +221,7 @@ class MossAudioTokenizer(nn.Module):
         for start, code in zip(segments.starts.tolist(), codes, strict=False):
             packed[start : start + len(code), : code.shape[1]] = code
         with torch.autocast(self.device.type, enabled=False):
-            summed = self.quantizer.decode(packed.to(self.device))
+            summed = self.quantizer.decode(to_device(packed, self.device))
             samples = self.decoder(summed.to(self.dtype), passage).float()[:, 0]
         return list(samples.split((passage.frames * self.config.rows_per_frame).tolist())[: len(codes)])
 
