@@ -26,10 +26,9 @@ from batch_tokenizer.codecs.mimo.codec import load_model as load_mimo
 from batch_tokenizer.codecs.mimo.codec import recognises
 from batch_tokenizer.codecs.mimo.config import MiMoConfig
 from batch_tokenizer.codecs.mimo.model import MiMoAudioTokenizer
-from batch_tokenizer.codecs.registry import find_family
+from batch_tokenizer.codecs.opening import CodecSetup
 from batch_tokenizer.config import Device, Dtype, Resampler
 from batch_tokenizer.records import RunError, Task
-from batch_tokenizer.runtime.devices import choose_device
 
 
 def load_model(path: str | os.PathLike[str] | None = None, *, load_encoder_only: bool = False) -> MiMoAudioTokenizer:
@@ -73,12 +72,7 @@ def load_codec(
         RunError: the checkpoint or the device cannot be used; the message names what is wrong.
     """
     checkpoint = Checkpoint.open(None if path is None else os.fspath(path))
-    family = find_family(checkpoint)
-    spec = family.open_spec(checkpoint)
-    compute = choose_device(device, dtype, 0, spec.cuda_dtype)
-    return family.load_codec(
-        checkpoint, spec, task=task, device=compute.device, dtype=compute.dtype, attention="auto", threads=threads
-    )
+    return CodecSetup.open(checkpoint, device=device, dtype=dtype, threads=threads).load(task)
 
 
 def load_audio(path: str | os.PathLike[str], sr: int, *, resampler: Resampler = "reference") -> Tensor:

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from batch_tokenizer.records import RowError, RunError
+from batch_tokenizer.records import RowError, RunError, first_line
 
 
 def import_transforms() -> ModuleType:
@@ -34,9 +34,8 @@ def import_transforms() -> ModuleType:
     try:
         return importlib.import_module("torchaudio.transforms")
     except (ImportError, OSError, RuntimeError) as error:
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise RunError(
-            f"torchaudio does not load beside the installed torch ({first_line}); torchaudio 2.11 needs a build "
+            f"torchaudio does not load beside the installed torch ({first_line(error)}); torchaudio 2.11 needs a build "
             "of torch for CUDA 13.0: reinstall both in one go, pip install --force-reinstall 'torch>=2.11,<2.15' "
             "'torchaudio==2.11.*', and let pip take the registry's own builds"
         ) from error

@@ -22,6 +22,14 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+#: The parts of a model whose weights a task needs.
+PARTS: Mapping[Task, tuple[Literal["encoder", "decoder"], ...]] = {
+    "wav2token": ("encoder",),
+    "token2wav": ("decoder",),
+    "wav2token2wav": ("encoder", "decoder"),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class CodecInfo:
     """What a checkpoint is, as written into every token file.

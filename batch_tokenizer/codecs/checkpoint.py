@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batch_tokenizer.records import RunError
+from batch_tokenizer.records import RunError, first_line
 
 #: Where the weights may be, in order of preference: a file, or an index of several.
 WEIGHT_FILES = (
@@ -97,7 +97,7 @@ def _downloaded(model_path: str, repository: str, inner: str, revision: str | No
                 return fetch(f"{name}/{pattern}" for pattern in _DOWNLOADED)
         return fetch(_DOWNLOADED)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise RunError(
             f"--model_path {model_path}: no folder of that name here, and the hub did not give it ({reason}); download "
             f"the checkpoint and pass its folder, or set HF_HOME to a cache that has it",
@@ -309,7 +309,7 @@ def _opened(path: Path) -> Iterator[tuple[list[str], Callable[[str], Tensor]]]:
         try:
             state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = first_line(error)
             raise RunError(f"{path}: cannot be read as torch weights ({reason}); download it again") from error
         if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
             raise RunError(f"{path}: must hold a mapping of names to tensors")

@@ -1,7 +1,6 @@
-"""A codec for a handful of utterances, outside of a run: samples enter, codes and reconstructions leave.
+"""Encoding and decoding a handful of utterances outside of a run, for ``evaluate``, ``inspect`` and ``report``.
 
-``evaluate``, ``inspect`` and ``report`` use it. Results are those of a run, as a codec's results do not depend on what
-they are computed beside.
+Results are those of a run, as a codec's results do not depend on the other members of a batch.
 """
 
 from __future__ import annotations
@@ -15,42 +14,11 @@ import numpy.typing as npt
 import torch
 
 from batch_tokenizer.audio.resampling import resample
-from batch_tokenizer.codecs.base import Codec, CodecInfo, CodecSpec, fitted
-from batch_tokenizer.codecs.checkpoint import Checkpoint
-from batch_tokenizer.codecs.registry import find_family
-from batch_tokenizer.config import Device, Dtype
+from batch_tokenizer.codecs.base import Codec, CodecInfo, fitted
 from batch_tokenizer.records import Pieces, RowError, RunError, Stage
-from batch_tokenizer.runtime.devices import choose_device
 
 Samples = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.uint16]
-
-
-def open_spec(model_path: str | None) -> CodecSpec:
-    """The checkpoint's spec, without its weights.
-
-    Raises:
-        RunError: it cannot be found or is of no known family.
-    """
-    checkpoint = Checkpoint.open(model_path)
-    return find_family(checkpoint).open_spec(checkpoint)
-
-
-def open_codec(model_path: str | None, device: Device = "auto", dtype: Dtype = "auto") -> Codec:
-    """The checkpoint with its weights on a device.
-
-    Raises:
-        RunError: the checkpoint or the device cannot be used.
-    """
-    compute = choose_device(device, dtype, 0)
-    if compute.device.type == "cpu":
-        torch.set_num_threads(1)
-    checkpoint = Checkpoint.open(model_path)
-    family = find_family(checkpoint)
-    return family.load_codec(
-        checkpoint, family.open_spec(checkpoint), task="wav2token2wav", device=compute.device, dtype=compute.dtype,
-        attention="auto", threads=compute.cores,
-    )  # fmt: skip
 
 
 def check_num_quantizers(wanted: Sequence[int], most: int) -> tuple[int, ...]:

@@ -18,9 +18,9 @@ import numpy.typing as npt
 import torch
 
 from batch_tokenizer.audio.encoding import encoded_bytes
-from batch_tokenizer.codecs.base import Codec, CodecInfo, CodecSpec
+from batch_tokenizer.codecs.base import PARTS, Codec, CodecInfo, CodecSpec
 from batch_tokenizer.codecs.checkpoint import Checkpoint
-from batch_tokenizer.codecs.mimo.codec import PARTS, MiMoSpec, check_attention, prepare_codec
+from batch_tokenizer.codecs.mimo.codec import MiMoSpec, check_attention, prepare_codec
 from batch_tokenizer.codecs.mimo.config import MiMoConfig
 from batch_tokenizer.codecs.mimo.sized import random_model
 from batch_tokenizer.records import RunError, Task

@@ -17,7 +17,8 @@ import numpy.typing as npt
 from batch_tokenizer import __version__
 from batch_tokenizer.audio.loading import load_samples
 from batch_tokenizer.codecs.base import CodecInfo
-from batch_tokenizer.codecs.offline import at_input_rate, check_num_quantizers, decode, encode, open_codec
+from batch_tokenizer.codecs.offline import at_input_rate, check_num_quantizers, decode, encode
+from batch_tokenizer.codecs.opening import open_codec
 from batch_tokenizer.config import add_options
 from batch_tokenizer.quality.codebooks import bit_rate
 from batch_tokenizer.quality.metrics import METRICS, Scorer, Scores, mel_db

@@ -335,7 +335,7 @@ def _print_expectations(
     seconds: float, num_rows: int, model_path: str | None, num_quantizers: int | None, rtf: float
 ) -> None:
     # Imported here, as this takes torch, which nothing before it needs.
-    from batch_tokenizer.codecs.offline import open_spec
+    from batch_tokenizer.codecs.opening import open_spec
 
     info = open_spec(model_path).info
     codebooks = num_quantizers or info.num_codebooks

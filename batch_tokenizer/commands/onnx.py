@@ -22,8 +22,8 @@ from batch_tokenizer.codecs.onnx import codec as onnx_codec
 from batch_tokenizer.codecs.onnx.graph_file import INSTALL, GraphFile
 from batch_tokenizer.codecs.onnx.layouts import Role
 from batch_tokenizer.codecs.onnx.session import Session
-from batch_tokenizer.codecs.registry import find_family
-from batch_tokenizer.records import RunError
+from batch_tokenizer.codecs.opening import open_codec
+from batch_tokenizer.records import RunError, first_line
 
 #: What a check asks for: the greatest difference of a sample, and the least share of equal codes.
 MOST_AUDIO_ERROR = 1e-3
@@ -106,7 +106,7 @@ def _check(folder: Path, model_path: str | None) -> int:
         try:
             onnx.checker.check_model(file, full_check=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-            raise RunError(f"{file}: is not a valid graph: {str(error).strip().splitlines()[0]}") from error
+            raise RunError(f"{file}: is not a valid graph: {first_line(error)}") from error
         print(f"{file.name}: valid, weights present")
     graphs = Checkpoint.open(str(folder))
     if GRAPHS_KEY not in graphs.config:
@@ -121,7 +121,7 @@ def _check(folder: Path, model_path: str | None) -> int:
             reasons = f" ({'; '.join(spec.faults)})" if spec.faults else ""
             raise RunError(f"{folder}: has no graph with the role {role}{reasons}")
     codec = onnx_codec.OnnxCodec(spec, ("encoder", "decoder"), torch.device("cpu"))
-    torch_codec = None if model_path is None else _torch_codec(model_path)
+    torch_codec = None if model_path is None else open_codec(model_path, "cpu", "float32")
     if torch_codec is not None:
         theirs = torch_codec.info
         if (theirs.sample_rate, theirs.samples_per_frame, theirs.codebook_sizes) != (
@@ -247,20 +247,6 @@ def _seams(codec: onnx_codec.OnnxCodec) -> None:
         error = codec.seam_error(codes.astype(np.uint16))
         context = int(frames * onnx_codec.CONTEXT_SHARE) / codec.info.frame_rate
         print(f"decoding in pieces with {context:.1f} s of context: differs from one pass by at most {error:.1e}")
-
-
-def _torch_codec(model_path: str) -> Codec:
-    checkpoint = Checkpoint.open(model_path)
-    family = find_family(checkpoint)
-    return family.load_codec(
-        checkpoint,
-        family.open_spec(checkpoint),
-        task="wav2token2wav",
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        attention="auto",
-        threads=1,
-    )
 
 
 def _waves(sample_rate: int, samples_per_frame: int) -> list[npt.NDArray[np.float32]]:

@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from batch_tokenizer.records import first_line
+
 #: The model that publications use, taken from the local cache of the hub if it is there.
 WAVLM = "microsoft/wavlm-base-plus-sv"
 
@@ -96,7 +98,7 @@ def _load_xvector(name: str) -> SpeakerModel:
         extractor = AutoFeatureExtractor.from_pretrained(name, local_files_only=here or name == WAVLM)
         model = AutoModelForAudioXVector.from_pretrained(name, local_files_only=here or name == WAVLM).eval()
     except (ImportError, OSError, ValueError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise Unavailable(f"--speaker_model {name} cannot be loaded ({reason})") from error
 
     def embed(samples: npt.NDArray[np.float32]) -> npt.NDArray[np.float32] | None:

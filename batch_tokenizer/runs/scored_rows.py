@@ -14,7 +14,8 @@ import numpy.typing as npt
 
 from batch_tokenizer.audio.loading import load_samples
 from batch_tokenizer.codecs.base import Codec, CodecInfo
-from batch_tokenizer.codecs.offline import at_input_rate, check_num_quantizers, decode, encode, open_codec, open_spec
+from batch_tokenizer.codecs.offline import at_input_rate, check_num_quantizers, decode, encode
+from batch_tokenizer.codecs.opening import open_codec, open_spec
 from batch_tokenizer.config import Device, Dtype
 from batch_tokenizer.data.pieces import PassLimit
 from batch_tokenizer.data.token_files import read_any_tokens, read_tokens

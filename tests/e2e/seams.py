@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from batch_tokenizer.audio.loading import load_samples
 from batch_tokenizer.codecs.base import Codec
-from batch_tokenizer.codecs.offline import open_codec
+from batch_tokenizer.codecs.opening import open_codec
 from batch_tokenizer.pipeline.long_audio import FADE_FRAMES, fade, window
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -22,7 +22,7 @@ from batch_tokenizer.codecs.checkpoint import Checkpoint
 from batch_tokenizer.codecs.execution import BatchRunner, to_host
 from batch_tokenizer.codecs.hf.families import KINDS, MOST_SAMPLES, WITHOUT_TOKENS, ModelKind
 from batch_tokenizer.codecs.hf.lengths import Chunks, Lengths, PaddedConvs
-from batch_tokenizer.records import RunError, Task
+from batch_tokenizer.records import RunError, Task, first_line
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ def open_spec(checkpoint: Checkpoint) -> HfSpec:
     except RunError as error:
         raise RunError(f"{checkpoint.folder}: {error}") from error
     except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
-        raise RunError(f"{checkpoint.folder}: config.json is of no usable {kind_name}: {_one_line(error)}") from error
+        raise RunError(f"{checkpoint.folder}: config.json is of no usable {kind_name}: {first_line(error)}") from error
     if not sizes or max(sizes) > _LARGEST_CODEBOOK:
         raise RunError(f"{checkpoint.folder}: codebooks must have 1 to {_LARGEST_CODEBOOK} codes; they have {sizes}")
     if settings.get("sampling_rate", input_rate) != input_rate:
@@ -158,7 +158,7 @@ def load_codec(
             checkpoint.folder, local_files_only=True, dtype=dtype, output_loading_info=True, **chosen
         )
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, ImportError) as error:
-        raise RunError(f"{checkpoint.folder}: transformers cannot load it: {_one_line(error)}") from error
+        raise RunError(f"{checkpoint.folder}: transformers cannot load it: {first_line(error)}") from error
     missing = sorted(report["missing_keys"])
     if missing:
         names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
@@ -252,7 +252,7 @@ def _library(checkpoint: Checkpoint) -> ModuleType:
     except ImportError as error:
         raise RunError(
             f"{checkpoint.folder}: {checkpoint.config.get('model_type')} runs on the transformers library, which is "
-            f"not installed: pip install 'batch_tokenizer[transformers]' ({_one_line(error)})"
+            f"not installed: pip install 'batch_tokenizer[transformers]' ({first_line(error)})"
         ) from error
 
 
@@ -261,7 +261,7 @@ def _class(library: ModuleType, name: str, checkpoint: Checkpoint) -> Any:
         return getattr(library, name)
     except (AttributeError, ImportError, RuntimeError) as error:
         raise RunError(
-            f"{checkpoint.folder}: transformers {library.__version__} has no usable {name} ({_one_line(error)}); "
+            f"{checkpoint.folder}: transformers {library.__version__} has no usable {name} ({first_line(error)}); "
             f"install a newer one: pip install -U transformers"
         ) from error
 
@@ -273,15 +273,11 @@ def _read_config(checkpoint: Checkpoint, kind: ModelKind) -> Any:
     try:
         return model_class.config_class.from_pretrained(checkpoint.folder, local_files_only=True)
     except (StrictDataclassError, OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
-        raise RunError(f"{checkpoint.folder}: transformers refuses config.json: {_one_line(error)}") from error
+        reason = " ".join(str(error).split())[:300]  # the first line alone does not say what is wrong
+        raise RunError(f"{checkpoint.folder}: transformers refuses config.json: {reason}") from error
 
 
 def _needs(checkpoint: Checkpoint, half: str, needed: bool) -> None:
     """Mimi checkpoints may come without one half."""
     if needed and checkpoint.config.get("model_type") == "mimi" and checkpoint.config.get(f"{half}_config", {}) is None:
         raise RunError(f"{checkpoint.folder}: has no {half} ({half}_config is null), which this task needs")
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:300]}…"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from batch_tokenizer.audio.mel import log_mel
-from batch_tokenizer.codecs.base import Codec, CodecInfo, CodecSpec, Computation, Computed
+from batch_tokenizer.codecs.base import PARTS, Codec, CodecInfo, CodecSpec, Computation, Computed
 from batch_tokenizer.codecs.checkpoint import Checkpoint
 from batch_tokenizer.codecs.execution import BatchRunner, StageClock, ToHost, to_host
 from batch_tokenizer.codecs.mimo.config import MiMoConfig
@@ -31,13 +31,6 @@ PREFIX = "audio_tokenizer."
 COMPILED_SIZE = 100_000_000
 
 _WITHOUT_EFFECT = ("_codebook.embed_avg", "_codebook.cluster_size", "_codebook.inited")
-
-#: What each task needs of the model.
-PARTS: Mapping[Task, tuple[str, ...]] = {
-    "wav2token": ("encoder",),
-    "token2wav": ("decoder",),
-    "wav2token2wav": ("encoder", "decoder"),
-}
 
 
 def recognises(config: Mapping[str, Any]) -> bool:

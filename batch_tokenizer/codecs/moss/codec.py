@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from batch_tokenizer.audio.loudness import moss_tts_loudness
-from batch_tokenizer.codecs.base import Codec, CodecInfo, CodecSpec
+from batch_tokenizer.codecs.base import PARTS, Codec, CodecInfo, CodecSpec
 from batch_tokenizer.codecs.checkpoint import Checkpoint
 from batch_tokenizer.codecs.execution import BatchRunner, to_host
 from batch_tokenizer.codecs.layers.convolution import weight_norm_name
@@ -28,12 +28,6 @@ log = logging.getLogger(__name__)
 
 Samples = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.uint16]
-
-_PARTS: Mapping[Task, tuple[str, ...]] = {
-    "wav2token": ("encoder",),
-    "token2wav": ("decoder",),
-    "wav2token2wav": ("encoder", "decoder"),
-}
 
 Loudness = Literal["none", "moss_tts"]
 
@@ -140,7 +134,7 @@ def load_codec(
         except BackendUnavailable as error:
             raise RunError(f"--attention {attention}: {error}") from error
         log.info("attention %s for heads of %d (%s)", backend, head_dim, reason)
-    model = load_model(checkpoint, parts=_PARTS[task], device=device, dtype=dtype)
+    model = load_model(checkpoint, parts=PARTS[task], device=device, dtype=dtype)
     model.use_attention(attention)
     return MossCodec(spec, model, threads)
 

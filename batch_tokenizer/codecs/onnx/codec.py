@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from batch_tokenizer.codecs.base import Codec, CodecInfo, CodecSpec
+from batch_tokenizer.codecs.base import PARTS, Codec, CodecInfo, CodecSpec
 from batch_tokenizer.codecs.checkpoint import GRAPHS_KEY, Checkpoint
 from batch_tokenizer.codecs.onnx.graph_file import GraphFile
 from batch_tokenizer.codecs.onnx.layouts import PREFIX, Layout, Role, by_role
@@ -47,12 +47,6 @@ LONGEST_SECONDS = 120.0
 
 #: A piece of a published decoder's is as long as what goes through whole, and this part of it is context.
 CONTEXT_SHARE = 1 / 3
-
-_ROLES: Mapping[Task, tuple[Role, ...]] = {
-    "wav2token": ("encoder",),
-    "token2wav": ("decoder",),
-    "wav2token2wav": ("encoder", "decoder"),
-}
 
 
 def recognises(config: Mapping[str, Any]) -> bool:
@@ -133,7 +127,7 @@ def load_codec(
 ) -> OnnxCodec:
     """The graphs that ``task`` needs. See ``registry.Family``. What they compute in, they say themselves."""
     spec = cast(OnnxSpec, spec)
-    for role in _ROLES[task]:
+    for role in PARTS[task]:
         if role not in spec.layouts:
             reasons = f" ({'; '.join(spec.faults)})" if spec.faults else ""
             raise RunError(
@@ -141,7 +135,7 @@ def load_codec(
             )
     if dtype != torch.float32:
         log.info("the graphs compute in the types that they were exported with; --dtype changes nothing")
-    return OnnxCodec(spec, _ROLES[task], device, threads)
+    return OnnxCodec(spec, PARTS[task], device, threads)
 
 
 class OnnxCodec(Codec):

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from batch_tokenizer.records import RunError
+from batch_tokenizer.records import RunError, first_line
 
 if TYPE_CHECKING:
     import onnx
@@ -81,7 +81,7 @@ class GraphFile:
         try:
             proto = onnx.load(path, load_external_data=False)
         except (OSError, DecodeError, ValueError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise RunError(
                 f"{path}: cannot be read as an ONNX graph ({reason}); download or export it again"
             ) from error

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from batch_tokenizer.codecs.onnx.graph_file import INSTALL
-from batch_tokenizer.records import RunError
+from batch_tokenizer.records import RunError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class Session:
                 str(path), options, providers=chosen, provider_options=settings
             )
         except Exception as error:  # onnxruntime's errors have no common type of their own
-            raise RunError(f"{path}: onnxruntime cannot load it: {_first_line(error)}") from error
+            raise RunError(f"{path}: onnxruntime cannot load it: {first_line(error)}") from error
         loaded = self._session.get_providers()
         if chosen[0] not in loaded:
             reason = f"{chosen[0]} did not load, as its libraries are absent or of another version"
@@ -119,7 +119,7 @@ class Session:
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:
-            message = _first_line(error)
+            message = first_line(error)
             if isinstance(error, MemoryError) or any(words in str(error).lower() for words in _NO_MEMORY):
                 raise MemoryError(message) from error
             raise RunError(f"{self.path}: fails: {message}", exit_code=1) from error
@@ -138,7 +138,3 @@ def _wanted(device: torch.device) -> tuple[list[str], bool]:
         if name not in _PROVIDERS:
             raise RunError(f"{PROVIDERS_VARIABLE}: {name}: choose from {', '.join(_PROVIDERS)}")
     return [_PROVIDERS[name] for name in names], True
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

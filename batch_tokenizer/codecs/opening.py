@@ -1,0 +1,119 @@
+"""Opening a codec: the checkpoint, its family and spec, the device and number format, and then the weights."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+
+from batch_tokenizer.codecs.base import Codec, CodecSpec
+from batch_tokenizer.codecs.checkpoint import Checkpoint
+from batch_tokenizer.codecs.registry import Family, find_family
+from batch_tokenizer.config import AttentionBackend, Device, Dtype, FrontEnd
+from batch_tokenizer.records import RunError, Task
+from batch_tokenizer.runtime.devices import ComputeDevice, choose_device
+
+log = logging.getLogger(__name__)
+
+
+def open_spec(model_path: str | None) -> CodecSpec:
+    """The spec of a checkpoint (folder, hub id, or None for the bundled one), without its weights.
+
+    Raises:
+        RunError: it cannot be found or is of no known family.
+    """
+    checkpoint = Checkpoint.open(model_path)
+    return find_family(checkpoint).open_spec(checkpoint)
+
+
+def open_codec(model_path: str | None, device: Device = "auto", dtype: Dtype = "auto") -> Codec:
+    """A checkpoint with all of its weights on a device, as ``CodecSetup.open`` chooses it.
+
+    Raises:
+        RunError: the checkpoint or the device cannot be used.
+    """
+    return CodecSetup.open(Checkpoint.open(model_path), device=device, dtype=dtype).load()
+
+
+@dataclass(frozen=True, slots=True)
+class CodecSetup:
+    """A codec on its device, before its weights are loaded.
+
+    Attributes:
+        spec: what loader processes and the codec share.
+        threads: utterances that are computed side by side on a CPU.
+    """
+
+    checkpoint: Checkpoint
+    family: Family
+    spec: CodecSpec
+    compute: ComputeDevice
+    attention: AttentionBackend
+    threads: int
+
+    @classmethod
+    def open(
+        cls,
+        checkpoint: Checkpoint,
+        family: Family | None = None,
+        *,
+        device: Device = "auto",
+        dtype: Dtype = "auto",
+        front_end: FrontEnd = "host",
+        attention: AttentionBackend = "auto",
+        local_rank: int = 0,
+        threads: int | None = None,
+    ) -> CodecSetup:
+        """Finds the family, reads the spec and chooses the device.
+
+        Args:
+            family: where it is known.
+            local_rank: of the processes on this machine, which go to its GPUs in turn.
+            threads: None takes one for each core of this process, and lets torch compute an operation on one thread:
+                faster for short utterances, and results do not depend on how many cores there are. With a number,
+                torch stays as it is set.
+
+        Raises:
+            RunError: the checkpoint or the device cannot be used; the message names what is wrong.
+        """
+        family = family or find_family(checkpoint)
+        spec = family.open_spec(checkpoint)
+        compute = choose_device(device, dtype, local_rank, spec.cuda_dtype)
+        if threads is None and compute.device.type == "cpu":
+            torch.set_num_threads(1)
+        spec = _with_front_end(spec, front_end, compute)
+        return cls(checkpoint, family, spec, compute, attention, threads or compute.cores)
+
+    def load(self, task: Task = "wav2token2wav", frame_budget: int | None = None) -> Codec:
+        """Loads the weights that ``task`` needs.
+
+        Args:
+            frame_budget: most token frames computed at once, where it is not the codec's own.
+
+        Raises:
+            RunError: the weights are not what the configuration implies, or cannot be read; or the attention backend
+                cannot run here.
+        """
+        codec = self.family.load_codec(
+            self.checkpoint, self.spec, task=task, device=self.compute.device, dtype=self.compute.dtype,
+            attention=self.attention, threads=self.threads,
+        )  # fmt: skip
+        if frame_budget is not None:
+            codec.frame_budget = frame_budget
+        return codec
+
+
+def _with_front_end(spec: CodecSpec, wanted: FrontEnd, compute: ComputeDevice) -> CodecSpec:
+    """The spec whose features are made where ``wanted``; ``auto`` is on the device on CUDA, where the codec can.
+
+    Raises:
+        RunError: this codec cannot make them on a device.
+    """
+    if wanted == "host" or (wanted == "auto" and compute.device.type == "cpu"):
+        return spec
+    on_device = spec.with_device_front_end()
+    if on_device is None and wanted == "device":
+        raise RunError(f"--front_end device: {spec.info.family} makes its features in loader processes; leave it out")
+    log.info("features are made %s", "in loader processes" if on_device is None else f"on {compute.device}")
+    return on_device or spec
