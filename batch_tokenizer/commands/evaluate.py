@@ -288,7 +288,7 @@ def _jobs(
                 ready.append((row, record))
             except RowError as error:
                 yield {**record, "failed": error.reason}
-        if source.run_settings is None:
+        if source.run is None:
             assert source.codec is not None
             coded: list[Any] = encode(source.codec, [samples for samples, _ in loaded], most)
         else:

@@ -8,7 +8,6 @@ process's start to its last word. Utterances are scored as by ``evaluate``, whos
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import re
 import time
@@ -28,8 +27,8 @@ from batch_tokenizer.quality.metrics import METRICS
 from batch_tokenizer.quality.recordings import Recording
 from batch_tokenizer.records import ManifestRow, RowError, RunError
 from batch_tokenizer.report import figures, page, sounds
-from batch_tokenizer.runs.scored_rows import Source, read_run, read_summary, recordings
-from batch_tokenizer.runs.source import find_manifest
+from batch_tokenizer.runs.finished_run import FinishedRun
+from batch_tokenizer.runs.scored_rows import Source, recordings
 from batch_tokenizer.runtime.ledger import LedgerState, iter_failures, read_ledger
 from batch_tokenizer.runtime.progress import RankStatus
 
@@ -70,11 +69,8 @@ def main(arguments: argparse.Namespace) -> int:
     run_dir: Path = arguments.run_dir
     if arguments.listen < 0:
         raise RunError(f"--listen {arguments.listen}: must be at least 0")
-    settings = read_run(run_dir)
-    manifest = Manifest.open(
-        find_manifest(run_dir, arguments.data_list), settings["task"], run_dir / "index",
-        sink=settings.get("sink", "json"),
-    )  # fmt: skip
+    finished = FinishedRun.open(run_dir)
+    manifest = finished.manifest(arguments.data_list)
     state = read_ledger(run_dir, manifest)
     evaluation: Evaluation | None = None
     source: Source | None = None
@@ -94,7 +90,7 @@ def main(arguments: argparse.Namespace) -> int:
     except RunError as error:
         trouble = str(error)
         log.warning("utterances are not scored: %s", error)
-    run = Run(run_dir, settings, manifest, state, read_all_status(run_dir), read_summary(run_dir))
+    run = Run(run_dir, finished.settings, manifest, state, finished.statuses(), finished.summary())
     text = run_page(run, evaluation, source, trouble, arguments.listen)
     path: Path = arguments.out or run_dir / "report.html"
     try:
@@ -123,17 +119,6 @@ class Run:
     def audio_hours(self) -> float:
         """Of all rows that are done, in all attempts."""
         return float(self.state.num_samples.sum()) / self.settings["sample_rate"] / 3600
-
-
-def read_all_status(run_dir: Path) -> list[RankStatus]:
-    """The last word of every process of every attempt, by attempt and rank; damaged files are left out."""
-    found = []
-    for path in sorted((run_dir / "status").glob("[0-9]*.json")):
-        try:
-            found.append(RankStatus(**json.loads(path.read_bytes())))
-        except (OSError, ValueError, TypeError):
-            log.warning("%s is damaged: ignored", path)
-    return found
 
 
 def run_page(run: Run, evaluation: Evaluation | None, source: Source | None, trouble: str, listen: int) -> str:

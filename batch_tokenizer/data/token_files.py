@@ -100,7 +100,7 @@ def parse_tokens(
     Raises:
         RowError: they are not of such a form.
     """
-    raw, origin = take_apart(content, name)
+    raw, origin = parse_token_file(content, name)
     return raw.check(name, codebooks), origin if isinstance(origin, Mapping) else {}
 
 
@@ -119,7 +119,7 @@ def _open(location: str) -> tuple[_Lists | _Array, object]:
     if row is not None:
         values, about = read_row(*row)
         return _Array(values), about
-    return take_apart(_read(location), spoken(location))
+    return parse_token_file(_read(location), spoken(location))
 
 
 def _read(location: str) -> bytes:
@@ -134,7 +134,7 @@ def _read(location: str) -> bytes:
             raise RowError("load", f"{spoken(location)}: cannot be read: {error.strerror}") from error
 
 
-def take_apart(content: bytes, name: str) -> tuple[_Lists | _Array, object]:
+def parse_token_file(content: bytes, name: str) -> tuple[_Lists | _Array, object]:
     """What stands for codes in a JSON or npy file's bytes, yet to be checked, and its ``info``.
 
     Raises:

@@ -1,8 +1,7 @@
-"""Where ``evaluate`` and ``report`` take utterances from: a run's outputs, or a manifest through the codec."""
+"""The utterances that ``evaluate`` and ``report`` score: a run's outputs, or a manifest's audio through the codec."""
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,11 +20,10 @@ from batch_tokenizer.data.pieces import PassLimit
 from batch_tokenizer.data.token_files import read_any_tokens, read_tokens
 from batch_tokenizer.manifest.manifest import Manifest
 from batch_tokenizer.quality.recordings import Recording, align, load_beginning
-from batch_tokenizer.records import SHARD_SINKS, ManifestRow, Pieces, RowError, RowFailure, RunError, Task
+from batch_tokenizer.records import ManifestRow, Pieces, RowError, RowFailure, RunError
+from batch_tokenizer.runs.finished_run import FinishedRun
 from batch_tokenizer.runs.shards import find_places
-from batch_tokenizer.runs.source import find_manifest
 from batch_tokenizer.runtime.ledger import RowStatus, read_ledger
-from batch_tokenizer.runtime.run_folder import read_settings
 from batch_tokenizer.sources.finishing import SourceSettings
 from batch_tokenizer.sources.listing import local_manifest
 
@@ -38,7 +36,7 @@ class Source:
 
     Attributes:
         manifest: of which ``lines`` (int64) may be scored.
-        run_dir, run_settings: of the run whose outputs are scored, or None if the codec makes them.
+        run: whose outputs are scored, or None if the codec makes them.
         num_quantizers: numbers of codebooks to score.
         sample_rate: Hz, of the comparison.
         resampler: how originals reach it.
@@ -48,8 +46,7 @@ class Source:
 
     manifest: Manifest
     lines: npt.NDArray[np.int64]
-    run_dir: Path | None
-    run_settings: Mapping[str, Any] | None
+    run: FinishedRun | None
     num_quantizers: tuple[int, ...]
     sample_rate: int
     frame_rate: float
@@ -67,16 +64,16 @@ class Source:
         each what is known of its tokens should they say nothing of themselves.
 
         Raises:
-            RunError: see ``find_places``.
+            RunError: a shard's ledger file or storage cannot be read.
         """
-        if self.run_dir is None or self.run_settings is None or self.run_settings.get("sink") not in SHARD_SINKS:
+        if self.run is None or not self.run.has_shards:
             for line in lines:
                 row = self._row(line)
                 yield row, row.fields if isinstance(row, ManifestRow) else {}
             return
         left = {self.digest(line): line for line in lines}
-        for digest, place in find_places(self.run_dir, self.run_settings, left):
-            if digest not in left:  # a second place, which ``verify`` tells
+        for digest, place in find_places(self.run, left):
+            if digest not in left:  # a second place, which ``verify`` reports
                 continue
             row = self._row(left.pop(digest))
             if isinstance(row, RowFailure):
@@ -93,29 +90,6 @@ class Source:
     def _row(self, line: int) -> ManifestRow | RowFailure:
         (row,) = self.manifest.read(line, line + 1)
         return row
-
-
-def read_summary(run_dir: Path) -> dict[str, Any]:
-    """``summary.json`` of a run folder; empty where the run has not come to its end."""
-    try:
-        summary = json.loads((run_dir / "summary.json").read_bytes())
-    except (FileNotFoundError, ValueError):
-        return {}
-    return summary if isinstance(summary, dict) else {}
-
-
-def read_run(run_dir: Path) -> dict[str, Any]:
-    """The settings of a run folder.
-
-    Raises:
-        RunError: it is none.
-    """
-    if not run_dir.is_dir():
-        raise RunError(f"run folder {run_dir} does not exist")
-    settings = read_settings(run_dir)
-    if settings is None:
-        raise RunError(f"{run_dir} is not a run folder: it has no run.json")
-    return settings
 
 
 def open_source(
@@ -146,20 +120,18 @@ def open_source(
         listed = local_manifest(str(data_list), index_dir, SourceSettings("wav2token", "tar"))
         manifest = Manifest.open(listed, "wav2token", index_dir, sink="tar")
         return Source(
-            manifest, np.flatnonzero(manifest.is_row), None, None,
+            manifest, np.flatnonzero(manifest.is_row), None,
             check_num_quantizers(num_quantizers, info.num_codebooks),
             info.sample_rate, info.frame_rate, "reference", encoder, info, info.fingerprint,
         )  # fmt: skip
-    settings = read_run(run_dir)
-    task: Task = settings["task"]
-    manifest = Manifest.open(
-        find_manifest(run_dir, data_list), task, run_dir / "index", sink=settings.get("sink", "json")
-    )
+    run = FinishedRun.open(run_dir)
+    settings = run.settings
+    manifest = run.manifest(data_list)
     lines = np.flatnonzero(read_ledger(run_dir, manifest).status == RowStatus.DONE)
-    recorded = read_summary(run_dir).get("model_path")
+    recorded = run.summary().get("model_path")
     model_path = model_path or (recorded if isinstance(recorded, str) else None)
     numbers = check_num_quantizers(num_quantizers, settings["num_quantizers"])
-    needs_codec = task == "wav2token" or numbers != (settings["num_quantizers"],)
+    needs_codec = run.task == "wav2token" or numbers != (settings["num_quantizers"],)
     codec = open_codec(model_path, device, dtype) if needs_codec else None
     known: CodecInfo | None
     if codec is not None:
@@ -172,7 +144,7 @@ def open_source(
     else:
         known = _info_if_here(model_path, settings["fingerprint"])
     return Source(
-        manifest, lines, run_dir, settings, numbers, settings["sample_rate"], settings["frame_rate"],
+        manifest, lines, run, numbers, settings["sample_rate"], settings["frame_rate"],
         settings["resampler"], codec, known, settings["fingerprint"],
     )  # fmt: skip
 
@@ -201,7 +173,7 @@ def load_input(source: Source, row: ManifestRow, known: Mapping[str, Any]) -> tu
     """
     if row.wav is None:
         raise RowError("load", "the row has no wav to compare with")
-    if source.run_settings is None:
+    if source.run is None:
         assert source.info is not None
         most = source.info.max_samples
         return load_samples(row.wav, source.sample_rate, source.resampler, cut=row.cut, max_samples=most), None
@@ -232,7 +204,7 @@ def recordings(source: Source, row: ManifestRow, known: Mapping[str, Any]) -> tu
         made, made_length = load_beginning(row.reconstructed_wav, source.sample_rate, "soxr")
     else:
         loaded, segments = load_input(source, row, known)
-        (codes,) = encode(source.codec, [loaded], most) if source.run_settings is None else [loaded[:, :most]]
+        (codes,) = encode(source.codec, [loaded], most) if source.run is None else [loaded[:, :most]]
         if isinstance(codes, RowError):
             raise codes
         (made,) = decode(source.codec, [np.ascontiguousarray(codes)], [segments])

@@ -1,7 +1,6 @@
-"""Where a run's shards have its rows: digests of rows enter, locations of their tokens and audio leave, which open like
-any other. Nothing is unpacked.
+"""Where a run's shards have its rows. The locations of tokens and audio open like any other; nothing is unpacked.
 
-A shard has the rows of its ledger file, in that order (``verify`` looks whether it does). So only shards with a wanted
+A shard has the rows of its ledger file, in that order (``verify`` checks whether it does). So only shards with a wanted
 row are touched: of a tar the headers up to the last row wanted, of a parquet file nothing before a row is read.
 """
 
@@ -12,15 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import orjson
+import jsonlines
 
 from batch_tokenizer.manifest.row import REFUSED
-from batch_tokenizer.records import OUTPUT_FIELDS, RowError, RunError, Task
-from batch_tokenizer.runtime.shard_ledger import shard_of_ledger_file
+from batch_tokenizer.records import OUTPUT_FIELDS, RowError, RunError
+from batch_tokenizer.runs.finished_run import FinishedRun
 from batch_tokenizer.sources.tar_rows import tar_rows
+from batch_tokenizer.storage.json_lines import json_lines_reader
 from batch_tokenizer.storage.names import spoken
 from batch_tokenizer.storage.parquet_rows import row_location
-from batch_tokenizer.writers.shard_folder import shard_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,48 +35,64 @@ class StoredPlace:
     audio: str | None
     info: Mapping[str, Any]
 
-
-def run_shards(run_dir: Path, task: Task, settings: Mapping[str, Any]) -> Iterator[tuple[Path, str]]:
-    """(ledger file, location) of each shard that a run has published, earliest first."""
-    folder = shard_folder(str(settings.get("output_dir")))
-    for path in sorted((run_dir / "ledger").glob("*.jsonl")):
-        name = shard_of_ledger_file(path.name, task, settings["sink"])
-        if name is not None:
-            yield path, folder.location(name)
+    @classmethod
+    def of(cls, locations: Mapping[str, str], info: Mapping[str, Any]) -> StoredPlace:
+        """The place whose locations are given by output field."""
+        return cls(locations.get("quantized_tokens"), locations.get("reconstructed_wav"), info)
 
 
-def find_places(
-    run_dir: Path, settings: Mapping[str, Any], digests: Container[str]
-) -> Iterator[tuple[str, StoredPlace | RowError]]:
+#: Fields that every entry of a shard's ledger file has, and their types.
+_ENTRY_FIELDS = {"line": int, "digest": str, "key": str, "num_samples": int, "frames": int}
+
+
+def shard_entries(ledger: Path) -> list[dict[str, Any]]:
+    """The entries of a shard's ledger file, in the order of the shard's rows.
+
+    Raises:
+        RunError: the file cannot be read, or is damaged (exit code 1).
+    """
+    try:
+        with ledger.open("rb") as file, json_lines_reader(file) as reader:
+            entries = list(reader)
+    except OSError as error:
+        raise RunError(f"{ledger} cannot be read: {error.strerror}", exit_code=1) from error
+    except jsonlines.InvalidLineError as error:
+        raise _damaged(ledger) from error
+    if not all(map(_is_entry, entries)):
+        raise _damaged(ledger)
+    return entries
+
+
+def _is_entry(item: Any) -> bool:
+    return isinstance(item, dict) and all(isinstance(item.get(name), kind) for name, kind in _ENTRY_FIELDS.items())
+
+
+def _damaged(ledger: Path) -> RunError:
+    return RunError(f"{ledger} is damaged: remove it, and the next start of the run does its rows again", exit_code=1)
+
+
+def find_places(run: FinishedRun, digests: Container[str]) -> Iterator[tuple[str, StoredPlace | RowError]]:
     """The place of each row that is done and whose digest is among ``digests``, shard by shard, or why it has none.
 
     Raises:
         RunError: a ledger file cannot be read, or a shard's storage does not answer (exit code 1).
     """
-    task: Task = settings["task"]
-    for path, shard in run_shards(run_dir, task, settings):
-        try:
-            entries = [orjson.loads(line) for line in path.read_bytes().splitlines()]
-            wanted = {number: entry for number, entry in enumerate(entries) if entry["digest"] in digests}
-        except OSError as error:
-            raise RunError(f"{path} cannot be read: {error.strerror}", exit_code=1) from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise RunError(f"{path} is damaged: batch_tokenizer verify says what to do", exit_code=1) from error
+    outputs = OUTPUT_FIELDS[run.task]
+    for shard in run.shards():
+        entries = enumerate(shard_entries(shard.ledger))
+        wanted = {number: entry for number, entry in entries if entry["digest"] in digests}
         if not wanted:
             continue
-        if settings["sink"] == "tar":
-            yield from _in_tar(shard, OUTPUT_FIELDS[task], wanted)
+        if run.sink == "tar":
+            yield from _in_tar(shard.location, outputs, wanted)
             continue
         for number, entry in wanted.items():
-            yield entry["digest"], _place(dict.fromkeys(OUTPUT_FIELDS[task], row_location(shard, number)), {})
-
-
-def _place(locations: Mapping[str, str], info: Mapping[str, Any]) -> StoredPlace:
-    return StoredPlace(locations.get("quantized_tokens"), locations.get("reconstructed_wav"), info)
+            locations = dict.fromkeys(outputs, row_location(shard.location, number))
+            yield entry["digest"], StoredPlace.of(locations, {})
 
 
 def _in_tar(
-    shard: str, outputs: tuple[str, ...], wanted: dict[int, Mapping[str, Any]]
+    shard: str, outputs: tuple[str, ...], wanted: dict[int, dict[str, Any]]
 ) -> Iterator[tuple[str, StoredPlace | RowError]]:
     inputs = ["wav" if name == "reconstructed_wav" else name for name in outputs]
     trouble = f"{spoken(shard)}: ends before this row: batch_tokenizer verify says what is wrong"
@@ -94,7 +109,7 @@ def _in_tar(
             yield entry["digest"], RowError("load", what)
         else:
             locations = {name: part[field] for name, field, part in zip(outputs, inputs, parts, strict=True)}
-            yield entry["digest"], _place(locations, parts[0])
+            yield entry["digest"], StoredPlace.of(locations, parts[0])
         if not wanted:
             return
     for entry in wanted.values():

@@ -1,7 +1,8 @@
-"""A run's manifest: from ``--data_list`` when the run starts, and from the run folder's memory afterwards.
+"""A run's manifest: made from ``--data_list`` when the run starts, and found again afterwards.
 
-``source.json`` in the run folder says what the user typed, which local file stood for it, and the settings that shaped
-its rows, so that ``verify``, ``evaluate`` and ``report`` read the very rows that the run did, without the sources.
+``source.json`` in the run folder records what the user typed, which local file the rows were listed in, and the
+settings that shaped them, so that ``verify``, ``evaluate`` and ``report`` read the very rows that the run did, without
+the sources.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from typing import Any
 
 from batch_tokenizer.config import RunConfig
 from batch_tokenizer.records import RunError
-from batch_tokenizer.runtime.run_folder import write_aside
 from batch_tokenizer.sources.finishing import SourceSettings
 from batch_tokenizer.sources.listing import local_manifest
+from batch_tokenizer.storage.atomic import atomic_write
 from batch_tokenizer.storage.names import spoken
 from batch_tokenizer.storage.streams import ALLOW_PIPE
 
@@ -34,40 +35,41 @@ def allow_pipes(config: RunConfig) -> None:
 
 
 def prepare(config: RunConfig, run_dir: Path, idle: Callable[[], None]) -> Path:
-    """Rank 0, when a run starts: the local file of its rows, which the run folder remembers.
+    """Rank 0, when a run starts: the local file of its rows, which ``source.json`` records.
 
     Raises:
-        RunError: see ``local_manifest``; or the run folder cannot be written.
+        RunError: the source cannot be listed, or the run folder not be written.
     """
     settings = settings_of(config)
     manifest = local_manifest(str(config.data_list), run_dir / "index", settings, idle)
     listed = manifest.parent == run_dir / "index"
-    memory = {
+    record = {
         "data_list": str(config.data_list),
         "manifest": manifest.name if listed else str(manifest.resolve()),
         "settings": asdict(settings),
     }
     try:
-        write_aside(run_dir / "source.json", json.dumps(memory, indent=2) + "\n")
+        with atomic_write(run_dir / "source.json") as file:
+            file.write((json.dumps(record, indent=2) + "\n").encode())
     except OSError as error:
         raise RunError(f"run folder {run_dir}: source.json cannot be written: {error.strerror}", exit_code=1) from error
     return manifest
 
 
 def find_manifest(run_dir: Path, data_list: str | Path | None) -> Path:
-    """The local file of a run's rows: the remembered one, unless ``data_list`` names another; of a run folder without a
-    memory, what its summary says, or what lies beside it under the name that fits.
+    """The local file of a run's rows: the recorded one, unless ``data_list`` names another; of a run folder without a
+    record, what its summary says, or what lies beside it under the name that fits.
 
     Raises:
         RunError: it is not to be found.
     """
-    memory = _read(run_dir / "source.json")
-    if memory and data_list in (None, memory.get("data_list")):
-        remembered = run_dir / "index" / str(memory.get("manifest"))  # an absolute path stays itself
-        if remembered.is_file():
-            return remembered
+    record = _read(run_dir / "source.json")
+    if record and data_list in (None, record.get("data_list")):
+        path = run_dir / "index" / str(record.get("manifest"))  # an absolute path stays itself
+        if path.is_file():
+            return path
     if data_list is not None:
-        settings = memory.get("settings")
+        settings = record.get("settings")
         known = SourceSettings(**settings) if isinstance(settings, dict) else SourceSettings()
         return local_manifest(str(data_list), run_dir / "index", known)
     recorded = _read(run_dir / "summary.json").get("data_list")

@@ -1,5 +1,6 @@
-"""What earlier runs stored, wherever they did: a run folder, shards, a manifest of token files or a folder of them
-enters; its rows leave, codes and all, one after the other.
+"""Rows that earlier runs stored, read back one after the other with their codes and audio.
+
+The source may be a run folder, shards, a manifest of token files, or a folder of shards or token files.
 """
 
 from __future__ import annotations
@@ -10,20 +11,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jsonlines
 import numpy as np
 import numpy.typing as npt
 import orjson
 
 from batch_tokenizer.data.token_files import parse_tokens, read_any_tokens
-from batch_tokenizer.manifest.manifest import Manifest
-from batch_tokenizer.records import SHARD_SINKS, TASKS, ManifestRow, RowError, RunError
-from batch_tokenizer.runs.shards import run_shards
-from batch_tokenizer.runs.source import find_manifest
+from batch_tokenizer.records import TASKS, ManifestRow, RowError, RunError, first_line
+from batch_tokenizer.runs.finished_run import FinishedRun
 from batch_tokenizer.runtime.ledger import RowStatus, read_ledger
-from batch_tokenizer.runtime.run_folder import read_settings
 from batch_tokenizer.runtime.shard_ledger import parse_shard_name
 from batch_tokenizer.sources.listing import lines_of
 from batch_tokenizer.sources.patterns import find_sources
+from batch_tokenizer.storage.json_lines import json_lines_reader
 from batch_tokenizer.storage.names import member_name, spoken
 from batch_tokenizer.storage.opening import opened
 from batch_tokenizer.storage.parquet_rows import TokenParquet, row_info
@@ -188,24 +188,20 @@ def _rows(source: str, key: str | None) -> Iterator[StoredRow]:
             else:
                 yield from _folder_rows(Path(found.location), key)
     elif (folder / "run.json").exists():
-        yield from _run_rows(folder, key)
+        yield from _run_rows(FinishedRun.open(folder), key)
     else:
         yield from _folder_rows(folder, key)
 
 
-def _run_rows(run_dir: Path, key: str | None) -> Iterator[StoredRow]:
-    settings = read_settings(run_dir) or {}
-    task, sink = settings.get("task"), settings.get("sink", "json")
-    if task not in TASKS:
-        raise RunError(f"{run_dir / 'run.json'} is damaged: it names no task")
-    if sink in SHARD_SINKS:
+def _run_rows(run: FinishedRun, key: str | None) -> Iterator[StoredRow]:
+    if run.has_shards:
         wanted = None if key is None else orjson.dumps(key)
-        for path, shard in run_shards(run_dir, task, settings):
-            if wanted is None or wanted in path.read_bytes():
-                yield from shard_rows(shard)
+        for shard in run.shards():
+            if wanted is None or wanted in shard.ledger.read_bytes():
+                yield from shard_rows(shard.location)
         return
-    manifest = Manifest.open(find_manifest(run_dir, None), task, run_dir / "index", sink=sink)
-    done = read_ledger(run_dir, manifest).status == RowStatus.DONE
+    manifest = run.manifest()
+    done = read_ledger(run.path, manifest).status == RowStatus.DONE
     if key is not None:
         done &= manifest.key_hashes == manifest.hash_key(key)
     for line in done.nonzero()[0].tolist():
@@ -255,15 +251,17 @@ def _token_files(folder: Path) -> Iterator[Path]:
 
 
 def _objects(location: str) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(lines_of(location)):
-        if line.strip():
-            try:
-                row = orjson.loads(line)
-            except orjson.JSONDecodeError as error:
-                raise RunError(f"{location}: line {number + 1} is not JSON: {error}") from error
-            if not isinstance(row, dict) or not isinstance(row.get("key"), str):
-                raise RunError(f"{location}: line {number + 1} is no object with a key")
-            yield row
+    """The rows of a manifest, which may be of any origin."""
+    with json_lines_reader(lines_of(location)) as reader:
+        try:
+            for number, row in enumerate(reader.iter(skip_empty=True)):
+                if not isinstance(row, dict) or not isinstance(row.get("key"), str):
+                    raise RunError(f"{location}: row {number + 1} is no object with a key")
+                yield row
+        except jsonlines.InvalidLineError as error:
+            raise RunError(
+                f"{location}: line {error.lineno} is not JSON: {first_line(error.__cause__ or error)}"
+            ) from error
 
 
 def _manifest_rows(rows: Iterator[dict[str, Any]], key: str | None) -> Iterator[StoredRow]:

@@ -1,4 +1,4 @@
-"""``publish``: bytes enter, a whole file of them appears at a path, or a ``RowError`` says why not.
+"""``publish``: an output file appears whole at its path, or a ``RowError`` says why not.
 
 The bytes are written beside their place and renamed into it, so that a reader sees the old file, none, or the new one.
 The name they are written under depends on the path alone: what a killed run leaves behind is removed when its row is
@@ -14,6 +14,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import stat
 
 from batch_tokenizer.records import RowError
@@ -51,11 +52,10 @@ def publish(path: str, content: bytes | memoryview) -> None:
         return
     try:
         folder, name = os.path.split(path)
-        encoded_name = os.fsencode(name)
+        aside = os.path.join(folder, _temporary_name(name))
         if name in ("", ".", ".."):
             raise IsADirectoryError(errno.EISDIR, "names a folder")
         _refuse_special(path)
-        aside = os.path.join(folder, f".{hashlib.blake2b(encoded_name, digest_size=8).hexdigest()}.part")
         while not _write_and_rename(aside, path, content):
             pass
     except OSError as error:
@@ -63,6 +63,16 @@ def publish(path: str, content: bytes | memoryview) -> None:
         raise RowError("write", f"{path}: cannot be written: {cause}") from error
     except ValueError as error:  # a zero byte, or half of a surrogate pair
         raise RowError("write", f"{path!r}: no file can have this name: {error}") from error
+
+
+def _temporary_name(name: str) -> str:
+    """The name that a file is written under before it is published as ``name``."""
+    return f".{hashlib.blake2b(os.fsencode(name), digest_size=8).hexdigest()}.part"
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file in a folder of outputs has such a name, which only a killed process leaves there."""
+    return re.fullmatch(r"\.[0-9a-f]{16}\.part", name) is not None
 
 
 def _put(url: str, content: bytes | memoryview) -> None:

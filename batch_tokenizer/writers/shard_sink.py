@@ -171,7 +171,7 @@ class ShardSink:
         except RunError as error:
             self._failure = error
             raise
-        except (OSError, *_library_errors()) as error:
+        except _storage_errors() as error:
             cause = error.strerror if isinstance(error, OSError) else None
             self._failure = RunError(
                 f"{self._folder.place}: shard {self._name} cannot be written: {cause or first_line(error)}; put that "
@@ -201,8 +201,10 @@ class ShardSink:
     def _discard(self, shard: _ShardInProgress) -> None:
         # A parquet writer that is not closed complains at the end of the process. Closing one whose disk is full, or
         # whose file was closed half-way, fails in as many ways as there are libraries; none of them is news.
-        finish = [] if shard.file is None else [shard.file.finish]
-        for step in (*finish, shard.stream.close, partial(self._folder.discard, shard.name)):
+        steps: list[Callable[[], None]] = [shard.stream.close, partial(self._folder.discard, shard.name)]
+        if shard.file is not None:
+            steps.insert(0, shard.file.finish)
+        for step in steps:
             try:
                 step()
             except Exception as error:  # noqa: BLE001 - the error that ended the run is the one to report
@@ -221,7 +223,7 @@ class _ShardInProgress:
     opened: float = field(default_factory=time.monotonic)
 
 
-def _library_errors() -> tuple[type[Exception], ...]:
-    """What pyarrow raises for a stream that fails, if pyarrow is in use."""
+def _storage_errors() -> tuple[type[Exception], ...]:
+    """What is raised for a stream that fails, by pyarrow as well if it is in use."""
     arrow = sys.modules.get("pyarrow")
-    return () if arrow is None else (arrow.ArrowException,)
+    return (OSError,) if arrow is None else (OSError, arrow.ArrowException)

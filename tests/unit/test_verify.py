@@ -17,10 +17,9 @@ import pytest
 from batch_tokenizer.cli import main
 from batch_tokenizer.codecs.checkpoint import Checkpoint
 from batch_tokenizer.codecs.registry import find_family
-from batch_tokenizer.commands.verify import check_audio_file, check_tokens
-from batch_tokenizer.commands.verify_shards import Wrong
 from batch_tokenizer.manifest.manifest import Manifest
 from batch_tokenizer.records import LedgerEntry, ManifestRow, RowFailure, TokenizedRow
+from batch_tokenizer.runs.checks import CheckFailed, OutputForm, check_audio_file, check_token_file
 from batch_tokenizer.runtime.ledger import LedgerWriter, RowStatus, read_ledger
 from batch_tokenizer.runtime.processes import ProcessGroup
 from batch_tokenizer.runtime.run_folder import RunFolder
@@ -55,6 +54,10 @@ class FakeRun:
             "frame_rate": info.frame_rate, "dtype": "float32", "resampler": "reference", "version": "0.1.0",
         }  # fmt: skip
         self.settings = {"task": self.task, "num_quantizers": NUM_QUANTIZERS, **self.info}
+
+    @property
+    def form(self):
+        return OutputForm.of(self.spec.info, self.settings)
 
     @property
     def data_list(self):
@@ -249,12 +252,11 @@ class TestTokenFiles:
             flipped = bytes([good[place] ^ 1 << place * 5 % 8])
             run.tokens(0).write_bytes(good[:place] + flipped + good[place + 1 :])
             try:
-                check_tokens(
-                    str(run.tokens(0)), key="r0", num_samples=checked["num_samples"],
-                    num_frames=checked["num_frames"], settings=run.info,
-                    codebook_sizes=run.spec.info.codebook_sizes[:NUM_QUANTIZERS],
+                check_token_file(
+                    str(run.tokens(0)), run.form, key="r0", num_samples=checked["num_samples"],
+                    num_frames=checked["num_frames"],
                 )  # fmt: skip
-            except Wrong:
+            except CheckFailed:
                 continue
             passed += 1
             is_code = place < end_of_codes and good[place : place + 1].isdigit()
@@ -294,20 +296,20 @@ class TestWavFiles:
             stream.write(b"\0" * 2)
         assert run.finds((5, "content"))
 
-    def test_an_unknown_chunk_before_the_audio_is_read_over(self, tmp_path):
+    def test_an_unknown_chunk_before_the_audio_is_read_over(self, run, tmp_path):
         content = wav_bytes(np.zeros(100, np.float32), 24000)
         chunk = struct.pack("<4sI", b"LIST", 5) + b"12345\0"
         content = content[:36] + chunk + content[36:]
         content = content[:4] + struct.pack("<I", len(content) - 8) + content[8:]
         (tmp_path / "a.wav").write_bytes(content)
-        check_audio_file(str(tmp_path / "a.wav"), "wav", sample_rate=24000, num_samples=100)
+        check_audio_file(str(tmp_path / "a.wav"), run.form, 100)
 
     def test_reads_the_header_only(self, run, monkeypatch):
         read = []
         pread = os.pread
         monkeypatch.setattr(os, "pread", lambda *call: read.append(call[1]) or pread(*call))
         expected = run.spec.num_output_samples(run.spec.num_frames(14000))
-        check_audio_file(str(run.wav(5)), "wav", sample_rate=24000, num_samples=expected)
+        check_audio_file(str(run.wav(5)), run.form, expected)
         assert sum(read) <= 4096 < run.wav(5).stat().st_size
 
 

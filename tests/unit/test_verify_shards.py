@@ -14,10 +14,10 @@ from batch_tokenizer.audio.encoding import flac_bytes
 from batch_tokenizer.cli import main
 from batch_tokenizer.codecs.checkpoint import Checkpoint
 from batch_tokenizer.codecs.registry import find_family
-from batch_tokenizer.commands.verify_shards import Wrong, check_audio
 from batch_tokenizer.config import RunConfig
 from batch_tokenizer.manifest.manifest import Manifest
 from batch_tokenizer.records import ManifestRow, RunError, TokenizedRow
+from batch_tokenizer.runs.checks import CheckFailed, check_audio
 from batch_tokenizer.runs.stored_rows import stored_rows
 from batch_tokenizer.runtime.ledger import RowStatus, read_ledger
 from batch_tokenizer.runtime.processes import ProcessGroup
@@ -74,7 +74,7 @@ class ShardRun:
             rate = self.spec.info.output_sample_rate
             with open_sink(self.config, folder, self.info, NUM_QUANTIZERS, rate, lambda entry: None) as sink:
                 sink._most_rows = per_shard  # type: ignore[attr-defined]
-                for row in manifest.read(0, NUM_ROWS):
+                for row in manifest.read(0, manifest.num_lines):
                     if row.line in wanted and pending[row.line]:
                         assert isinstance(row, ManifestRow)
                         sink.write(self.result(row))
@@ -152,6 +152,27 @@ def test_a_row_in_two_shards(run: ShardRun) -> None:
     run.repair()
 
 
+def test_rows_are_known_by_their_digest_when_the_manifest_grows_or_is_reordered(run: ShardRun) -> None:
+    """Lines of the manifest have moved between two attempts; nothing is wrong, and a repair removes nothing."""
+    rows = run.data_list.read_text().splitlines(keepends=True)
+    new = [json.dumps({"key": f"new.{number}", "wav": "in.wav"}) + "\n" for number in range(3)]
+    run.data_list.write_text("".join([*new[:2], *reversed(rows), new[2]]))
+    run.attempt(range(NUM_ROWS + 3))
+    assert run.verify() == set()
+    before = {path: path.read_bytes() for path in run.shards}
+    assert run.verify("--repair") == set()
+    assert {path: path.read_bytes() for path in run.shards} == before
+    assert len(read_shards(run.folder / "out")) == NUM_ROWS + 3
+
+
+def test_rows_that_the_manifest_no_longer_has_are_let_alone(run: ShardRun) -> None:
+    rows = run.data_list.read_text().splitlines(keepends=True)
+    run.data_list.write_text("".join(rows[1:]))
+    before = {path: path.read_bytes() for path in run.shards}
+    assert run.verify("--repair") == set()
+    assert {path: path.read_bytes() for path in run.shards} == before
+
+
 def test_orphans_and_leftovers(run: ShardRun) -> None:
     shutil.copy(run.shards[0], run.shards[0].with_name(run.shards[0].name.replace("-000000.", "-000099.")))
     run.shards[0].with_name(f".{run.shards[0].name}.part").write_bytes(b"half")
@@ -177,7 +198,7 @@ def test_a_ledger_that_contradicts_the_arithmetic(run: ShardRun) -> None:
 )
 def test_flac_is_looked_at(content: bytes, kind: str) -> None:
     check_audio("flac", flac_bytes(np.zeros(100, np.float32), 24000), 999, sample_rate=24000, num_samples=100)
-    with pytest.raises(Wrong) as raised:
+    with pytest.raises(CheckFailed) as raised:
         check_audio("flac", content, len(content), sample_rate=24000, num_samples=100)
     assert raised.value.kind == kind
 

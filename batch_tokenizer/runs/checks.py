@@ -1,0 +1,241 @@
+"""What a run's outputs must look like, and the checks of a file or a row of a shard against it.
+
+The checks are cheap: of audio only the header and the size are read, and codes are checked to be possible. Whether the
+content is the very one that was written is for digests to say (``writers/row_encoding.py``).
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from batch_tokenizer.codecs.base import CodecInfo
+from batch_tokenizer.config import OUTPUT_SETTINGS
+from batch_tokenizer.data.token_files import ANY_CODEBOOKS, parse_token_file
+from batch_tokenizer.records import RowError
+from batch_tokenizer.storage.names import is_url
+from batch_tokenizer.storage.opening import opened
+
+#: Bytes of an audio file's beginning that the checks want.
+AUDIO_HEADER_BYTES = 4096
+
+#: Settings of a run that its outputs do not name.
+_NOT_IN_INFO = ("task", "num_quantizers", "segment_samples", *OUTPUT_SETTINGS)
+
+_STREAM_INFO_BYTES = 34
+
+
+class CheckFailed(Exception):
+    """An output is not what it should be.
+
+    Attributes:
+        kind: one of ``commands/verify.py``'s ``KINDS``.
+        reason: what is wrong with it, without its name.
+    """
+
+    def __init__(self, kind: str, reason: str) -> None:
+        super().__init__(kind, reason)
+        self.kind = kind
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class OutputForm:
+    """What all outputs of a run have in common. Picklable, without a codec.
+
+    Attributes:
+        sample_rate, output_sample_rate: Hz, of the audio that was encoded, and of what was decoded.
+        audio_format: ``wav`` or ``flac``.
+        codebook_sizes: of the codebooks that the run used.
+        info: what the ``info`` of every row says of the run.
+    """
+
+    sample_rate: int
+    output_sample_rate: int
+    audio_format: str
+    codebook_sizes: tuple[int, ...]
+    info: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, codec: CodecInfo, settings: Mapping[str, Any]) -> OutputForm:
+        """The form that a run's settings ask for."""
+        return cls(
+            codec.sample_rate,
+            codec.output_sample_rate,
+            settings.get("audio_format", "wav"),
+            codec.codebook_sizes[: settings["num_quantizers"]],
+            {name: value for name, value in settings.items() if name not in _NOT_IN_INFO},
+        )
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+@contextmanager
+def regular_file(path: str) -> Iterator[tuple[int, int]]:
+    """A descriptor and the size in bytes of a regular file, which may be behind a URL.
+
+    Raises:
+        CheckFailed: it is missing, is no regular file, or cannot be read.
+    """
+    if is_url(path):
+        try:
+            with opened(path, "an output") as place:
+                yield place
+        except RowError as error:
+            raise CheckFailed("missing" if "no such file" in error.reason else "unreadable", error.reason) from error
+        return
+    try:
+        # Without waiting for a writer, should it be a pipe.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise CheckFailed("unreadable", "is not a regular file")
+            yield descriptor, status.st_size
+        finally:
+            os.close(descriptor)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckFailed("missing", "no such file") from error
+    except OSError as error:
+        raise CheckFailed("unreadable", f"cannot be read: {error.strerror}") from error
+
+
+def check_audio_file(path: str, form: OutputForm, num_samples: int) -> None:
+    """Whether ``path`` is an audio file of the run with ``num_samples`` samples, by its header and its size.
+
+    Raises:
+        CheckFailed: it is not.
+    """
+    with regular_file(path) as (descriptor, size):
+        head = os.pread(descriptor, AUDIO_HEADER_BYTES, 0)
+    check_audio(form.audio_format, head, size, sample_rate=form.output_sample_rate, num_samples=num_samples)
+
+
+def check_token_file(path: str, form: OutputForm, *, key: str, num_samples: int, num_frames: int) -> None:
+    """Whether ``path`` is a token file of the run with ``num_frames`` frames, whose ``info`` names key and length.
+
+    Raises:
+        CheckFailed: it is not.
+    """
+    with regular_file(path) as (descriptor, size), open(descriptor, "rb", closefd=False) as stream:
+        content = stream.read()
+    try:
+        unchecked_codes, info = parse_token_file(content, "")
+    except RowError as error:
+        raise CheckFailed("unreadable", f"{error.reason[2:]} ({size} bytes)") from error
+    if not isinstance(info, Mapping):
+        raise CheckFailed("unreadable", "tokens without info")
+    try:
+        codes = unchecked_codes.check("", ANY_CODEBOOKS)
+    except RowError as error:
+        raise CheckFailed("content", error.reason[2:]) from error
+    check_codes(codes, form.codebook_sizes, num_samples=num_samples, num_frames=num_frames)
+    own = {"key": key, "num_samples": num_samples, "num_frames": num_frames}
+    check_info(info, {**form.info, **own, "num_quantizers": len(form.codebook_sizes)})
+
+
+# ------------------------------------------------------------------------------------------------------------- content
+
+
+def check_audio(audio_format: str, head: bytes, size: int, *, sample_rate: int, num_samples: int) -> None:
+    """Whether ``wav`` or ``flac`` content is mono, of 16 bits and of ``num_samples`` samples, by its header.
+
+    Args:
+        head: its first ``AUDIO_HEADER_BYTES``.
+        size: of all of it, in bytes.
+
+    Raises:
+        CheckFailed: it is not.
+    """
+    check = _check_wav if audio_format == "wav" else _check_flac
+    check(head, size, sample_rate, num_samples)
+
+
+def _check_wav(head: bytes, size: int, sample_rate: int, num_samples: int) -> None:
+    if head[:4] != b"RIFF" or head[8:12] != b"WAVE":
+        raise CheckFailed("unreadable", f"not a wav file ({size} bytes)")
+    chunks: dict[bytes, tuple[int, int]] = {}
+    at = 12
+    while b"data" not in chunks and at + 8 <= len(head):
+        name, length = struct.unpack_from("<4sI", head, at)
+        chunks[name] = at + 8, length
+        at += 8 + length + length % 2
+    if b"data" not in chunks or b"fmt " not in chunks or chunks[b"fmt "][0] + 16 > len(head):
+        raise CheckFailed("unreadable", f"not a wav file that can be read: its header is damaged ({size} bytes)")
+    tag, channels, rate, _, _, bits = struct.unpack_from("<HHIIHH", head, chunks[b"fmt "][0])
+    if (tag, channels, bits) != (1, 1, 16):
+        raise CheckFailed("content", f"format {tag}, {channels} channels, {bits} bits, and not PCM, 1 channel, 16 bits")
+    if rate != sample_rate:
+        raise CheckFailed("content", f"{rate} Hz, not {sample_rate} Hz")
+    begin, length = chunks[b"data"]
+    if begin + length > size:
+        raise CheckFailed("length", f"cut short: {size - begin} of {length} bytes of audio are there")
+    if length != 2 * num_samples:
+        raise CheckFailed("length", f"{length / 2:.16g} samples where {num_samples} are expected")
+    (promised,) = struct.unpack_from("<I", head, 4)
+    if begin + length != size or promised + 8 != size:
+        raise CheckFailed("content", f"{size} bytes, and not the {begin + length} that its header implies")
+
+
+def _check_flac(head: bytes, size: int, sample_rate: int, num_samples: int) -> None:
+    """By the first metadata block, which states the stream's length. The frames after it are not looked at."""
+    if head[:4] != b"fLaC":
+        raise CheckFailed("unreadable", f"not a flac file ({size} bytes)")
+    info = head[8 : 8 + _STREAM_INFO_BYTES]
+    if head[4] & 0x7F != 0 or len(info) < _STREAM_INFO_BYTES:
+        raise CheckFailed("unreadable", f"not a flac file that can be read: its header is damaged ({size} bytes)")
+    fields = int.from_bytes(info[10:18], "big")
+    rate, channels, bits = fields >> 44, (fields >> 41 & 7) + 1, (fields >> 36 & 31) + 1
+    if (channels, bits) != (1, 16):
+        raise CheckFailed("content", f"{channels} channels, {bits} bits, and not 1 channel, 16 bits")
+    if rate != sample_rate:
+        raise CheckFailed("content", f"{rate} Hz, not {sample_rate} Hz")
+    length = fields & (1 << 36) - 1
+    if length != num_samples:
+        raise CheckFailed("length", f"{length} samples where {num_samples} are expected")
+
+
+def check_codes(codes: npt.NDArray[Any], codebook_sizes: tuple[int, ...], *, num_samples: int, num_frames: int) -> None:
+    """Whether integers (T, K) are ``num_frames`` frames of one code for each codebook.
+
+    Args:
+        num_samples: for the message.
+
+    Raises:
+        CheckFailed: they are not.
+    """
+    if len(codes) != num_frames:
+        raise CheckFailed("length", f"{len(codes)} frames where {num_samples} samples make {num_frames}")
+    if codes.ndim != 2 or codes.shape[1] != len(codebook_sizes):
+        raise CheckFailed("content", f"codes of shape {codes.shape}, not ({num_frames}, {len(codebook_sizes)})")
+    if codes.dtype.kind not in "iu":
+        raise CheckFailed("content", "codes that are not integers")
+    outside = (codes < 0) | (codes >= np.array(codebook_sizes))
+    if outside.any():
+        frame, codebook = map(int, np.argwhere(outside)[0])
+        raise CheckFailed(
+            "content",
+            f"frame {frame}, codebook {codebook}: code {codes[frame, codebook]} is outside "
+            f"0 to {codebook_sizes[codebook] - 1}",
+        )
+
+
+def check_info(info: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Whether what an output says of itself has these values.
+
+    Raises:
+        CheckFailed: it has not.
+    """
+    for name, value in expected.items():
+        if name not in info or info[name] != value:
+            found = info.get(name, "absent")
+            raise CheckFailed("content", f"its info has {name} {found}, not {value}")

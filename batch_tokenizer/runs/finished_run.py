@@ -1,0 +1,109 @@
+"""``FinishedRun``: a run folder read back by the commands that look at what a run made."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from batch_tokenizer.manifest.manifest import Manifest
+from batch_tokenizer.records import SHARD_SINKS, TASKS, RunError, Sink, Task
+from batch_tokenizer.runs.source import find_manifest
+from batch_tokenizer.runtime.progress import RankStatus
+from batch_tokenizer.runtime.run_folder import read_settings
+from batch_tokenizer.runtime.shard_ledger import shard_of_ledger_file
+from batch_tokenizer.writers.shard_folder import shard_folder
+
+log = logging.getLogger(__name__)
+
+
+class PublishedShard(NamedTuple):
+    """A shard that counts: its name, its location, and the ledger file that names its rows."""
+
+    name: str
+    location: str
+    ledger: Path
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedRun:
+    """What a run folder says. The run need not have come to its end.
+
+    Attributes:
+        path: the folder.
+        settings: of the run, as ``run.json`` has them.
+    """
+
+    path: Path
+    settings: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, run_dir: Path) -> FinishedRun:
+        """Read ``run.json``.
+
+        Raises:
+            RunError: there is no such folder, it is no run folder, or ``run.json`` is damaged.
+        """
+        if not run_dir.is_dir():
+            raise RunError(f"run folder {run_dir} does not exist")
+        settings = read_settings(run_dir)
+        if settings is None:
+            raise RunError(f"{run_dir} is not a run folder: it has no run.json")
+        if settings.get("task") not in TASKS or not isinstance(settings.get("num_quantizers"), int):
+            raise RunError(f"{run_dir / 'run.json'} is damaged: it names no task or no num_quantizers")
+        return cls(run_dir, settings)
+
+    @property
+    def task(self) -> Task:
+        """What the run did."""
+        return cast(Task, self.settings["task"])
+
+    @property
+    def sink(self) -> Sink:
+        """What it made of its results."""
+        return cast(Sink, self.settings.get("sink", "json"))
+
+    @property
+    def has_shards(self) -> bool:
+        """Whether its results are in shards, and not in files that its rows name."""
+        return self.sink in SHARD_SINKS
+
+    def manifest(self, data_list: str | Path | None = None) -> Manifest:
+        """The run's rows.
+
+        Args:
+            data_list: the source of the rows, where the run folder cannot find it.
+
+        Raises:
+            RunError: it is not to be found, or cannot be read.
+        """
+        return Manifest.open(find_manifest(self.path, data_list), self.task, self.path / "index", sink=self.sink)
+
+    def summary(self) -> dict[str, Any]:
+        """``summary.json``; empty where the run has not come to its end."""
+        try:
+            summary = json.loads((self.path / "summary.json").read_bytes())
+        except (FileNotFoundError, ValueError):
+            return {}
+        return summary if isinstance(summary, dict) else {}
+
+    def statuses(self) -> list[RankStatus]:
+        """The latest status of every process of every attempt, by attempt and rank; damaged files are left out."""
+        found = []
+        for path in sorted((self.path / "status").glob("[0-9]*.json")):
+            try:
+                found.append(RankStatus(**json.loads(path.read_bytes())))
+            except (OSError, ValueError, TypeError):
+                log.warning("%s is damaged: ignored", path)
+        return found
+
+    def shards(self) -> Iterator[PublishedShard]:
+        """The shards that the ledger names, earliest first."""
+        folder = shard_folder(str(self.settings.get("output_dir")))
+        for path in sorted((self.path / "ledger").glob("*.jsonl")):
+            name = shard_of_ledger_file(path.name, self.task, self.sink)
+            if name is not None:
+                yield PublishedShard(name, folder.location(name), path)
