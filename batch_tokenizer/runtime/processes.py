@@ -6,11 +6,8 @@ a rank and nothing shared but the file system. Anything else is one process that
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
 import socket
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -21,7 +18,6 @@ Launcher = Literal["torchrun", "srun", "single"]
 
 #: Slurm numbers its own steps (batch script, extern, interactive, pending) from here up; tasks of srun count from 0.
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,17 +111,3 @@ def _number(environment: Mapping[str, str], name: str, default: int | None = Non
     if not text.isdecimal():
         raise RunError(f"environment variable {name}={text!r} is not a number")
     return int(text)
-
-
-def stop_with_parent(processes: ProcessGroup) -> None:
-    """Under torchrun on Linux: get SIGTERM when the agent dies, even by SIGKILL, which it cannot pass on.
-
-    Without this, ranks of a killed agent would work on beside those of the job that is started in its place.
-    """
-    if processes.launcher != "torchrun" or sys.platform != "linux":
-        return
-    parent = os.getppid()
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
-    # If the agent died before the call, no signal will come.
-    if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGTERM)

@@ -1,5 +1,5 @@
-"""How far a run is: each process writes a small status file every few seconds, and rank 0 shows one line for the
-whole job.
+"""How far a run is: each process writes a small status file every few seconds, and rank 0 shows one line for the whole
+job.
 
 ``ProgressReporter`` counts what its process does; ``read_status`` adds up the files of all processes, for rank 0's
 line and for the ``status`` command in another terminal. Rates come from the monotonic clock of each process, so a
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import sys
 import threading
 import time
@@ -22,19 +21,20 @@ from typing import Any, Literal, TextIO
 from tqdm import tqdm
 
 from batch_tokenizer.records import Stage
+from batch_tokenizer.runtime.run_files import status_file, status_files
 from batch_tokenizer.runtime.run_folder import RunFolder
+from batch_tokenizer.storage.atomic import atomic_write
 
 logger = logging.getLogger(__name__)
 
 State = Literal["starting", "running", "finished", "interrupted"]
 
 _PLAIN_LINE_SECONDS = 30.0
-_FILE_NAME = re.compile(r"(\d{6,8})-(\d{5,8})\.json")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankStatus:
-    """What one process last said of itself.
+    """What one process last reported.
 
     Attributes:
         rows_done, rows_failed: rows that this process ended in this attempt.
@@ -124,7 +124,7 @@ class JobStatus:
         return {stage: sum(status.stage_seconds.get(stage, 0.0) for status in self.ranks) for stage in stages}
 
     def line(self) -> str:
-        """The state of the whole job in words, without the counts of rows."""
+        """The state of the whole job in one line, without the counts of rows."""
         words = [f"{self.audio_seconds / 3600:.2f} h of audio", f"{self.hours_per_hour:.1f} h/h"]
         words.append(f"{self.rows_failed} failed")
         if self.seconds_left is not None:
@@ -138,9 +138,7 @@ def read_status(run_dir: Path, attempt: int | None = None) -> JobStatus:
     Empty where nothing has started. With ``attempt``, only its files are read, which is what to use again and again.
     """
     latest: dict[tuple[int, int], dict[int, RankStatus]] = {}
-    for path in sorted((run_dir / "status").glob("*.json" if attempt is None else f"{attempt:06d}-*.json")):
-        if not _FILE_NAME.fullmatch(path.name):
-            continue
+    for path in status_files(run_dir, attempt):
         try:
             status = RankStatus(**json.loads(path.read_bytes()))
         except FileNotFoundError:
@@ -168,10 +166,10 @@ def read_status(run_dir: Path, attempt: int | None = None) -> JobStatus:
 
 
 class ProgressReporter:
-    """Counts what this process does, tells the run folder, and in rank 0 shows the job's progress line.
+    """Counts what this process does, writes it to the run folder, and in rank 0 shows the job's progress line.
 
-    Counting methods may be called from any thread. A context manager: entering starts the reporting thread, leaving
-    writes the last status. Trouble with status files is told once and never stops a run.
+    Counting methods may be called from any thread. A context manager: ``__enter__`` starts the reporting thread,
+    ``__exit__`` writes the last status. A status file that cannot be written is logged once and never stops a run.
     """
 
     def __init__(
@@ -205,7 +203,7 @@ class ProgressReporter:
             "rows_failed_before": rows_failed_before,
         }
         self._run_dir = folder.path
-        self._path = folder.path / "status" / f"{folder.attempt:06d}-{processes.rank:05d}.json"
+        self._path = status_file(folder.path, folder.attempt, processes.rank)
         self._is_main = processes.is_main
         self._began = time.monotonic()
         self._state: State = "starting"
@@ -214,7 +212,7 @@ class ProgressReporter:
         self._stage_seconds: dict[str, float] = {}
         self._lock = threading.Lock()
         self._closed = threading.Event()
-        self._told = False
+        self._warned = False
         # A thousand processes must not write five hundred files a second to a shared file system.
         self._interval = min(30.0, max(2.0, processes.world_size / 16))
         self._stream = stream or sys.stderr
@@ -257,14 +255,13 @@ class ProgressReporter:
             )
 
     def _publish(self) -> None:
-        aside = self._path.with_name(f".{self._path.name}")
         try:
-            aside.write_text(json.dumps(asdict(self.status())))
-            aside.replace(self._path)
+            with atomic_write(self._path) as file:
+                file.write(json.dumps(asdict(self.status())).encode())
         except OSError as error:
-            if not self._told:
+            if not self._warned:
                 logger.warning("cannot write %s (%s): the progress shown will be wrong", self._path, error.strerror)
-                self._told = True
+                self._warned = True
 
     def _show(self) -> None:
         job = read_status(self._run_dir, self._fixed["attempt"])

@@ -8,16 +8,25 @@ shares about equal, but a slow process is not relieved. A process alone just cou
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable
 from datetime import timedelta
 from itertools import count
 from typing import Any, TypeVar
 
-from batch_tokenizer.records import RunError
+from batch_tokenizer.records import RunError, first_line
 from batch_tokenizer.runtime.processes import ProcessGroup
 
 Result = TypeVar("Result")
+
+#: Seconds for which a store may be out of reach at the start, and for which it may refuse connections: torchrun starts
+#: its store before its processes, so one that refuses has ended.
+_UNREACHABLE_SECONDS, _REFUSED_SECONDS = 60.0, 5.0
+
+
+def no_idle() -> None:
+    """What to call while waiting where nothing ends the wait."""
 
 
 class Store:
@@ -27,7 +36,7 @@ class Store:
         RunError: from any method and at the start, with exit code 1: the store is gone.
     """
 
-    def __init__(self, processes: ProcessGroup, *, timeout: float = 60.0) -> None:
+    def __init__(self, processes: ProcessGroup, idle: Callable[[], None] = no_idle) -> None:
         # Only torchrun's processes need torch here; commands that read a run folder start without it.
         from torch.distributed import TCPStore
 
@@ -35,20 +44,41 @@ class Store:
             raise ValueError(f"launcher {processes.launcher} keeps no store")
         host, port = processes.store_address
         self._address = f"{host}:{port}"
+        self._await_server(host, port, idle)
         # Any: torch's own type stubs lack ``append`` and take no bytes.
         self._client: Any = self._call(
-            lambda: TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout), wait_for_workers=False)
+            lambda: TCPStore(host, port, is_master=False, timeout=timedelta(minutes=1), wait_for_workers=False)
         )
+
+    def _await_server(self, host: str, port: int, idle: Callable[[], None]) -> None:
+        """Returns when the store accepts connections. While torch's client waits for that, no signal is handled, and
+        what it prints of a failure is long."""
+        began = time.monotonic()
+        deadline = began + _UNREACHABLE_SECONDS
+        while True:
+            try:
+                socket.create_connection((host, port), timeout=1.0).close()
+                return
+            except OSError as error:
+                if isinstance(error, ConnectionRefusedError):
+                    deadline = min(deadline, began + _REFUSED_SECONDS)
+                if time.monotonic() >= deadline:
+                    raise self._failure(error) from error
+            idle()
+            time.sleep(0.2)
 
     def _call(self, operation: Callable[[], Result]) -> Result:
         try:
             return operation()
         except RuntimeError as error:  # what torch raises for every failure of its store
-            first_line = str(error).strip().split("\n")[0]
-            raise RunError(
-                f"torchrun's store at {self._address} is gone ({first_line}): start the same command again to resume",
-                exit_code=1,
-            ) from error
+            raise self._failure(error) from error
+
+    def _failure(self, error: Exception) -> RunError:
+        return RunError(
+            f"torchrun's store at {self._address} is gone ({first_line(error)}): start the same command again to "
+            "resume",
+            exit_code=1,
+        )
 
     def add(self, key: str, amount: int) -> int:
         """Add to a counter that starts at 0, and return its new value; atomic over all processes."""
@@ -97,16 +127,22 @@ class WorkQueue:
         self._exhausted = False
 
     @classmethod
-    def open(cls, num_units: int, processes: ProcessGroup, attempt_id: str) -> WorkQueue:
+    def open(
+        cls, num_units: int, processes: ProcessGroup, attempt_id: str, idle: Callable[[], None] = no_idle
+    ) -> WorkQueue:
         """The queue that the job's launcher allows.
 
         Args:
             attempt_id: ``RunFolder.attempt_id``, so that every attempt starts to count from 0.
+            idle: called while waiting for the launcher's store; an exception of its ends the wait.
+
+        Raises:
+            RunError: the launcher's store is gone (exit code 1).
         """
         if processes.world_size == 1:
             return cls(num_units, count().__next__)
         if processes.launcher == "torchrun":
-            store = Store(processes)
+            store = Store(processes, idle)
             return cls(num_units, lambda: store.add(f"batch_tokenizer/{attempt_id}/claimed", 1) - 1)
         return cls(num_units, count(processes.rank, processes.world_size).__next__)
 
