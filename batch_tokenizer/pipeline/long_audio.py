@@ -1,11 +1,11 @@
-"""Rows that are too long for one pass through the model, from the loader's word that they are to their joined result.
+"""Rows that are too long for one pass through the model: computed in pieces, joined to one result.
 
     loader ─LoadedRow with pieces─► LongRows ─rows of pieces─► loader ─► packer ─► codec ─► LongRows ─► writers
 
 A row's pieces are loaded a few at a time and go through the codec like any rows (segments, windows), or in their order
-through a stream of their row's own. Codes are kept, audio goes to an unnamed file at the place where it belongs, so
-memory does not depend on how long a row is. The row ends once: when its last piece is done, or when the first one
-fails; then what comes of the others is dropped.
+through a stream of their row's own. Codes are kept in memory, audio in an unnamed file, each piece at its place, so
+memory does not grow with the row's audio. The row ends once: when its last piece is done, or when the first one fails;
+results of the others are then dropped.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ FADE_FRAMES = 1
 
 
 class LongRows:
-    """The long rows of one process that are being done.
+    """The long rows that one process is working on.
 
     Args:
         codec: of which streams are opened.
         loader: loads the pieces, until the process is asked to ``stop``.
         pieces_ahead: pieces of a row that are in the loader at a time.
-        folder: where unnamed files of samples are made; they are gone with the process.
+        folder: where unnamed files of samples are made; they end with the process.
     """
 
     def __init__(self, codec: Codec, loader: Loader, stop: StopRequest, pieces_ahead: int, folder: Path) -> None:
@@ -59,59 +59,60 @@ class LongRows:
         self._waiting: deque[LoadedRow] = deque()
         self._failed: set[RowId] = set()
 
-    def unfold(self, loaded: LoadedRow) -> Iterator[LoadedRow]:
-        """What the codec is to be given of what came from the loader: it itself, or pieces whose turn it is."""
+    def unfold(self, loaded: LoadedRow) -> Iterator[tuple[LoadedRow, CodecStream | None]]:
+        """What the codec can be given now that ``loaded`` has come from the loader: the row itself, or pieces of long
+        rows; and the stream that a piece of a streamed row goes through, alone and in its turn."""
         if loaded.pieces is not None:
             if loaded.codes is None:
                 self._waiting.append(loaded)
                 self._start_rows()
                 return
+            # Codes are in memory whole, so their pieces need no loading.
             for piece in self._open(loaded).pieces_of_codes():
                 if self._stop.requested or _id(piece.row) not in self._rows:
                     return
-                yield piece
+                yield piece, None
         elif loaded.row.piece is None:
-            yield loaded
+            yield loaded, None
         elif _id(loaded.row) in self._rows:
             long = self._rows[_id(loaded.row)]
             self._load(long, 1)
             self._start_rows()
-            yield from long.in_turn(loaded)
+            for piece in long.in_turn(loaded):
+                yield piece, long.stream
 
-    def stream_of(self, row: ManifestRow) -> CodecStream | None:
-        """The stream that a piece goes through, alone and now; None if it may go with others."""
-        return self._rows[_id(row)].stream if row.piece is not None and _id(row) in self._rows else None
-
-    def fold(self, result: TokenizedRow) -> TokenizedRow | None:
-        """The result that is to be written: the one given, or that of the row whose last piece it is, or none yet.
+    def fold(self, outcome: TokenizedRow | RowFailure) -> TokenizedRow | RowFailure | None:
+        """How a row has ended, given the outcome of a row or of a piece; None if that ends no row.
 
         Raises:
             RunError: samples cannot be kept.
         """
-        if result.row.piece is None:
-            return result
-        long = self._rows.get(_id(result.row))
+        if isinstance(outcome, RowFailure):
+            return self._fail(outcome)
+        if outcome.row.piece is None:
+            return outcome
+        long = self._rows.get(_id(outcome.row))
         if long is None:  # another piece has failed
             return None
         try:
-            if not long.add(result):
+            if not long.add(outcome):
                 return None
         except OSError as error:
             raise RunError(
                 f"{self._folder}: audio of a long row cannot be kept: {error.strerror}", exit_code=1
             ) from error
-        del self._rows[_id(result.row)]
+        del self._rows[_id(outcome.row)]
         return long.result()
 
-    def fails(self, failure: RowFailure) -> bool:
-        """Whether a failure is news, and not one more of a row's pieces."""
+    def _fail(self, failure: RowFailure) -> RowFailure | None:
+        """The failure, unless another piece of its row failed before."""
         row = (failure.line, failure.key)
         if row in self._failed:
-            return False
+            return None
         if self._rows.pop(row, None) is not None:
             self._failed.add(row)
             self._start_rows()
-        return True
+        return failure
 
     def _open(self, loaded: LoadedRow) -> _LongRow:
         long = self._rows[_id(loaded.row)] = _LongRow(loaded, self._codec, self._folder)
@@ -136,7 +137,7 @@ def _id(row: ManifestRow) -> RowId:
 
 
 class _LongRow:
-    """One row while it is being done."""
+    """One long row between its first piece and its last."""
 
     def __init__(self, loaded: LoadedRow, codec: Codec, folder: Path) -> None:
         assert loaded.pieces is not None
@@ -179,7 +180,7 @@ class _LongRow:
             yield LoadedRow(row, None, np.ascontiguousarray(self._whole.codes[first:last]), 0, last - first)
 
     def add(self, result: TokenizedRow) -> bool:
-        """Keep a piece's result. Whether it was the last one missing."""
+        """Keep a piece's result; returns whether it was the last one missing."""
         number = result.row.piece
         assert number is not None
         self._codes[number] = result.codes
@@ -188,7 +189,7 @@ class _LongRow:
         return len(self._codes) == len(self._pieces)
 
     def result(self) -> TokenizedRow:
-        """The row's, when all pieces are there."""
+        """The row's result, when all pieces are there."""
         whole, segments = self._whole, None
         codes = whole.codes
         if codes is None:
@@ -233,12 +234,12 @@ def window(frames: Sequence[int], number: int, context: int) -> tuple[int, int]:
 
 
 def fade(samples: Samples, begin: int, end: int | None, width: int) -> tuple[int, Samples]:
-    """What is used of a window's samples: from ``begin`` to ``end``, faded in and out over ``width`` samples there.
+    """The part of a window's samples that is used: from ``begin`` to ``end``, faded in and out over ``width`` samples.
 
     Neighbours' fades add up to one. ``begin`` 0 and ``end`` None are the ends of the audio and are not faded.
 
     Returns:
-        where the samples begin in the window, and they themselves.
+        where the used samples begin in the window, and the samples, float32 (S,).
     """
     first = begin - width // 2 if begin else 0
     last = len(samples) if end is None else end + width // 2

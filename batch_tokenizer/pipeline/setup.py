@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,28 +24,49 @@ from batch_tokenizer.data.loading import RowLoader
 from batch_tokenizer.data.pieces import PassLimit
 from batch_tokenizer.manifest.manifest import Manifest
 from batch_tokenizer.quality.live import LiveQuality
-from batch_tokenizer.records import (
-    RunError,
-)
-from batch_tokenizer.runs.source import prepare
+from batch_tokenizer.records import RunError
+from batch_tokenizer.runs.source import allow_pipes, prepare
 from batch_tokenizer.runtime.devices import ComputeDevice, choose_device
 from batch_tokenizer.runtime.ledger import LedgerState, read_ledger
 from batch_tokenizer.runtime.processes import ProcessGroup
 from batch_tokenizer.runtime.run_folder import RunFolder
+from batch_tokenizer.runtime.signals import StopRequest
 from batch_tokenizer.writers.open import recover_shards, run_settings
 
 log = logging.getLogger(__name__)
 
-#: Bytes of loaded input, and of results waiting for a writer, that a process holds at most.
-LOADED_BYTES = 1 << 30
+#: Bytes of loaded input that a process holds at most.
+_LOADED_BYTES = 1 << 30
 
 #: Seconds that the other ranks give rank 0 to list and index a corpus.
-LISTING = 6 * 3600.0
+_LISTING_SECONDS = 6 * 3600.0
+
+
+@contextmanager
+def open_context(config: RunConfig) -> Iterator[RunContext]:
+    """One process's part of a run or a dry run, in the environment that its launcher gave it.
+
+    Raises:
+        RunError: the run cannot start.
+    """
+    started = time.monotonic()
+    processes = ProcessGroup.from_environment()
+    allow_pipes(config)
+    if not processes.is_main:
+        logging.getLogger().setLevel(logging.WARNING)
+    with StopRequest() as stop:
+        yield RunContext.prepare(config, processes, stop, started)
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """What a process knows before it touches the run folder."""
+class RunContext:
+    """What a process has before it opens the run folder.
+
+    Attributes:
+        num_quantizers: codebooks that the run uses.
+        stop: whether the process is asked to stop.
+        started: when it began, on the monotonic clock.
+    """
 
     config: RunConfig
     processes: ProcessGroup
@@ -54,10 +75,12 @@ class Job:
     family: Family
     spec: CodecSpec
     num_quantizers: int
+    stop: StopRequest
+    started: float
 
     @classmethod
-    def prepare(cls, config: RunConfig, processes: ProcessGroup) -> Job:
-        """Opens the checkpoint, chooses the device, and says so.
+    def prepare(cls, config: RunConfig, processes: ProcessGroup, stop: StopRequest, started: float) -> RunContext:
+        """Opens the checkpoint, chooses the device, and logs both.
 
         Raises:
             RunError: the checkpoint or the device is not what was asked for.
@@ -74,16 +97,18 @@ class Job:
         most = spec.info.num_codebooks
         if config.num_quantizers is not None and config.num_quantizers > most:
             raise RunError(f"--num_quantizers {config.num_quantizers}: this checkpoint has {most} codebooks")
-        job = cls(config, processes, compute, checkpoint, family, spec, config.num_quantizers or most)
-        limit = job.limit
+        context = cls(
+            config, processes, compute, checkpoint, family, spec, config.num_quantizers or most, stop, started
+        )
+        limit = context.limit
         log.info("batch_tokenizer %s: %s, rank 0 of %d (%s)",
                  __version__, config.task, processes.world_size, processes.launcher)  # fmt: skip
         log.info("%s", compute.reason)
         log.info("model %s (%s, fingerprint %s), %d of %d codebooks", checkpoint.folder, spec.info.family,
-                 spec.info.fingerprint, job.num_quantizers, most)  # fmt: skip
+                 spec.info.fingerprint, context.num_quantizers, most)  # fmt: skip
         if limit.policy != "native" and limit.samples is not None:
             log.info("audio longer than %g s: %s", limit.samples / spec.info.sample_rate, limit.policy)
-        return job
+        return context
 
     @property
     def num_workers(self) -> int:
@@ -97,7 +122,7 @@ class Job:
 
     @property
     def info(self) -> dict[str, Any]:
-        """What every token file of the run says about how it was made. Nothing about when, where or with whom."""
+        """What every token file of the run says about how it was made: nothing about when, where or beside which rows."""
         return {
             "codec": self.spec.info.family,
             "fingerprint": self.spec.info.fingerprint,
@@ -109,7 +134,7 @@ class Job:
             "version": __version__,
         }
 
-    def open_folder(self, idle: Callable[[], None]) -> RunFolder:
+    def open_folder(self) -> RunFolder:
         """The run folder, which refuses other settings than its own."""
         return RunFolder.open(
             self.config.run_dir or self.config.default_run_dir(),
@@ -118,7 +143,7 @@ class Job:
             num_shards=self.config.num_shards,
             shard=self.config.shard,
             overwrite=self.config.overwrite,
-            idle=idle,
+            idle=self.stop.check,
         )
 
     def open_loader(self) -> AbstractContextManager[Loader]:
@@ -127,7 +152,7 @@ class Job:
             RowLoader(self.config.task, self.spec, self.config.resampler, self.num_quantizers, self.limit),
             num_workers=self.num_workers,
             rows_ahead=self.config.batch_size * self.config.prefetch,
-            bytes_ahead=LOADED_BYTES,
+            bytes_ahead=_LOADED_BYTES,
             row_timeout=self.config.row_timeout,
         )
 
@@ -158,6 +183,7 @@ def with_front_end(spec: CodecSpec, asked: FrontEnd, compute: ComputeDevice) -> 
 
 
 def open_live_quality(config: RunConfig, spec: CodecSpec) -> AbstractContextManager[LiveQuality | None]:
+    """Scores of some rows beside the run, if they were asked for."""
     if not config.evaluate_every:
         return nullcontext()
     info = spec.info
@@ -166,18 +192,25 @@ def open_live_quality(config: RunConfig, spec: CodecSpec) -> AbstractContextMana
     )
 
 
-def open_manifest(
-    config: RunConfig, folder: RunFolder, idle: Callable[[], None]
-) -> tuple[Manifest, npt.NDArray[np.uint8]]:
-    """The manifest and each line's status. Rank 0 reads the ledger; all ranks plan from what it found."""
+def open_manifest(context: RunContext, folder: RunFolder) -> tuple[Manifest, npt.NDArray[np.uint8]]:
+    """The manifest and each line's status. Rank 0 reads the ledger; all ranks plan from what it found.
+
+    Raises:
+        RunError: the source, the manifest or the ledger cannot be read, or finished rows changed.
+        Stopped: a stop signal came.
+    """
+    config, idle = context.config, context.stop.check
     if not folder.processes.is_main:
-        status = folder.await_status(timeout=LISTING, idle=idle)
+        status = folder.await_status(timeout=_LISTING_SECONDS, idle=idle)
         path = folder.manifest or Path(config.data_list)
         return Manifest.open(path, config.task, folder.index_dir, sink=config.sink), status
+    # 1. One local manifest, whatever the source is.
     path = prepare(config, folder.path, idle)
     manifest = Manifest.open(path, config.task, folder.index_dir, sink=config.sink, progress=_IndexProgress(idle))
+    # 2. What is done, after half-published shards are settled.
     recover_shards(config, folder, idle)
     state = read_ledger(folder.path, manifest, idle=idle)
+    # 3. Outputs of rows that changed since are of other input, which must not pass unnoticed.
     if state.num_changed:
         changed = f"{state.num_changed} finished rows changed in {config.data_list} ({', '.join(state.changed_keys)})"
         if not config.overwrite:
@@ -207,10 +240,10 @@ class _IndexProgress:
 
     def __init__(self, idle: Callable[[], None]) -> None:
         self._idle = idle
-        self._told = time.monotonic()
+        self._last_logged = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
         self._idle()
-        if time.monotonic() - self._told >= 5.0:
-            self._told = time.monotonic()
+        if time.monotonic() - self._last_logged >= 5.0:
+            self._last_logged = time.monotonic()
             log.info("indexing the manifest: %.0f %% of %.1f MB", 100 * done / max(total, 1), total / 1e6)

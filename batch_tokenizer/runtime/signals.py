@@ -1,7 +1,7 @@
 """Being asked to stop: SIGTERM (Slurm, torchrun), SIGUSR1 (Slurm's warning before the time limit), SIGINT (Ctrl-C).
 
-A signal only leaves a note, which the loop reads between batches; what is in flight is finished. A second Ctrl-C aborts
-at once, by KeyboardInterrupt.
+A signal only leaves a note, which the rank loop reads between batches; what is in flight is finished. A second Ctrl-C
+aborts at once, by KeyboardInterrupt.
 """
 
 from __future__ import annotations
@@ -16,16 +16,28 @@ from typing import Any
 _SAME_INTERRUPT_SECONDS = 2.0
 
 
+class Stopped(Exception):
+    """A stop signal ended what the process was doing.
+
+    Attributes:
+        signal: the first one that came.
+    """
+
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__(number.name)
+        self.signal = number
+
+
 class StopRequest:
     """Handlers for the stop signals while the context is open; the handlers before it come back after it.
 
-    Must be entered in the main thread. Reading it is safe from any thread.
+    Must be opened in the main thread. Reading it is safe from any thread.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
     def __init__(self) -> None:
-        self._first: tuple[str, float] | None = None
+        self._first: tuple[signal.Signals, float] | None = None
         self._first_interrupt: float | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
@@ -35,14 +47,18 @@ class StopRequest:
         return self._first is not None
 
     @property
-    def signal_name(self) -> str | None:
-        """Name of the first stop signal, such as ``SIGTERM``, or None."""
-        return self._first[0] if self._first else None
-
-    @property
     def seconds_since(self) -> float:
         """Seconds since the first stop signal; 0 before it."""
         return time.monotonic() - self._first[1] if self._first else 0.0
+
+    def check(self) -> None:
+        """What to call while waiting for something else.
+
+        Raises:
+            Stopped: a stop signal has come.
+        """
+        if self._first is not None:
+            raise Stopped(self._first[0])
 
     def __enter__(self) -> StopRequest:
         self._previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
@@ -57,7 +73,7 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if self._first is None:
-            self._first = (signal.Signals(number).name, now)
+            self._first = (signal.Signals(number), now)
         if number == signal.SIGINT:
             if self._first_interrupt is None:
                 self._first_interrupt = now

@@ -9,18 +9,18 @@ import numpy.typing as npt
 
 from batch_tokenizer.manifest.manifest import Manifest
 from batch_tokenizer.manifest.units import Units
-from batch_tokenizer.records import (
-    ManifestRow,
-    RowFailure,
-)
+from batch_tokenizer.records import ManifestRow, RowFailure
 from batch_tokenizer.runtime.work_queue import WorkQueue
 
 
-class Claims:
-    """The rows of the units that this process claims, one unit after the other, and how many it should hold.
+class ClaimedRows:
+    """Rows of the units that this process claims, one unit after the other, and how many it should hold.
 
     A process that held many rows while few are left would keep them from the others, and if it is slow, all wait for
-    it. So its share shrinks with what nobody has claimed yet.
+    it. So its limit shrinks with what nobody has claimed yet.
+
+    Args:
+        todo: bool (num_lines,), the manifest's lines that are to be done; others are left out.
     """
 
     def __init__(
@@ -31,19 +31,19 @@ class Claims:
         self._manifest = manifest
         self._todo = todo
         self._world_size = world_size
-        self._left = np.append(np.cumsum((units.stops - units.starts)[::-1])[::-1], 0)
-        self._least = max(1, int(self._left[0]) // (4 * len(units)))
-        self._next = 0
+        self._rows_left = np.append(np.cumsum((units.stops - units.starts)[::-1])[::-1], 0)  # from each unit on
+        self._least = max(1, int(self._rows_left[0]) // (4 * len(units)))
+        self._next_unit = 0
 
     def __iter__(self) -> Iterator[ManifestRow | RowFailure]:
         while (unit := self._queue.claim()) is not None:
-            self._next = unit + 1
+            self._next_unit = unit + 1
             yield from (item for item in self._manifest.read(*self._units[unit]) if self._todo[item.line])
 
-    def share(self, most: int) -> int:
+    def prefetch_limit(self, most: int) -> int:
         """Rows to load ahead, or to gather for a batch: ``most`` while many are left, then a sixteenth of an even share
         of those that nobody has claimed, so that a process ten times slower than the others can still be done with
         them when the others are; never less than a quarter of a unit, as small batches cost time too."""
         if self._world_size == 1:
             return most
-        return min(most, max(self._least, int(self._left[self._next]) // (16 * self._world_size)))
+        return min(most, max(self._least, int(self._rows_left[self._next_unit]) // (16 * self._world_size)))
