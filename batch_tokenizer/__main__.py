@@ -2,7 +2,10 @@
 
 import sys
 
-from batch_tokenizer.cli import main
+from batch_tokenizer.runtime.parent import stop_with_parent
 
 if __name__ == "__main__":
+    stop_with_parent()  # before the imports below, which take seconds
+    from batch_tokenizer.cli import main
+
     sys.exit(main())

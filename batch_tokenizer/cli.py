@@ -24,6 +24,7 @@ from batch_tokenizer import __version__
 from batch_tokenizer.config import RunConfig, add_options, shard_of_slurm_array
 from batch_tokenizer.records import RunError
 from batch_tokenizer.runtime.processes import ProcessGroup
+from batch_tokenizer.runtime.signals import Stopped
 
 #: Subcommand to the module that has ``add_arguments(parser)`` and ``main(arguments) -> int``, and a line of help.
 COMMANDS: Mapping[str, tuple[str, str]] = {
@@ -81,6 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(words)
     except RunError as error:
         return _fail(error)
+    except Stopped as stopped:
+        log.warning("stopped by %s; start the same command again to go on", stopped.signal.name)
+        return 128 + stopped.signal
     except KeyboardInterrupt:
         log.error("interrupted; start the same command again to resume")
         return 130
@@ -95,13 +99,12 @@ def _run(words: Sequence[str]) -> int:
         # All ranks find the same; rank 0 reports it.
         raise RunError(str(error), exit_code=error.exit_code, reported=not processes.is_main) from error
     # torch is imported only now, so that the errors above come at once.
-    from batch_tokenizer.pipeline.run import run
+    from batch_tokenizer.commands.dry_run import dry_run
+    from batch_tokenizer.pipeline.run import run_job
+    from batch_tokenizer.pipeline.setup import open_context
 
-    if config.dry_run:
-        from batch_tokenizer.commands.dry_run import execute
-
-        return run(config, execute)
-    return run(config)
+    with open_context(config) as context:
+        return dry_run(context) if config.dry_run else run_job(context)
 
 
 def _run_config(arguments: argparse.Namespace) -> RunConfig:

@@ -62,7 +62,7 @@ from batch_tokenizer.data.batching import Packer
 from batch_tokenizer.data.loader import Loader
 from batch_tokenizer.data.loading import RowLoader
 from batch_tokenizer.pipeline.run import run_job
-from batch_tokenizer.pipeline.setup import Job, with_front_end
+from batch_tokenizer.pipeline.setup import RunContext, with_front_end
 from batch_tokenizer.records import Batch, LoadedRow, ManifestRow, RowError, RunError, Task, TokenizedRow
 from batch_tokenizer.runtime.devices import choose_device
 from batch_tokenizer.runtime.processes import ProcessGroup
@@ -212,16 +212,16 @@ class TimedCodec(Codec):
 
 
 @dataclass(frozen=True, slots=True)
-class WarmJob(Job):
-    """A job whose loader processes and codec are there already, so that a pass over the rows times nothing else."""
+class WarmContext(RunContext):
+    """A run whose loader processes and codec are there already, so that a pass over the rows times nothing else."""
 
     loader: Loader | None = None
     codec: Codec | None = None
 
     @classmethod
-    def of(cls, job: Job, loader: Loader, codec: Codec) -> WarmJob:
-        """``job`` with what is there."""
-        known = {name.name: getattr(job, name.name) for name in fields(Job)}
+    def of(cls, context: RunContext, loader: Loader, codec: Codec) -> WarmContext:
+        """``context`` with what is there."""
+        known = {name.name: getattr(context, name.name) for name in fields(RunContext)}
         return cls(**known, loader=loader, codec=codec)
 
     def open_loader(self) -> AbstractContextManager[Loader]:
@@ -272,7 +272,7 @@ class InMemory:
 class Bench:
     """What is measured, and the table as it grows."""
 
-    job: Job
+    context: RunContext
     folder: Path
     wavs: list[str]
     rows: list[ManifestRow]
@@ -300,21 +300,21 @@ class Bench:
         manifest = write_manifest(folder / "bench.jsonl", wavs, folder / "out", folder / "out")
         shared = {name: getattr(arguments, name) for name in _RUN_OPTIONS}
         config = RunConfig(data_list=manifest, run_dir=folder / "run", overwrite=True, **shared)
-        job = _open_job(config, arguments.config, arguments.random_weights)
+        context = _open_context(config, arguments.config, arguments.random_weights)
         for passed in folder.glob(f"{_PASS}*"):
             shutil.rmtree(passed, ignore_errors=True)
-        bench = cls(job, folder, [str(wav) for wav in wavs], _manifest_rows(manifest), arguments.repeats)
+        bench = cls(context, folder, [str(wav) for wav in wavs], _manifest_rows(manifest), arguments.repeats)
         bench.report["conditions"] = bench._conditions(arguments.config or arguments.model_path or "default", source)
         return bench
 
     def _conditions(self, codec: str, source: str) -> dict[str, Any]:
-        job, compute = self.job, self.job.compute
+        context, compute = self.context, self.context.compute
         return {
             "date": time.strftime("%Y-%m-%d"),
             "version": __version__,
             "codec": codec,
-            "task": job.config.task,
-            "num_quantizers": job.num_quantizers,
+            "task": context.config.task,
+            "num_quantizers": context.num_quantizers,
             "device": _device_name(compute.device),
             "dtype": compute.dtype_name,
             "cores": compute.cores,
@@ -322,11 +322,11 @@ class Bench:
             "load_average_at_start": round(os.getloadavg()[0], 2),
             "utterances": len(self.rows),
             "source": source,
-            "batch_size": job.config.batch_size,
-            "num_workers": job.num_workers,
-            "front_end": job.spec.front_end,
-            "attention": job.config.attention,
-            "resampler": job.config.resampler,
+            "batch_size": context.config.batch_size,
+            "num_workers": context.num_workers,
+            "front_end": context.spec.front_end,
+            "attention": context.config.attention,
+            "resampler": context.config.resampler,
             "repeats": self.repeats,
             "torch": torch.__version__,
             "python": platform.python_version(),
@@ -334,24 +334,24 @@ class Bench:
 
     def measure(self, parts: Sequence[str], baseline: Sequence[int]) -> dict[str, Any]:
         """All of ``parts``, in their order; the published way at each batch size of ``baseline``."""
-        task = self.job.config.task
+        task = self.context.config.task
         if "peak" in parts:
-            self.peak = peak_rate(self.job.compute.device, self.job.compute.dtype, self.job.compute.cores)
+            self.peak = peak_rate(self.context.compute.device, self.context.compute.dtype, self.context.compute.cores)
             self.report["peak_tflops"] = float(f"{self.peak / 1e12:.4g}")
         began = time.perf_counter()
-        inner = self.job.load_codec()
-        codec = TimedCodec(inner, self.job.compute.device)
+        inner = self.context.load_codec()
+        codec = TimedCodec(inner, self.context.compute.device)
         self.start_seconds["codec"] = round(time.perf_counter() - began, 3)
         self.report["conditions"]["frame_budget"] = codec.frame_budget
         with _logging_at(logging.ERROR):
             loaded = self._load()
-            seconds = sum(row.num_samples for row in loaded) / self.job.spec.info.sample_rate
+            seconds = sum(row.num_samples for row in loaded) / self.context.spec.info.sample_rate
             self.report["conditions"]["audio_seconds"] = round(seconds, 1)
-            in_memory = InMemory(codec, self._batches(codec, loaded), task, self.job.num_quantizers)
+            in_memory = InMemory(codec, self._batches(codec, loaded), task, self.context.num_quantizers)
             if task == "token2wav" or "writer" in parts:
                 results = in_memory.results()
             if task == "token2wav":
-                sink = FileSink("wav2token", self.job.spec.info.sample_rate, self.job.info)
+                sink = FileSink("wav2token", self.context.spec.info.sample_rate, self.context.info)
                 for result in results:
                     sink.write(result)
             if "loader" in parts and task != "token2wav":
@@ -375,7 +375,7 @@ class Bench:
         folder = self.folder / f"{_PASS}{self.passes}"
         self.passes += 1
         folder.mkdir()
-        tokens = self.folder if self.job.config.task == "token2wav" else folder
+        tokens = self.folder if self.context.config.task == "token2wav" else folder
         write_manifest(folder / "bench.jsonl", self.wavs, tokens / "out", folder / "out")
         return folder
 
@@ -383,8 +383,8 @@ class Bench:
 
     def _load(self) -> list[LoadedRow]:
         """All rows in memory, as the codec takes them."""
-        task = "wav2token" if self.job.config.task == "token2wav" else self.job.config.task
-        load = RowLoader(task, self.job.spec, self.job.config.resampler, self.job.num_quantizers)
+        task = "wav2token" if self.context.config.task == "token2wav" else self.context.config.task
+        load = RowLoader(task, self.context.spec, self.context.config.resampler, self.context.num_quantizers)
         try:
             return [load(row) for row in self.rows]
         except RowError as error:
@@ -392,7 +392,7 @@ class Bench:
 
     def _batches(self, codec: Codec, loaded: Sequence[LoadedRow]) -> list[Batch]:
         """As the run makes them, with the longest rows first."""
-        batch_size = min(self.job.config.batch_size, codec.batch_limit or self.job.config.batch_size)
+        batch_size = min(self.context.config.batch_size, codec.batch_limit or self.context.config.batch_size)
         packer = Packer(batch_size, max(1, codec.frame_budget * 15 // 16))
         longest_first = sorted(loaded, key=lambda row: -row.frames)
         return [batch for row in longest_first for batch in packer.add(row)] + packer.flush()
@@ -411,14 +411,14 @@ class Bench:
     def _report_model(
         self, codec: TimedCodec, batches: Sequence[Batch], spent: Mapping[str, Sequence[float]], seconds: float
     ) -> None:
-        task = self.job.config.task
+        task = self.context.config.task
         stages = {"wav2token": ("encode",), "token2wav": ("decode",)}.get(task, ("encode", "decode"))
         total = Spread(tuple(sum(times) for times in zip(*(spent[stage] for stage in stages), strict=True)))
         model: dict[str, Any] = {"rtf": total.per(seconds).json(), "times_real_time": round(seconds / total.median, 2)}
         for stage in stages:
             model[f"{stage}_rtf"] = Spread(tuple(spent[stage])).per(seconds).json()
         model["batches"] = len(batches)
-        if self.job.compute.device.type == "cuda":
+        if self.context.compute.device.type == "cuda":
             used = sum(batch.frames for batch in batches)
             model["packing_waste"] = round(1 - used / (len(batches) * codec.frame_budget), 4)
         else:
@@ -433,14 +433,14 @@ class Bench:
 
     def _operations(self, rows: Sequence[LoadedRow], stages: Sequence[str]) -> int | None:
         """Floating-point operations by the equations, of the families for which they are written down."""
-        spec = self.job.spec
+        spec = self.context.spec
         if not isinstance(spec, MiMoSpec):
             return None
         total = 0
         for row in rows:
             if "encode" in stages:
                 mel_frames = spec.config.num_mel_frames(row.num_samples)
-                total += encoder_operations(spec.config, mel_frames, self.job.num_quantizers)
+                total += encoder_operations(spec.config, mel_frames, self.context.num_quantizers)
             if "decode" in stages:
                 total += decoder_operations(spec.config, row.frames)
         return total
@@ -451,8 +451,8 @@ class Bench:
         Processor time, so that what else runs on the machine counts little.
         """
         rows = self.rows[:_SAMPLED_ROWS]
-        rate, resampler = self.job.spec.info.sample_rate, self.job.config.resampler
-        load = RowLoader("wav2token", self.job.spec, resampler, self.job.num_quantizers)
+        rate, resampler = self.context.spec.info.sample_rate, self.context.config.resampler
+        load = RowLoader("wav2token", self.context.spec, resampler, self.context.num_quantizers)
         loaders: dict[str, Callable[[ManifestRow], Any]] = {
             "bare": lambda row: load_bare(str(row.wav), rate),
             "ours": lambda row: load_samples(str(row.wav), rate, resampler),
@@ -481,8 +481,8 @@ class Bench:
     def _writer(self, results: Sequence[TokenizedRow]) -> None:
         """What one thread writes: token files and wavs, as the task has them."""
         some = results[:_SAMPLED_ROWS]
-        task = self.job.config.task
-        sink = FileSink(task, self.job.spec.info.output_sample_rate, self.job.info)
+        task = self.context.config.task
+        sink = FileSink(task, self.context.spec.info.output_sample_rate, self.context.info)
         times = []
         for repeat in range(self.repeats + 1):
             rows = _manifest_rows(self._new_pass() / "bench.jsonl")
@@ -492,7 +492,7 @@ class Bench:
                 sink.write(result)
             if repeat:
                 times.append((time.perf_counter() - began, time.thread_time() - cpu))
-        seconds = sum(result.num_samples for result in some) / self.job.spec.info.sample_rate
+        seconds = sum(result.num_samples for result in some) / self.context.spec.info.sample_rate
         wall, processor = (statistics.median(column) for column in zip(*times, strict=True))
         self.report["writer_per_core"] = {
             "rows_a_second": round(len(some) / wall, 1),
@@ -504,7 +504,7 @@ class Bench:
         """Whole runs, one a step, each into a new folder, with loader processes that are already there."""
         walls, shares, idle = [], [], []
         began = time.perf_counter()
-        with self.job.open_loader() as loader:
+        with self.context.open_loader() as loader:
             loader.submit(self.rows[:1])
             loader.next()
             self.start_seconds["loader"] = round(time.perf_counter() - began, 3)
@@ -512,11 +512,11 @@ class Bench:
                 folder = self._new_pass()
                 run_dir = folder / "run"
                 codec.take_busy_seconds()
-                config = replace(self.job.config, data_list=folder / "bench.jsonl", run_dir=run_dir)
-                job = WarmJob.of(replace(self.job, config=config), loader, codec)
+                config = replace(self.context.config, data_list=folder / "bench.jsonl", run_dir=run_dir)
                 began = time.perf_counter()
                 with StopRequest() as stop, contextlib.redirect_stdout(io.StringIO()), _quiet_stderr():
-                    status = run_job(job, stop, time.monotonic())
+                    context = replace(self.context, config=config, stop=stop, started=time.monotonic())
+                    status = run_job(WarmContext.of(context, loader, codec))
                 wall = time.perf_counter() - began
                 summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
                 if status or summary["done"] != len(self.rows):
@@ -547,18 +547,20 @@ class Bench:
         """The published loop on the same rows, one pass a step, on all cores."""
         if not isinstance(codec, MiMoCodec) or codec.model.decoder is None:
             raise RunError("--baseline: the published loop is of MiMo, and needs --task wav2token2wav")
-        job = self.job
-        sink = FileSink("wav2token2wav", job.spec.info.output_sample_rate, job.info)
-        assert isinstance(job.spec, MiMoSpec)
-        loop = PublishedLoop(codec.model, self.rows, replace(job.spec, front_end="host"), batch_size, job.num_workers)
+        context = self.context
+        sink = FileSink("wav2token2wav", context.spec.info.output_sample_rate, context.info)
+        assert isinstance(context.spec, MiMoSpec)
+        loop = PublishedLoop(
+            codec.model, self.rows, replace(context.spec, front_end="host"), batch_size, context.num_workers
+        )
         walls = []
         for repeat in range(self.repeats + 1):
             rows = _manifest_rows(self._new_pass() / "bench.jsonl")
             threads = torch.get_num_threads()
-            torch.set_num_threads(job.compute.cores)
+            torch.set_num_threads(context.compute.cores)
             began = time.perf_counter()
             # The first batch is enough for its workers to start, and libraries too.
-            for result in loop.run(job.num_quantizers, num_batches=None if repeat else 1):
+            for result in loop.run(context.num_quantizers, num_batches=None if repeat else 1):
                 sink.write(replace(result, row=rows[result.row.line]))
             if repeat:
                 walls.append(time.perf_counter() - began)
@@ -572,7 +574,7 @@ class Bench:
 
     def _elapsed(self, compute: Callable[[], None]) -> float:
         """Seconds: by the device's events on CUDA, else by the clock."""
-        if self.job.compute.device.type != "cuda":
+        if self.context.compute.device.type != "cuda":
             began = time.perf_counter()
             compute()
             return time.perf_counter() - began
@@ -587,8 +589,8 @@ class Bench:
     def _memory(self) -> dict[str, float]:
         kilobytes = 1 if platform.system() == "Darwin" else 1024
         peak = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobytes / 1e9}
-        if self.job.compute.device.type == "cuda":
-            peak["device"] = torch.cuda.max_memory_allocated(self.job.compute.device) / 1e9
+        if self.context.compute.device.type == "cuda":
+            peak["device"] = torch.cuda.max_memory_allocated(self.context.compute.device) / 1e9
         return {name: round(size, 3) for name, size in peak.items()}
 
 
@@ -627,13 +629,13 @@ def _in_turns(contenders: Sequence[Iterator[None]]) -> None:
         left = [contender for contender in left if next(contender, "ended") is None]
 
 
-def _open_job(config: RunConfig, size: str | None, random_weights: bool) -> Job:
-    """A job on a checkpoint, or on a configuration without one."""
+def _open_context(config: RunConfig, size: str | None, random_weights: bool) -> RunContext:
+    """A run on a checkpoint, or on a configuration without one."""
     processes = ProcessGroup.from_environment({})
     if size is None:
         if random_weights:
             raise RunError("--random_weights: say of which configuration, with --config")
-        return Job.prepare(config, processes)
+        return RunContext.prepare(config, processes, StopRequest(), time.monotonic())
     if config.model_path is not None:
         raise RunError("--config and --model_path: give one of them")
     family: Family
@@ -652,7 +654,10 @@ def _open_job(config: RunConfig, size: str | None, random_weights: bool) -> Job:
     most = spec.info.num_codebooks
     if config.num_quantizers is not None and config.num_quantizers > most:
         raise RunError(f"--num_quantizers {config.num_quantizers}: this configuration has {most} codebooks")
-    return Job(config, processes, compute, checkpoint, family, spec, config.num_quantizers or most)
+    return RunContext(
+        config, processes, compute, checkpoint, family, spec, config.num_quantizers or most, StopRequest(),
+        time.monotonic(),
+    )  # fmt: skip
 
 
 def peak_rate(device: torch.device, dtype: torch.dtype, threads: int) -> float:

@@ -23,8 +23,6 @@ import torch
 from batch_tokenizer import __version__
 from batch_tokenizer.audio.decoding import probe_audio
 from batch_tokenizer.codecs.base import Codec, CodecSpec
-from batch_tokenizer.codecs.checkpoint import Checkpoint
-from batch_tokenizer.codecs.registry import find_family
 from batch_tokenizer.commands.status import seems_at_work, spoken_duration, spoken_size
 from batch_tokenizer.config import RunConfig
 from batch_tokenizer.data.loading import RowLoader
@@ -32,15 +30,12 @@ from batch_tokenizer.data.pieces import PassLimit, piece_of
 from batch_tokenizer.manifest.manifest import Manifest
 from batch_tokenizer.manifest.row import LineState
 from batch_tokenizer.manifest.units import in_shard, plan_units
-from batch_tokenizer.pipeline.run import stop_check
-from batch_tokenizer.pipeline.setup import Job
+from batch_tokenizer.pipeline.setup import RunContext
 from batch_tokenizer.records import LoadedRow, ManifestRow, RowError, RowForm, RunError, TokenizedRow
 from batch_tokenizer.runs.source import settings_of
-from batch_tokenizer.runtime.devices import ComputeDevice
 from batch_tokenizer.runtime.ledger import RowStatus, read_ledger
 from batch_tokenizer.runtime.processes import ProcessGroup
-from batch_tokenizer.runtime.run_folder import read_settings
-from batch_tokenizer.runtime.signals import StopRequest
+from batch_tokenizer.runtime.run_settings import read_settings, setting_differences
 from batch_tokenizer.sources.listing import local_manifest
 from batch_tokenizer.storage.names import is_url, spoken
 from batch_tokenizer.writers.open import output_bytes, run_settings
@@ -78,32 +73,15 @@ class Measured:
     bytes_written: Mapping[str, float]
 
 
-def execute(job: Job, stop: StopRequest, started: float) -> int:
-    """The plan of a prepared job, in place of running it; arguments as those of ``pipeline.run.run_job``."""
-    return dry_run(
-        job.config, job.processes, job.compute, job.checkpoint, job.spec, job.num_quantizers, job.info, stop_check(stop)
-    )
-
-
-def dry_run(
-    config: RunConfig,
-    processes: ProcessGroup,
-    compute: ComputeDevice,
-    checkpoint: Checkpoint,
-    spec: CodecSpec,
-    num_quantizers: int,
-    info: Mapping[str, Any],
-    idle: Callable[[], None],
-) -> int:
+def dry_run(context: RunContext) -> int:
     """Print the plan. Returns 0 if nothing stands against it, otherwise 1; in ranks other than 0, which are silent, 0.
-
-    Args:
-        info: what the run would write into every token file.
-        idle: called between steps; an exception of its ends the dry run.
 
     Raises:
         RunError: the manifest cannot be read, or the run folder holds what cannot be read.
+        Stopped: a stop signal came.
     """
+    config, processes, compute, spec = context.config, context.processes, context.compute, context.spec
+    num_quantizers, info, idle = context.num_quantizers, context.info, context.stop.check
     if not processes.is_main:
         return 0
     run_dir = config.run_dir or config.default_run_dir()
@@ -112,13 +90,13 @@ def dry_run(
         "dry run",
         f"batch_tokenizer {__version__}, {config.task}, {num_quantizers} of {spec.info.num_codebooks} codebooks",
     )
-    _print("model", f"{checkpoint.folder} ({spec.info.family}, fingerprint {spec.info.fingerprint})")
+    _print("model", f"{context.checkpoint.folder} ({spec.info.family}, fingerprint {spec.info.fingerprint})")
     _print("device", compute.reason.removeprefix("device "))
     with tempfile.TemporaryDirectory(prefix="batch_tokenizer-") as scratch:
         path = local_manifest(str(config.data_list), Path(scratch), settings_of(config), idle)
         manifest = Manifest.open(path, config.task, scratch, sink=config.sink, progress=lambda done, total: idle())
         trouble += _describe_manifest(manifest, spoken(str(config.data_list)))
-        limit = PassLimit.of(spec, config.long_audio, config.max_seconds)
+        limit = context.limit
         settings = run_settings(config, num_quantizers, {**info, **limit.settings})
         status, troubles = _earlier_run(config, run_dir, manifest, settings)
         trouble += troubles
@@ -139,16 +117,11 @@ def dry_run(
         loaded = _load_some(config, opened, spec, num_quantizers, trouble, idle)
     idle()
     try:
-        codec = find_family(checkpoint).load_codec(
-            checkpoint, spec, task=config.task, device=compute.device, dtype=compute.dtype,
-            attention=config.attention, threads=compute.cores,
-        )  # fmt: skip
+        codec = context.load_codec()
     except RunError as error:
         trouble.append(str(error))
         measured = None
     else:
-        if config.frame_budget is not None:
-            codec.frame_budget = config.frame_budget
         idle()
         measured = None
         if loaded:
@@ -214,11 +187,7 @@ def _earlier_run(
     if seems_at_work(run_dir):
         trouble.append(f"run folder {run_dir}: a job seems to be at work on it")
     before = read_settings(run_dir)
-    differences = [
-        f"{name}: run folder has {(before or {}).get(name, 'nothing')}, this run has {settings.get(name, 'nothing')}"
-        for name in dict.fromkeys((*(before or {}), *settings))
-        if before is not None and before.get(name) != settings.get(name)
-    ]
+    differences = [] if before is None else setting_differences(before, settings)
     if differences and config.overwrite:
         _print("run folder", f"{run_dir}: discarded, it was made with other settings ({'; '.join(differences)})")
         return fresh, trouble

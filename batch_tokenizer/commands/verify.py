@@ -60,13 +60,14 @@ from batch_tokenizer.manifest.manifest import Manifest
 from batch_tokenizer.records import TASKS, LedgerEntry, RunError, Task
 from batch_tokenizer.runs.checks import OutputForm
 from batch_tokenizer.runs.finished_run import FinishedRun
-from batch_tokenizer.runtime.ledger import LedgerState, LedgerWriter, read_ledger
+from batch_tokenizer.runtime.ledger import LedgerState, read_ledger
+from batch_tokenizer.runtime.ledger_writer import LedgerWriter
 from batch_tokenizer.runtime.processes import ProcessGroup
 from batch_tokenizer.runtime.run_folder import RunFolder
-from batch_tokenizer.runtime.shard_ledger import recover
 from batch_tokenizer.storage.atomic import atomic_write
 from batch_tokenizer.storage.json_lines import json_lines_writer
 from batch_tokenizer.writers.shard_folder import shard_folder
+from batch_tokenizer.writers.shard_recovery import recover
 
 log = logging.getLogger(__name__)
 

@@ -30,8 +30,7 @@ from batch_tokenizer.runs.checks import (
 from batch_tokenizer.runs.finished_run import FinishedRun
 from batch_tokenizer.runs.shards import shard_entries
 from batch_tokenizer.runs.stored_rows import StoredRow, shard_rows
-from batch_tokenizer.runtime.ledger import shard_ledger_file
-from batch_tokenizer.runtime.shard_ledger import parse_shard_name
+from batch_tokenizer.runtime.run_files import parse_shard_name, shard_ledger_file
 from batch_tokenizer.writers.shard_folder import ShardFolder
 
 #: Rows of one shard that are named, before the rest is only counted.

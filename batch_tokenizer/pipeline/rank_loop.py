@@ -1,6 +1,6 @@
 """``RankLoop``: the loop of one process, from loaded rows to the ledger.
 
-    row feed ──► packer ──► codec ──► writers ──► ledger
+row feed ──► packer ──► codec ──► writers ──► ledger
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """``RowFeed``: rows from the work queue through the loader, up to the codec.
 
-    work queue ──► claimed rows ──► loader processes ──► rows, or pieces of long rows, that the codec can be given
+work queue ──► claimed rows ──► loader processes ──► rows, or pieces of long rows, that the codec can be given
 """
 
 from __future__ import annotations

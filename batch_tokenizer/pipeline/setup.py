@@ -122,7 +122,7 @@ class RunContext:
 
     @property
     def info(self) -> dict[str, Any]:
-        """What every token file of the run says about how it was made: nothing about when, where or beside which rows."""
+        """What every token file of the run says about how it was made, not when, where or beside which rows."""
         return {
             "codec": self.spec.info.family,
             "fingerprint": self.spec.info.fingerprint,
@@ -208,7 +208,7 @@ def open_manifest(context: RunContext, folder: RunFolder) -> tuple[Manifest, npt
     path = prepare(config, folder.path, idle)
     manifest = Manifest.open(path, config.task, folder.index_dir, sink=config.sink, progress=_IndexProgress(idle))
     # 2. What is done, after half-published shards are settled.
-    recover_shards(config, folder, idle)
+    recover_shards(config, folder)
     state = read_ledger(folder.path, manifest, idle=idle)
     # 3. Outputs of rows that changed since are of other input, which must not pass unnoticed.
     if state.num_changed:
@@ -219,7 +219,7 @@ def open_manifest(context: RunContext, folder: RunFolder) -> tuple[Manifest, npt
             )
         log.warning("%s: all rows are done again", changed)
         folder.discard_ledger()
-        recover_shards(config, folder, idle)
+        recover_shards(config, folder)
         state = read_ledger(folder.path, manifest, idle=idle)
     _report_state(state)
     folder.share_status(state.status, path)

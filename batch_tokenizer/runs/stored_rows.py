@@ -20,7 +20,7 @@ from batch_tokenizer.data.token_files import parse_tokens, read_any_tokens
 from batch_tokenizer.records import TASKS, ManifestRow, RowError, RunError, first_line
 from batch_tokenizer.runs.finished_run import FinishedRun
 from batch_tokenizer.runtime.ledger import RowStatus, read_ledger
-from batch_tokenizer.runtime.shard_ledger import parse_shard_name
+from batch_tokenizer.runtime.run_files import parse_shard_name
 from batch_tokenizer.sources.listing import lines_of
 from batch_tokenizer.sources.patterns import find_sources
 from batch_tokenizer.storage.json_lines import json_lines_reader

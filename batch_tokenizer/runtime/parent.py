@@ -1,4 +1,4 @@
-"""Ending with the launcher that started this process. Imports nothing heavy, so that it can be the first call of all."""
+"""Ending with the launcher that started this process. Imports nothing heavy, so that this can be done first of all."""
 
 from __future__ import annotations
 

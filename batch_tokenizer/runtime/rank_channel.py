@@ -37,7 +37,7 @@ class RankChannel(ABC):
 
     def close(self, wait_seconds: float, idle: Callable[[], None]) -> None:
         """Rank 0: end the channel, but give ranks that are still starting so long to receive the first message."""
-        return None
+        return
 
 
 class StoreChannel(RankChannel):
@@ -136,9 +136,7 @@ class FolderChannel(RankChannel):
         return poll(look, timeout, idle)
 
 
-def open_channel(
-    processes: ProcessGroup, run_dir: Path, folder: Path, idle: Callable[[], None]
-) -> RankChannel | None:
+def open_channel(processes: ProcessGroup, run_dir: Path, folder: Path, idle: Callable[[], None]) -> RankChannel | None:
     """The channel that the job's launcher allows, None for a process alone; ``folder`` is where files would lie."""
     if processes.world_size == 1:
         return None

@@ -1,7 +1,7 @@
 """The ledger lines of shards: rows are done when their shard is published, all of them in one step.
 
 A shard's ledger lines are a file of their own. A shard is published in four steps: write the shard aside; write its
-lines aside; rename the shard into the output folder; rename the lines into the ledger. ``recover_shards`` in
+lines aside; rename the shard into the output folder; rename the lines into the ledger. ``recover`` in
 ``writers/shard_recovery.py`` turns whatever a kill between two of these steps left into one of two states, both of them
 whole: the shard is there and its rows are done, or neither.
 """
@@ -78,7 +78,7 @@ class ShardJournal:
                 exit_code=1,
             )
         return RunError(
-            f"cannot write {self._unpublished} ({error.strerror}): put that right and start the same command again; finished "
-            "rows are kept",
+            f"cannot write {self._unpublished} ({error.strerror}): put that right and start the same command again; "
+            "finished rows are kept",
             exit_code=1,
         )

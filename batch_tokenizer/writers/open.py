@@ -18,7 +18,7 @@ from batch_tokenizer.audio.encoding import flac_bytes, write_flac
 from batch_tokenizer.config import OUTPUT_SETTINGS, RunConfig
 from batch_tokenizer.records import OUTPUT_FIELDS, SHARD_SINKS, LedgerEntry, RowError, TokenizedRow
 from batch_tokenizer.runtime.run_folder import RunFolder
-from batch_tokenizer.runtime.shard_ledger import ShardJournal, recover
+from batch_tokenizer.runtime.shard_ledger import ShardJournal
 from batch_tokenizer.writers.file_sink import FileSink
 from batch_tokenizer.writers.row_encoding import (
     AudioEncoder,
@@ -29,6 +29,7 @@ from batch_tokenizer.writers.row_encoding import (
     wav_pieces,
 )
 from batch_tokenizer.writers.shard_folder import shard_folder
+from batch_tokenizer.writers.shard_recovery import recover
 from batch_tokenizer.writers.shard_sink import ShardForm, ShardSink, shard_form
 
 
@@ -91,7 +92,7 @@ def _encode_long(
         raise RowError("write", f"{scratch}: audio of a long row cannot be kept: {error.strerror}") from error
 
 
-def recover_shards(config: RunConfig, folder: RunFolder, idle: Callable[[], None]) -> None:
+def recover_shards(config: RunConfig, folder: RunFolder) -> None:
     """Rank 0, before the ledger is read: take the output folder, and end what a killed run left there half done.
 
     Raises:
@@ -100,7 +101,7 @@ def recover_shards(config: RunConfig, folder: RunFolder, idle: Callable[[], None
     if config.sink not in SHARD_SINKS:
         return
     shards = shard_folder(str(config.output_dir))
-    with folder.alone(idle):
+    with folder.exclusive_lock():
         shards.claim(config.task, folder.run_id, folder.path)
         recover(
             folder.path, shards, config.task, config.sink,

@@ -1,4 +1,4 @@
-"""What a killed run left of its shards, made whole at the next start: a shard is there and its rows are done, or neither.
+"""Shards that a killed run left half published: at the next start a shard is there and its rows are done, or neither.
 
 A process may outlive its job for some seconds, and go on publishing while the job that replaced it already does its
 rows. For files that is harmless, for shards it would be rows twice. So the folder of a dead attempt's unpublished

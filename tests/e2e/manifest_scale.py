@@ -23,7 +23,8 @@ import numpy as np
 
 from batch_tokenizer.manifest.manifest import Manifest
 from batch_tokenizer.manifest.units import plan_units
-from batch_tokenizer.runtime.ledger import RowStatus, iter_failures, ledger_file, read_ledger
+from batch_tokenizer.runtime.ledger import RowStatus, iter_failures, read_ledger
+from batch_tokenizer.runtime.run_files import ledger_file
 
 RANKS = 16
 UNIT = 64

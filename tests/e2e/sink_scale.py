@@ -41,7 +41,7 @@ import psutil
 
 from batch_tokenizer.config import RunConfig
 from batch_tokenizer.records import ManifestRow, RowError, Sink, TokenizedRow
-from batch_tokenizer.runtime.ledger import LedgerWriter
+from batch_tokenizer.runtime.ledger_writer import LedgerWriter
 from batch_tokenizer.runtime.processes import ProcessGroup
 from batch_tokenizer.runtime.run_folder import RunFolder
 from batch_tokenizer.sources.finishing import output_path
@@ -211,7 +211,7 @@ def write_only(sink: Sink, rows: int, folder: Path) -> Result:
     watch = Watch(psutil.Process())
     started = time.monotonic()
     with RunFolder.open(run_dir, {}, processes=alone) as run_folder, LedgerWriter(run_folder.ledger_path) as ledger:
-        recover_shards(config, run_folder, lambda: None)
+        recover_shards(config, run_folder)
         with (
             open_sink(config, run_folder, info, len(sizes), RATE, ledger.append) as results,
             WriterPool(

@@ -20,7 +20,7 @@ ROOMS: dict[str, set[str]] = {
     "codecs": {"config", "runtime.devices", "kernels", "audio", "storage", "records"},
     "sources": {"manifest", "audio", "storage", "records"},
     "data": {"manifest", "audio", "storage", "codecs.base", "records"},
-    "runtime": {"storage", "records", "config"},
+    "runtime": {"manifest", "storage", "records", "config"},
     "writers": {"audio.encoding", "storage", "config", "runtime", "records"},
     "runs": {
         "codecs",

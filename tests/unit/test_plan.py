@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ import soundfile
 
 from batch_tokenizer.cli import main
 from batch_tokenizer.commands.dry_run import dry_run
+from batch_tokenizer.config import RunConfig
+from batch_tokenizer.pipeline.setup import open_context
 from batch_tokenizer.runtime.processes import ProcessGroup
 from tests.support.checkpoints import write_mimo_checkpoint
 from tests.support.command import output_row, write_manifest
@@ -147,8 +150,8 @@ class TestPlan:
 
     def test_other_ranks_say_nothing(self, capsys):
         processes = ProcessGroup(1, 2, 1, "torchrun", 0, "host", 1, "job")
-        nothing = [None] * 6
-        assert dry_run(None, processes, *nothing) == 0  # type: ignore[arg-type]
+        with open_context(RunConfig(data_list="data.jsonl", dry_run=True)) as context:
+            assert dry_run(replace(context, processes=processes)) == 0
         assert capsys.readouterr().out == ""
 
 

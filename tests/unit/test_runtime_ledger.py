@@ -18,17 +18,17 @@ from hypothesis import strategies as st
 
 from batch_tokenizer.manifest.manifest import Manifest
 from batch_tokenizer.records import LedgerEntry, RunError
-from batch_tokenizer.runtime import ledger as ledger_module
+from batch_tokenizer.runtime import ledger_lines
 from batch_tokenizer.runtime.ledger import (
     LedgerState,
-    LedgerWriter,
     RowStatus,
-    encode_entry,
     iter_failures,
-    ledger_file,
     read_ledger,
     write_failures,
 )
+from batch_tokenizer.runtime.ledger_lines import encode_entry
+from batch_tokenizer.runtime.ledger_writer import LedgerWriter
+from batch_tokenizer.runtime.run_files import ledger_file
 
 
 def good_line(key: str, wav: str = "x.wav") -> bytes:
@@ -84,7 +84,7 @@ event = st.tuples(
 @given(st.lists(event, max_size=40), st.sampled_from([64, 300, 2**20]))
 def test_any_interleaving_and_tearing(events: list[tuple[int, int, int, str, str | None]], block: int) -> None:
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ledger_module, "_BLOCK", block)
+        patch.setattr(ledger_lines, "_BLOCK", block)
         folder = Path(name)
         lines = [good_line(key) for key in "abcdef"]
         lines[2:2] = [b"", b"not a row"]  # lines 2 and 3

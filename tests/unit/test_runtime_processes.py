@@ -75,8 +75,8 @@ def test_a_rank_does_not_outlive_a_killed_agent() -> None:
     rank = textwrap.dedent(
         """
         import signal, time
-        from batch_tokenizer.runtime.processes import ProcessGroup, stop_with_parent
-        stop_with_parent(ProcessGroup.from_environment())
+        from batch_tokenizer.runtime.parent import stop_with_parent
+        stop_with_parent()
         signal.signal(signal.SIGTERM, lambda *_: print("SIGTERM", flush=True) or exit(0))
         print("ready", flush=True)
         time.sleep(60)

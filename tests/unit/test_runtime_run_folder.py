@@ -21,9 +21,11 @@ import numpy as np
 import pytest
 
 from batch_tokenizer.records import RunError
+from batch_tokenizer.runtime import file_lock
 from batch_tokenizer.runtime import run_folder as run_folder_module
 from batch_tokenizer.runtime.processes import ProcessGroup
-from batch_tokenizer.runtime.run_folder import RunFolder, read_settings
+from batch_tokenizer.runtime.run_folder import RunFolder
+from batch_tokenizer.runtime.run_settings import read_settings
 
 ALONE = ProcessGroup(0, 1, 0, "single", 0, "here", os.getpid(), "job")
 
@@ -122,7 +124,7 @@ def test_file_systems_without_locks(
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    monkeypatch.setattr(run_folder_module._FileLock, "_told", False)
+    monkeypatch.setattr(file_lock.FileLock, "_warned", False)
     with open_alone(tmp_path) as first, open_alone(tmp_path) as second:
         assert (first.attempt, second.attempt) == (1, 2)
     assert caplog.text.count("has no locks") == 1
@@ -188,20 +190,20 @@ def test_a_ledger_without_settings_is_not_taken_over(tmp_path: Path) -> None:
 
 def test_ranks_of_srun_share_one_attempt(tmp_path: Path) -> None:
     settings = {"n_q": 8}
-    with pytest.raises(RunError, match="rank 0 gave no word within 0 seconds"):
+    with pytest.raises(RunError, match="no message from rank 0 within 0 seconds"):
         RunFolder.open(tmp_path, settings, processes=srun(1), timeout=0.1)
     with RunFolder.open(tmp_path, settings, processes=srun(0)) as main:
         other = RunFolder.open(tmp_path, settings, processes=srun(1), timeout=5)
         assert (other.attempt, other.attempt_id) == (main.attempt, main.attempt_id)
         assert other.ledger_path != main.ledger_path
-        with pytest.raises(RunError, match="gave no word"):
+        with pytest.raises(RunError, match="no message from rank 0"):
             other.await_status(timeout=0.1)
         main.share_status(np.array([0, 1, 2], np.uint8))
         assert list(other.await_status(timeout=5)) == [0, 1, 2]
         with pytest.raises(RunError, match="rank 1 on here differs: n_q: run folder has 8, this run has 4"):
             RunFolder.open(tmp_path, {"n_q": 4}, processes=srun(1), timeout=5)
     # A requeued job has another name; its ranks must not take the old word.
-    with pytest.raises(RunError, match="gave no word"):
+    with pytest.raises(RunError, match="no message from rank 0"):
         RunFolder.open(tmp_path, settings, processes=srun(1, "7.0.1"), timeout=0.1)
     with RunFolder.open(tmp_path, settings, processes=srun(0, "7.0.1")) as main:
         assert main.attempt == 2
@@ -244,7 +246,7 @@ def test_folders_that_cannot_be_written(tmp_path: Path) -> None:
 
 def test_disk_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with open_alone(tmp_path) as folder:
-        monkeypatch.setattr(Path, "write_bytes", _raise(OSError(errno.ENOSPC, "No space left on device")))
+        monkeypatch.setattr(os, "replace", _raise(OSError(errno.ENOSPC, "No space left on device")))
         with pytest.raises(RunError, match="free some space"):
             folder.write_summary({})
 

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from batch_tokenizer.runtime import signals
-from batch_tokenizer.runtime.signals import StopRequest
+from batch_tokenizer.runtime.signals import Stopped, StopRequest
 
 
 @pytest.mark.parametrize("number", StopRequest.SIGNALS)
@@ -22,7 +22,8 @@ def test_the_first_signal_is_noted(number: signal.Signals) -> None:
         time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.requested
-        assert stop.signal_name == number.name
+        with pytest.raises(Stopped, match=number.name):
+            stop.check()
         assert stop.seconds_since >= 0.01
     assert signal.getsignal(number) == before
 
@@ -42,4 +43,5 @@ def test_ctrl_c_after_sigterm_is_the_first_ctrl_c(monkeypatch: pytest.MonkeyPatc
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
-        assert stop.signal_name == "SIGTERM"
+        with pytest.raises(Stopped, match="SIGTERM"):
+            stop.check()

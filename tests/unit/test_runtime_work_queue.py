@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from batch_tokenizer.records import RunError
+from batch_tokenizer.runtime import work_queue
 from batch_tokenizer.runtime.processes import Launcher, ProcessGroup
 from batch_tokenizer.runtime.work_queue import Store, WorkQueue
 
@@ -38,10 +39,11 @@ def test_a_process_alone_takes_all_in_order() -> None:
     assert queue.claim() is None
 
 
-def test_a_store_that_is_gone_is_one_line() -> None:
+def test_a_store_that_is_gone_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(work_queue, "_REFUSED_SECONDS", 0.3)
     processes = group("torchrun", 0, 2)
     with pytest.raises(RunError) as raised:
-        Store(processes, timeout=1.0)
+        Store(processes)
     assert raised.value.exit_code == 1
     assert "127.0.0.1:9 is gone" in str(raised.value)
     assert "\n" not in str(raised.value)
@@ -49,13 +51,14 @@ def test_a_store_that_is_gone_is_one_line() -> None:
 
 PROGRAM = """
 import json, os, sys, time
-from batch_tokenizer.runtime.processes import ProcessGroup, stop_with_parent
+from batch_tokenizer.runtime.parent import stop_with_parent
+from batch_tokenizer.runtime.processes import ProcessGroup
 from batch_tokenizer.runtime.run_folder import RunFolder
 from batch_tokenizer.runtime.work_queue import WorkQueue
 import numpy as np
 
 processes = ProcessGroup.from_environment()
-stop_with_parent(processes)
+stop_with_parent()
 out = sys.argv[1]
 with RunFolder.open(out + "/run", {}, processes=processes, timeout=60) as folder:
     if processes.is_main:

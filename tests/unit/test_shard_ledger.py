@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 
 from batch_tokenizer.records import RunError
 from batch_tokenizer.runs.stored_rows import shard_rows
-from batch_tokenizer.runtime.shard_ledger import ShardJournal, parse_shard_name, recover, shard_name
+from batch_tokenizer.runtime.run_files import parse_shard_name, shard_name
+from batch_tokenizer.runtime.shard_ledger import ShardJournal
 from batch_tokenizer.writers.row_encoding import RowEncoder, done_entry
 from batch_tokenizer.writers.shard_folder import shard_folder
+from batch_tokenizer.writers.shard_recovery import recover
 from batch_tokenizer.writers.shard_sink import ShardSink, shard_form
 from tests.support.shards import RUN_INFO, read_shards, tokenized
 

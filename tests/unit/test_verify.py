@@ -20,7 +20,8 @@ from batch_tokenizer.codecs.registry import find_family
 from batch_tokenizer.manifest.manifest import Manifest
 from batch_tokenizer.records import LedgerEntry, ManifestRow, RowFailure, TokenizedRow
 from batch_tokenizer.runs.checks import CheckFailed, OutputForm, check_audio_file, check_token_file
-from batch_tokenizer.runtime.ledger import LedgerWriter, RowStatus, read_ledger
+from batch_tokenizer.runtime.ledger import RowStatus, read_ledger
+from batch_tokenizer.runtime.ledger_writer import LedgerWriter
 from batch_tokenizer.runtime.processes import ProcessGroup
 from batch_tokenizer.runtime.run_folder import RunFolder
 from batch_tokenizer.writers.file_sink import FileSink

@@ -68,7 +68,7 @@ class ShardRun:
         """An attempt that does those rows that are pending."""
         settings = run_settings(self.config, NUM_QUANTIZERS, self.info)
         with RunFolder.open(self.run_dir, settings, processes=ALONE) as folder:
-            recover_shards(self.config, folder, lambda: None)
+            recover_shards(self.config, folder)
             manifest = Manifest.open(self.data_list, self.config.task, folder.index_dir, sink=self.config.sink)
             pending = read_ledger(folder.path, manifest).status == RowStatus.PENDING
             rate = self.spec.info.output_sample_rate
