@@ -69,7 +69,7 @@ def measure(folder: Path, num_rows: int, slowdown: float) -> int:
     """Runs, slows, reports."""
     workspace = Workspace.make(make_corpus(folder / "corpus", num_rows), folder / "run")
     with workspace.start(RANKS, "--batch_size", 64, "--prefetch", 4) as run:
-        run.wait_until(lambda: len(rows_by_rank(workspace)) == RANKS, 120, "all ranks at work")
+        run.wait_until(lambda: len(rows_by_rank(workspace)) == RANKS, "all ranks at work")
         slow = next(rank for rank in run.ranks() if rank.environ()["RANK"] == str(SLOW))
         threading.Thread(target=slow_down, args=(slow, slowdown), daemon=True).start()
         began = time.monotonic()

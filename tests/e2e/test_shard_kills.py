@@ -71,7 +71,7 @@ def test_killed_at_random_moments_and_resumed_by_others(
 def test_a_stop_signal_publishes_the_open_shard(open_workspace: Open, undisturbed: Mapping[str, bytes]) -> None:
     workspace = open_workspace(300)
     with workspace.start(1, *flags("tar")) as run:
-        run.wait_until(lambda: bool(list((workspace.folder / "shards").glob(".*.part"))), 60, "a shard")
+        run.wait_until(lambda: bool(list((workspace.folder / "shards").glob(".*.part"))), "a shard")
         run.signal(signal.SIGTERM)
         assert run.wait() == 143, run.output()
     assert 0 < workspace.rows_done() < 300

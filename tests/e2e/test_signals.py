@@ -16,7 +16,7 @@ def test_a_process_alone(open_workspace: Open, undisturbed: Mapping[str, bytes],
     with workspace.start(1) as run:
         workspace.await_rows(20, run)
         run.signal(number)
-        assert run.wait(30) == 128 + number
+        assert run.wait() == 128 + number
         done = workspace.rows_done()
     assert run.output().splitlines()[-1].endswith(f"stopped by {number.name}; start the same command again to go on")
     assert "Traceback" not in run.output()
@@ -35,9 +35,9 @@ def test_before_the_run_has_begun(open_workspace: Open) -> None:
     """The model is still being loaded when the signal comes."""
     workspace = open_workspace(200)
     with workspace.start(1) as run:
-        run.wait_until(lambda: "model " in run.output(), 60, "a line about the model")
+        run.wait_until(lambda: "model " in run.output(), "a line about the model")
         run.signal(signal.SIGTERM)
-        assert run.wait(30) == 128 + signal.SIGTERM
+        assert run.wait() == 128 + signal.SIGTERM
     assert "Traceback" not in run.output()
     assert workspace.rows_done() <= 16
 
@@ -50,7 +50,7 @@ def test_torchrun_passes_it_on(open_workspace: Open, undisturbed: Mapping[str, b
     with workspace.start(2, "--num_workers", 1, launcher=[handled]) as run:
         workspace.await_rows(40, run)
         run.signal(number)
-        assert run.wait(40) != 0
+        assert run.wait() != 0
         done = workspace.rows_done()
     assert run.output().count(f"stopped by {number.name}; start the same command again to go on") == 2
     assert "forcefully exiting" not in run.output()

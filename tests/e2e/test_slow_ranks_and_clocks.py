@@ -20,7 +20,7 @@ def test_the_others_take_what_a_suspended_rank_has_not_claimed(
     held = unit + 3 * 8  # being loaded, in an open batch, being computed
     with workspace.start(2) as run:
         workspace.await_rows(40, run)
-        run.wait_until(lambda: len(list((workspace.run_dir / "ledger").iterdir())) == 2, 60, "both ranks at work")
+        run.wait_until(lambda: len(list((workspace.run_dir / "ledger").iterdir())) == 2, "both ranks at work")
         (slow,) = (rank for rank in run.ranks() if rank.environ()["RANK"] == "1")
         slow.send_signal(signal.SIGSTOP)
         workspace.await_rows(600 - held, run)
@@ -43,7 +43,7 @@ def test_a_clock_that_jumps(open_workspace: Open, undisturbed: Mapping[str, byte
     with Run.start(workspace.command(1, *words), workspace.folder, path) as run:
         workspace.await_rows(10, run)
         run.signal(signal.SIGTERM)
-        assert run.wait(30) == 128 + signal.SIGTERM
+        assert run.wait() == 128 + signal.SIGTERM
     with Run.start(workspace.command(1, *words), workspace.folder, path) as run:
         assert run.wait() == 0, run.output()
     workspace.check_complete(undisturbed)

@@ -71,7 +71,7 @@ def test_run_folder_on_a_full_disk(open_workspace: Open, undisturbed: Mapping[st
     words = ("--run_dir", "disk/run")
     with disk(run_disk, "size=256k"):
         with workspace.start(1, *words) as run:
-            run.wait_until(lambda: (run_disk / "run" / "ledger" / "000001-00000.jsonl").exists(), 60, "the ledger")
+            run.wait_until(lambda: (run_disk / "run" / "ledger" / "000001-00000.jsonl").exists(), "the ledger")
             with pytest.raises(OSError, match="No space"):
                 fill(run_disk / "filler")
             assert run.wait() == 1
