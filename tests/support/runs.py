@@ -136,10 +136,12 @@ class Workspace:
         """Start a run and return at once."""
         return Run.start(self.command(num_processes, *more, launcher=launcher), self.folder)
 
-    def finish(self, num_processes: int, *more: object, launcher: Sequence[str] = ()) -> Run:
+    def finish(
+        self, num_processes: int, *more: object, launcher: Sequence[str] = (), timeout: float = HANG_SECONDS
+    ) -> Run:
         """Run to the end, which must be a good one."""
         with self.start(num_processes, *more, launcher=launcher) as run:
-            assert run.wait() == 0, run.output()
+            assert run.wait(timeout) == 0, run.output()
         return run
 
     def outputs(self) -> dict[str, bytes]:
@@ -160,9 +162,9 @@ class Workspace:
         """Rows that the ledger has, while runs are at work."""
         return len({entry["key"] for entry in self.ledger()})
 
-    def await_rows(self, count: int, run: Run) -> None:
+    def await_rows(self, count: int, run: Run, timeout: float = HANG_SECONDS) -> None:
         """Wait until ``count`` rows are in the ledger, while ``run`` is at work."""
-        run.wait_until(lambda: self.rows_done() >= count, f"{count} rows in the ledger")
+        run.wait_until(lambda: self.rows_done() >= count, f"{count} rows in the ledger", timeout)
 
     def check_complete(self, expected: Mapping[str, bytes] | None = None, *, redone: bool = False) -> None:
         """Each row is done exactly once, outputs are those of ``expected`` to the byte, and nothing else lies about.
