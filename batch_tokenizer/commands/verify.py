@@ -150,7 +150,7 @@ def find_run_dir(data_list: str | Path, task: Task | None, run_dir: Path | None)
 
 def _open_spec(model_path: str | None, run: FinishedRun) -> CodecSpec:
     # Imported here, as this imports torch, which the processes that check files do not need.
-    from batch_tokenizer.codecs.offline import open_spec
+    from batch_tokenizer.codecs.opening import open_spec
 
     spec = open_spec(model_path)
     fingerprint = run.settings.get("fingerprint")

@@ -13,8 +13,8 @@ from batch_tokenizer.manifest.manifest import Manifest
 from batch_tokenizer.records import SHARD_SINKS, TASKS, RunError, Sink, Task
 from batch_tokenizer.runs.source import find_manifest
 from batch_tokenizer.runtime.progress import RankStatus
-from batch_tokenizer.runtime.run_folder import read_settings
-from batch_tokenizer.runtime.shard_ledger import shard_of_ledger_file
+from batch_tokenizer.runtime.run_files import shard_of_ledger_file
+from batch_tokenizer.runtime.run_settings import read_settings
 from batch_tokenizer.writers.shard_folder import shard_folder
 
 log = logging.getLogger(__name__)
