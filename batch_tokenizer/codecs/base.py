@@ -74,6 +74,11 @@ class CodecInfo:
         return self.sample_rate / self.samples_per_frame
 
 
+#: How utterances share a batch on a device: end to end on one axis; padded, of any lengths; of equal lengths only; not
+#: at all. Results are those of each utterance alone in every case. On a CPU they mostly go one by one.
+Batching = Literal["packed", "padded", "equal lengths", "one by one"]
+
+
 class CodecSpec(ABC):
     """A checkpoint without its weights. Subclasses are picklable and cheap to copy to a worker process."""
 
@@ -81,6 +86,9 @@ class CodecSpec(ABC):
 
     #: What ``--dtype auto`` means on CUDA.
     cuda_dtype: ClassVar[Literal["float32", "bfloat16"]] = "bfloat16"
+
+    #: How utterances share a batch.
+    batching: Batching = "one by one"
 
     #: Where features are made: in loader processes, or in the codec (``with_device_front_end``).
     front_end: Literal["host", "device"] = "host"

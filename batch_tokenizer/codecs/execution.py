@@ -50,26 +50,35 @@ class BatchRunner:
 
 
 class PaddedRunner:
-    """Runs a model that takes padded batches of different lengths: on a device in batches of a few fixed shapes, on a
-    CPU as ``BatchRunner``, one utterance at a time without padding.
+    """Runs a model that takes batches: on a device in batches of a few fixed shapes, on a CPU as ``BatchRunner``, one
+    utterance at a time without padding.
 
-    On a device an utterance of n frames always goes through with the same number of rows and of frames: those of the
-    smallest size that holds it. So no matrix product changes its shape, and thereby the last bits of its results, with
-    the utterance's neighbours. Rows that no utterance fills are padding. Above the greatest size each goes alone.
+    On a device an utterance always goes through with the same number of rows and of positions, which depend on its
+    length alone: those of the smallest size that holds it. So no matrix product changes its shape, and thereby the last
+    bits of its results, with the utterance's neighbours. Rows that no utterance fills are padding. Above the greatest
+    size each goes alone.
 
-    On a CPU padding costs what the padded positions cost, and small matrix products gain little from a batch.
+    On a CPU padding costs what the padded positions cost, and matrix products gain little from a batch.
 
     Attributes:
-        frames: frames of a padded batch, rows times size, at most.
-        together: whether batches are padded; on a CPU only where a test asks for it.
+        frames: frames of a batch, rows times size, at most.
+        together: whether utterances go through in batches; on a CPU only where a test asks for it.
+
+    Args:
+        equal_lengths: for models where padding cannot be exact: utterances of the same length share a batch, and none
+            is padded. Then there are at most ``EQUAL_ROWS`` rows, as few utterances have the same length; rows that
+            are left over hold copies.
     """
+
+    EQUAL_ROWS = 4
 
     #: Frames of a batch are not fewer than this after ``shrink``.
     _FEWEST = 64
 
-    def __init__(self, device: torch.device, threads: int, frames: int) -> None:
+    def __init__(self, device: torch.device, threads: int, frames: int, *, equal_lengths: bool = False) -> None:
         self.frames = frames
         self.together = device.type != "cpu"
+        self._equal_lengths = equal_lengths
         self._alone = BatchRunner(device, threads)
         self.batch_limit = self._alone.batch_limit
 
@@ -77,42 +86,51 @@ class PaddedRunner:
         self,
         compute: Callable[[list[Tensor], int | None, int | None], list[Result]],
         batch: Sequence[Tensor],
-        frames: Callable[[Tensor], int],
+        length: Callable[[Tensor], int],
+        *,
+        unit: int = 1,
     ) -> list[Result]:
         """``compute``'s result for each member, in order.
 
         Args:
             compute: makes results of utterances, of the size in frames and of the number of rows that their batch must
-                have; None for both for an utterance alone.
-            frames: of a member.
+                have; None for both if the utterances are of one length and none needs padding. Results of more rows
+                than there are utterances are dropped.
+            length: of a member.
+            unit: length of a frame.
         """
         if not self.together:
-            return self._alone(lambda members: compute(members, None, None), batch, frames)
+            return self._alone(lambda members: compute(members, None, None), batch, length)
         results: dict[int, Result] = {}
+        lengths = [length(member) for member in batch]
         with torch.inference_mode():
-            for size, members in self._groups([frames(member) for member in batch]):
-                rows = None if size is None else max(1, self.frames // size)
-                done = compute([batch[index] for index in members], size, rows)
-                results.update(zip(members, done, strict=True))
+            for size, rows, indices in self._groups(lengths, unit):
+                members = [batch[index] for index in indices]
+                if size is None:
+                    done = compute(members + members[:1] * (rows - len(members)), None, None)
+                else:
+                    done = compute(members, size, rows)
+                results.update(zip(indices, done, strict=False))
         return [results[index] for index in range(len(batch))]
 
     def shrink(self) -> None:
         """Makes batches half as large, after one that did not fit in memory."""
         self.frames = max(self._FEWEST, self.frames // 2)
 
-    def _groups(self, frames: Sequence[int]) -> Iterator[tuple[int | None, list[int]]]:
-        """Sizes, and which utterances go through together at that size."""
+    def _groups(self, lengths: Sequence[int], unit: int) -> Iterator[tuple[int | None, int, list[int]]]:
+        """Size in frames (None where nothing is padded), rows, and which utterances go through together."""
         by_size: dict[int, list[int]] = {}
-        for index, count in enumerate(frames):
-            size = padded_size(count)
-            if size > self.frames:
-                yield None, [index]
+        for index, length in enumerate(lengths):
+            size = length if self._equal_lengths else padded_size(-(-length // unit))
+            by_size.setdefault(size, []).append(index)
+        for size, indices in sorted(by_size.items()):
+            if self._equal_lengths:
+                rows = max(1, min(self.EQUAL_ROWS, self.frames * unit // size))
             else:
-                by_size.setdefault(size, []).append(index)
-        for size, members in sorted(by_size.items()):
-            rows = max(1, self.frames // size)
-            for start in range(0, len(members), rows):
-                yield size, members[start : start + rows]
+                rows = self.frames // size
+            for start in range(0, len(indices), rows or 1):
+                padded = None if self._equal_lengths or not rows else size
+                yield padded, rows or 1, indices[start : start + (rows or 1)]
 
 
 def padded_size(frames: int) -> int:

@@ -25,14 +25,17 @@ class PaddedCodec(Codec):
     """A model that encodes and decodes padded batches exactly, behind the codec protocol.
 
     Its features are samples (1, L), as ``CodecSpec.features`` has lengthened them. On a device utterances go through in
-    batches of fixed shapes, on a CPU one by one (``PaddedRunner``); ``together`` makes a CPU pad batches too.
+    batches of fixed shapes, on a CPU one by one (``PaddedRunner``); ``together`` makes a CPU compute batches too.
+
+    Args:
+        equal_lengths: for models that padding cannot be exact with: only utterances of one length share a batch.
     """
 
-    def __init__(self, spec: CodecSpec, device: torch.device, threads: int) -> None:
+    def __init__(self, spec: CodecSpec, device: torch.device, threads: int, *, equal_lengths: bool = False) -> None:
         self.spec = spec
         self.device = device
         at_once = 64 if device.type == "cpu" else max(64, round(SECONDS_AT_ONCE * spec.info.frame_rate))
-        self._run = PaddedRunner(device, threads, at_once)
+        self._run = PaddedRunner(device, threads, at_once, equal_lengths=equal_lengths)
         self.batch_limit = self._run.batch_limit
         self.frame_budget = max(8192, 8 * at_once)  # so many that sizes fill their rows
 
@@ -49,6 +52,10 @@ class PaddedCodec(Codec):
             utterances: the first rows' codes (K, T_i), on the host.
         """
 
+    def frames_of(self, length: int) -> int:
+        """Token frames of features of ``length`` samples."""
+        return self.spec.num_frames(length)
+
     @property
     def together(self) -> bool:
         """Whether utterances go through in padded batches, or else one by one."""
@@ -61,17 +68,16 @@ class PaddedCodec(Codec):
     def encode(self, features: Sequence[Samples], num_quantizers: int) -> list[Codes]:
         if not 1 <= num_quantizers <= self.info.num_codebooks:
             raise ValueError(f"{num_quantizers} codebooks: this checkpoint has 1 to {self.info.num_codebooks}")
-        hop = self.info.samples_per_frame
-
-        def frames(samples: Tensor) -> int:
-            return self.spec.num_frames(samples.shape[1])
 
         def compute(members: list[Tensor], size: int | None, rows: int | None) -> list[Tensor]:
-            batch = PaddedBatch.join(members, device=self.device, size=size and size * hop, rows=rows)
+            samples = None if size is None else size * self.info.samples_per_frame
+            batch = PaddedBatch.join(members, device=self.device, size=samples, rows=rows)
             codes = self.encode_padded(batch, num_quantizers)
-            return [row[: frames(member)] for row, member in zip(codes, members, strict=False)]
+            frames = [self.frames_of(member.shape[1]) for member in members]
+            return [row[:count] for row, count in zip(codes, frames, strict=False)]
 
-        done = self._run(compute, [torch.from_numpy(array) for array in features], frames)
+        tensors = [torch.from_numpy(array) for array in features]
+        done = self._run(compute, tensors, _length, unit=self.info.samples_per_frame)
         return [part.astype(np.uint16) for part in to_host(done, torch.int32)]
 
     def decode(self, codes: Sequence[Codes]) -> list[Samples]:
@@ -92,7 +98,7 @@ class PaddedCodec(Codec):
             return [row[:length] for row, length in zip(samples, lengths, strict=False)]
 
         tensors = [torch.from_numpy(code.T.astype(np.int64)) for code in codes]
-        return to_host(self._run(compute, tensors, lambda code: code.shape[1]), torch.float32)
+        return to_host(self._run(compute, tensors, _length), torch.float32)
 
     def release(self) -> None:
         if self.device.type == "cuda":
@@ -105,3 +111,7 @@ class PaddedCodec(Codec):
             raise ValueError(f"{name}: codes have shape {code.shape}, must be (1 or more, 1 to {len(sizes)})")
         if (code >= np.array(sizes[: code.shape[1]])).any():
             raise ValueError(f"{name}: a code is not below its codebook's size ({max(sizes)})")
+
+
+def _length(member: Tensor) -> int:
+    return member.shape[1]

@@ -192,7 +192,7 @@ def test_half_snake():
 def test_an_utterances_batch_has_a_shape_that_its_length_alone_decides(frames):
     runner = PaddedRunner(CPU, 1, 96)
     runner.together = True
-    shapes: dict[int, set[tuple[int | None, int | None]]] = {}
+    shapes: dict[int, set[tuple[int | None, int | None, int]]] = {}
 
     def compute(members, size, rows):
         assert len(members) <= (rows or 1)
@@ -206,3 +206,18 @@ def test_an_utterances_batch_has_a_shape_that_its_length_alone_decides(frames):
         size = padded_size(count)
         assert found == {(size, 96 // size) if size <= 96 else (None, None)}
         assert size < 2 * count or size == 8
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=40))
+def test_without_padding_only_equal_lengths_share_a_batch(frames):
+    runner = PaddedRunner(CPU, 1, 24, equal_lengths=True)
+    runner.together = True
+
+    def compute(members, size, rows):
+        assert (size, rows) == (None, None)
+        assert {len(member) for member in members} == {len(members[0])}
+        assert len(members) == min(4, 24 // len(members[0]))
+        return [len(member) for member in members]
+
+    assert runner(compute, [torch.zeros(count) for count in frames], len) == frames

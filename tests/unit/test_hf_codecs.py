@@ -119,6 +119,28 @@ def test_tokens_and_audio_equal_the_library_alone(opened: Opened) -> None:
         np.testing.assert_array_equal(samples, library_audio(opened.model, codes))
 
 
+def test_batches_give_what_each_utterance_has_alone(opened: Opened) -> None:
+    """Of mixed lengths where the model allows it, else of equal ones; codes equal, audio within rounding."""
+    hop = opened.spec.info.samples_per_frame
+    mixed = [1, 2, hop - 1, hop, hop + 1, *np.random.default_rng(5).integers(3, 60 * hop, 11), 640, 640, 640]
+    utterances = [noise(int(length), seed) for seed, length in enumerate(mixed)]
+    features = [opened.spec.features(samples) for samples in utterances]
+    alone = opened.codec.encode(features, opened.spec.info.num_codebooks)
+    expected = opened.codec.decode(alone)
+    opened.codec.together = True
+    try:
+        together = opened.codec.encode(features[::-1], opened.spec.info.num_codebooks)[::-1]
+        decoded = opened.codec.decode(alone)
+    finally:
+        opened.codec.together = False
+    assert opened.spec.batching == (
+        "padded" if opened.folder.name.startswith(("mimi", "encodec0", "dac")) else "equal lengths"
+    )
+    for codes, other, samples, audio in zip(alone, together, expected, decoded, strict=True):
+        np.testing.assert_array_equal(codes, other)
+        np.testing.assert_allclose(samples, audio, rtol=0, atol=1e-4 * np.abs(samples).max())
+
+
 def test_fewer_codebooks_are_the_first_ones(opened: Opened) -> None:
     features = [opened.spec.features(noise(2999))]
     [codes] = opened.codec.encode(features, opened.spec.info.num_codebooks)

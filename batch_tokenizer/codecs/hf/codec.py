@@ -17,11 +17,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from batch_tokenizer.codecs.base import Codec, CodecInfo, CodecSpec
+from batch_tokenizer.codecs.base import Batching, CodecInfo, CodecSpec
 from batch_tokenizer.codecs.checkpoint import Checkpoint
-from batch_tokenizer.codecs.execution import BatchRunner, to_host
+from batch_tokenizer.codecs.hf.exact import exchange_convolutions
 from batch_tokenizer.codecs.hf.families import KINDS, MOST_SAMPLES, WITHOUT_TOKENS, ModelKind
 from batch_tokenizer.codecs.hf.lengths import Chunks, Lengths, PaddedConvs
+from batch_tokenizer.codecs.layers.padded import PaddedBatch
+from batch_tokenizer.codecs.padded_codec import Codes, PaddedCodec
 from batch_tokenizer.records import RunError, Task, first_line
 
 log = logging.getLogger(__name__)
@@ -53,6 +55,7 @@ class HfSpec(CodecSpec):
 
     Attributes:
         kind: its ``model_type``.
+        batching: ``padded`` where the model's convolutions can be exchanged for exact ones, else ``equal lengths``.
         channels: of the model; the one channel of our audio goes into all of them, and decoded ones are averaged.
     """
 
@@ -63,6 +66,7 @@ class HfSpec(CodecSpec):
     kind: str
     lengths: Lengths
     channels: int
+    batching: Batching
 
     def features(self, samples: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         length = self.lengths.input_length(len(samples))
@@ -124,7 +128,8 @@ def open_spec(checkpoint: Checkpoint) -> HfSpec:
         max_samples=MOST_SAMPLES if kind.limited and isinstance(lengths, PaddedConvs) else None,
         decoded_sample_rate=None if output_rate == input_rate else output_rate,
     )
-    return HfSpec(info=info, kind=kind_name, lengths=lengths, channels=channels)
+    batching: Batching = "padded" if kind.exact(config) else "equal lengths"
+    return HfSpec(info=info, kind=kind_name, lengths=lengths, channels=channels, batching=batching)
 
 
 def load_codec(
@@ -170,12 +175,8 @@ def load_codec(
             front_end = extractor.from_pretrained(checkpoint.folder, local_files_only=True)
         else:
             front_end = extractor(sampling_rate=spec.info.sample_rate, hop_length=spec.info.samples_per_frame)
-    log.info(
-        "transformers %s: %s, encoder and decoder loaded; utterances go through it one by one, as its padding of "
-        "batches would change tokens",
-        library.__version__,
-        kind.model_class,
-    )
+    how = spec.batching if device.type != "cpu" else "one by one"
+    log.info("transformers %s: %s, encoder and decoder loaded; batches: %s", library.__version__, kind.model_class, how)
     if spec.channels > 1:
         log.info(
             "the model has %d channels: each gets the mean of the file's, and decoded ones are averaged", spec.channels
@@ -191,54 +192,41 @@ def load_codec(
     return HfCodec(spec, model, front_end, threads)
 
 
-class HfCodec(Codec):
-    """A model of transformers behind the codec protocol, fed one utterance at a time without padding.
+class HfCodec(PaddedCodec):
+    """A model of transformers behind the codec protocol.
 
-    On a CPU ``threads`` utterances are in it side by side, each on one thread.
+    Where the model allows it, its convolutions are exchanged for exact ones, and batches have mixed lengths. Else only
+    utterances of one length share a batch. On a CPU each utterance goes alone, ``threads`` side by side.
     """
 
     spec: HfSpec
 
     def __init__(self, spec: HfSpec, model: Any, front_end: Any = None, threads: int = 1) -> None:
-        self.spec = spec
+        super().__init__(spec, model.device, threads, equal_lengths=spec.batching != "padded")
         self.model = model
         self._kind: ModelKind = KINDS[spec.kind]
         self._front_end = () if front_end is None else (front_end,)
-        self._run = BatchRunner(model.device, threads)
-        self.batch_limit = self._run.batch_limit
+        parts = [getattr(model, name) for name in self._kind.exact(model.config)]
+        self._lengths = exchange_convolutions([part for part in parts if part is not None])
 
-    def encode(self, features: Sequence[npt.NDArray[np.float32]], num_quantizers: int) -> list[npt.NDArray[np.uint16]]:
-        def compute(batch: list[Tensor]) -> list[Tensor]:
-            return [self._encode(samples, num_quantizers) for samples in batch]
+    def frames_of(self, length: int) -> int:
+        return self.spec.lengths.frames(length)
 
-        codes = self._run(compute, [torch.from_numpy(array) for array in features], lambda samples: samples.shape[1])
-        return [part.astype(np.uint16) for part in to_host(codes, torch.int32)]
-
-    def decode(self, codes: Sequence[npt.NDArray[np.uint16]]) -> list[npt.NDArray[np.float32]]:
-        def compute(batch: list[Tensor]) -> list[Tensor]:
-            return [self._decode(code) for code in batch]
-
-        return to_host(
-            self._run(compute, [torch.from_numpy(array.astype(np.int64)) for array in codes], len), torch.float32
-        )
-
-    def release(self) -> None:
-        if self.model.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def _encode(self, samples: Tensor, num_quantizers: int) -> Tensor:
-        spread = samples.to(self.model.device, self.model.dtype).expand(1, self.spec.channels, -1)
-        codes = self._kind.encode(self.model, spread, num_quantizers, *self._front_end)
-        self._check("frames", len(codes), self.spec.lengths.frames(samples.shape[1]))
+    def encode_padded(self, batch: PaddedBatch, num_quantizers: int) -> Tensor:
+        spread = batch.values.to(self.model.dtype).expand(-1, self.spec.channels, -1)
+        with self._lengths.of(batch):
+            codes = self._kind.encode(self.model, spread, num_quantizers, *self._front_end)
+        self._expect("frames", codes.shape[1], self.frames_of(batch.size))
         return codes
 
-    def _decode(self, codes: Tensor) -> Tensor:
-        audio = self._kind.decode(self.model, codes.to(self.model.device)).float()
-        audio = audio.reshape(-1, audio.shape[-1]).mean(0)
-        self._check("samples", len(audio), self.spec.num_output_samples(len(codes)))
+    def decode_padded(self, codes: PaddedBatch, utterances: Sequence[Codes]) -> Tensor:
+        with self._lengths.of(codes):
+            audio = self._kind.decode(self.model, codes.values.mT.contiguous()).float()
+        audio = audio.reshape(len(audio), -1, audio.shape[-1]).mean(1)
+        self._expect("samples", audio.shape[-1], self.spec.num_output_samples(codes.size))
         return audio
 
-    def _check(self, what: str, found: int, expected: int) -> None:
+    def _expect(self, what: str, found: int, expected: int) -> None:
         if found != expected:
             raise RunError(
                 f"{self.spec.info.name}: the model made {found} {what} where its configuration implies {expected}; "

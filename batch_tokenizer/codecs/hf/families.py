@@ -1,7 +1,7 @@
 """What differs between the codecs of transformers: where their lengths come from, and how they are called.
 
-What enters is a configuration or a model of the library (``Any`` here, as importing its types takes seconds), and one
-utterance. What leaves is our layout: codes (T, K), samples (S,).
+Configurations and models of the library are ``Any`` here, as importing its types takes seconds. Codes are (B, T, K) and
+samples (B, channels, S), our layout, on both sides.
 """
 
 from __future__ import annotations
@@ -40,11 +40,13 @@ class ModelKind:
         model_class: its name in transformers.
         lengths: from its configuration, and from ``preprocessor_config.json`` (empty where the checkpoint has none).
         codebook_sizes: from its configuration.
-        encode: (model, samples (1, channels, length), number of codebooks) to codes (T, K).
-        decode: (model, codes (T, K)) to samples (1, channels, S) or (1, S).
+        encode: (model, samples (B, channels, length), number of codebooks) to codes (B, T, K).
+        decode: (model, codes (B, T, K)) to samples (B, channels, S) or (B, S).
         front_end: the class that makes ``encode``'s further arguments out of samples, or None if there are none.
         sample_rates: of its input and of its output, in Hz, from its configuration.
         limited: whether one utterance may have ``MOST_SAMPLES`` at most.
+        exact: names of the model's parts whose convolutions can be exchanged for exact ones (``hf/exact.py``), from its
+            configuration; none where a batch of mixed lengths cannot be exact, because of norms or attention over time.
     """
 
     model_class: str
@@ -55,6 +57,7 @@ class ModelKind:
     front_end: str | None = None
     sample_rates: Callable[[Any], tuple[int, int]] = lambda config: (config.sampling_rate, config.sampling_rate)
     limited: bool = False
+    exact: Callable[[Any], tuple[str, ...]] = lambda config: ()
 
 
 def _mimi_lengths(config: Any, settings: Settings) -> Lengths:
@@ -65,12 +68,12 @@ def _mimi_lengths(config: Any, settings: Settings) -> Lengths:
 
 def _mimi_encode(model: Any, samples: Tensor, num_quantizers: int) -> Tensor:
     least = model.config.num_semantic_quantizers
-    codes: Tensor = model.encode(samples, num_quantizers=max(num_quantizers, least)).audio_codes[0]
-    return codes[:num_quantizers].T
+    codes: Tensor = model.encode(samples, num_quantizers=max(num_quantizers, least)).audio_codes
+    return codes[:, :num_quantizers].mT
 
 
 def _decode_all_at_once(model: Any, codes: Tensor) -> Tensor:
-    audio: Tensor = model.decode(audio_codes=codes.T[None]).audio_values
+    audio: Tensor = model.decode(audio_codes=codes.mT).audio_values
     return audio
 
 
@@ -115,17 +118,17 @@ def _bandwidth(config: Any, quantizers: Callable[[Any, float], int], num_quantiz
 
 def _encodec_encode(model: Any, samples: Tensor, num_quantizers: int) -> Tensor:
     bandwidth = _bandwidth(model.config, _encodec_quantizers, num_quantizers)
-    output = model.encode(samples, bandwidth=bandwidth)
-    chunks, _, _, frames = output.audio_codes.shape
-    codes: Tensor = output.audio_codes[:, 0, :num_quantizers].transpose(1, 2).reshape(chunks * frames, num_quantizers)
-    return codes[: len(codes) - output.last_frame_pad_length]
+    output = model.encode(samples, bandwidth=bandwidth)  # codes (chunks, B, K, T)
+    codes: Tensor = output.audio_codes[:, :, :num_quantizers].permute(1, 0, 3, 2).flatten(1, 2)
+    return codes[:, : codes.shape[1] - output.last_frame_pad_length]
 
 
 def _encodec_decode(model: Any, codes: Tensor) -> Tensor:
     config = model.config
-    frames = len(codes) if config.chunk_length is None else -(-config.chunk_length // config.hop_length)
-    missing = -len(codes) % frames
-    chunks = F.pad(codes, (0, 0, 0, missing)).reshape(-1, 1, frames, codes.shape[1]).transpose(2, 3)
+    total = codes.shape[1]
+    frames = total if config.chunk_length is None else -(-config.chunk_length // config.hop_length)
+    missing = -total % frames
+    chunks = F.pad(codes, (0, 0, 0, missing)).unflatten(1, (-1, frames)).permute(1, 0, 3, 2)  # (chunks, B, K, T)
     output = model.decode(chunks, audio_scales=[None] * len(chunks), last_frame_pad_length=missing)
     audio: Tensor = output.audio_values
     return audio
@@ -157,8 +160,8 @@ def _multiple(settings: Settings) -> int:
 
 
 def _dac_encode(model: Any, samples: Tensor, num_quantizers: int) -> Tensor:
-    codes: Tensor = model.encode(samples, n_quantizers=num_quantizers).audio_codes[0]
-    return codes.T
+    codes: Tensor = model.encode(samples, n_quantizers=num_quantizers).audio_codes
+    return codes.mT
 
 
 def _xcodec_lengths(config: Any, settings: Settings) -> Lengths:
@@ -201,8 +204,8 @@ def _two_encoders(
 
 def _xcodec_encode(model: Any, samples: Tensor, num_quantizers: int) -> Tensor:
     bandwidth = _bandwidth(model.config, _xcodec_quantizers, num_quantizers)
-    codes: Tensor = model.encode(samples, bandwidth=bandwidth).audio_codes[0, :num_quantizers]
-    return codes.T
+    codes: Tensor = model.encode(samples, bandwidth=bandwidth).audio_codes[:, :num_quantizers]
+    return codes.mT
 
 
 def _spectrum_lengths(config: Any, settings: Settings, *, rate: int, own_margin: bool, trims: bool) -> Lengths:
@@ -236,13 +239,23 @@ def _scalar_codebook(config: Any) -> tuple[int, ...]:
 
 def _spectrum_encode(model: Any, samples: Tensor, num_quantizers: int, front_end: Any) -> Tensor:
     rate = front_end.sampling_rate
-    inputs = front_end(samples[0, 0].float().cpu().numpy(), sampling_rate=rate, return_tensors="pt")
+    utterances = list(samples[:, 0].float().cpu().numpy())
+    inputs = front_end(utterances, sampling_rate=rate, return_tensors="pt")
     codes: Tensor = model.encode(
         input_values=inputs["input_values"].to(samples),
         input_features=inputs["input_features"].to(samples),
         input_features_mask=inputs["input_features_mask"].to(samples.device),
-    ).audio_codes[0]
-    return codes[:num_quantizers].T
+    ).audio_codes
+    return codes[:, :num_quantizers].mT
+
+
+def _both_halves(config: Any) -> tuple[str, ...]:
+    return ("encoder", "decoder")
+
+
+def _encodec_is_exact(config: Any) -> bool:
+    """In one piece, and without norms over time."""
+    return config.chunk_length_s is None and config.norm_type == "weight_norm"
 
 
 _XCODEC_RATES: Callable[[Any], tuple[int, int]] = lambda config: (config.sample_rate, config.sample_rate)  # noqa: E731
@@ -256,6 +269,7 @@ KINDS: Mapping[str, ModelKind] = {
         _mimi_encode,
         _decode_all_at_once,
         limited=True,
+        exact=_both_halves,
     ),
     "encodec": ModelKind(
         "EncodecModel",
@@ -264,6 +278,7 @@ KINDS: Mapping[str, ModelKind] = {
         _encodec_encode,
         _encodec_decode,
         limited=True,
+        exact=lambda config: _both_halves(config) if _encodec_is_exact(config) else (),
     ),
     "dac": ModelKind(
         "DacModel",
@@ -271,6 +286,7 @@ KINDS: Mapping[str, ModelKind] = {
         lambda config: (config.codebook_size,) * config.n_codebooks,
         _dac_encode,
         _decode_all_at_once,
+        exact=_both_halves,
     ),
     "xcodec": ModelKind(
         "XcodecModel",

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from batch_tokenizer.codecs.base import CodecInfo, CodecSpec
+from batch_tokenizer.codecs.base import Batching, CodecInfo, CodecSpec
 from batch_tokenizer.codecs.checkpoint import Checkpoint
 from batch_tokenizer.codecs.layers.convolution import weight_norm_name
 from batch_tokenizer.codecs.layers.padded import PaddedBatch
@@ -32,6 +32,8 @@ def recognises(config: Mapping[str, Any]) -> bool:
 @dataclass(frozen=True)
 class SnacSpec(CodecSpec):
     """A SNAC checkpoint without its weights. Features are samples (1, L), zero-padded to whole frames and windows."""
+
+    batching: ClassVar[Batching] = "padded"
 
     info: CodecInfo
     config: SnacConfig
