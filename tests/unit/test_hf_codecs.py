@@ -116,7 +116,8 @@ def test_tokens_and_audio_equal_the_library_alone(opened: Opened) -> None:
     decoded = opened.codec.decode(together)
     for codes, samples in zip(together, decoded, strict=True):
         assert samples.dtype == np.float32
-        np.testing.assert_array_equal(samples, library_audio(opened.model, codes))
+        expected = library_audio(opened.model, codes)  # whose last bits depend on how codes lie in memory
+        np.testing.assert_allclose(samples, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 def test_batches_give_what_each_utterance_has_alone(opened: Opened) -> None:
@@ -149,7 +150,8 @@ def test_fewer_codebooks_are_the_first_ones(opened: Opened) -> None:
         np.testing.assert_array_equal(fewer, codes[:, :used])
         if used == 1:
             [samples] = opened.codec.decode([fewer])
-            np.testing.assert_array_equal(samples, library_audio(opened.model, fewer))
+            expected = library_audio(opened.model, fewer)
+            np.testing.assert_allclose(samples, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 def test_lengths_are_the_models(opened: Opened) -> None:

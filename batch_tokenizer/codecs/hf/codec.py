@@ -221,7 +221,7 @@ class HfCodec(PaddedCodec):
 
     def decode_padded(self, codes: PaddedBatch, utterances: Sequence[Codes]) -> Tensor:
         with self._lengths.of(codes):
-            audio = self._kind.decode(self.model, codes.values.mT.contiguous()).float()
+            audio = self._kind.decode(self.model, codes.values.mT).float()
         audio = audio.reshape(len(audio), -1, audio.shape[-1]).mean(1)
         self._expect("samples", audio.shape[-1], self.spec.num_output_samples(codes.size))
         return audio
