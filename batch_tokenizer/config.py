@@ -166,7 +166,8 @@ class RunConfig:
         "torchaudio's, with which published tokens were made (reference), or soxr's HQ, which is faster")
     attention: AttentionBackend = option("auto", "model", "force a backend of the attention kernel")
 
-    batch_size: int = option(64, "speed", "most utterances in a batch", minimum=1)
+    batch_size: int | None = option(None, "speed", "most utterances in a batch", minimum=1,
+        unset="64; on CUDA as many as fill the frame budget")
     frame_budget: int | None = option(None, "speed", "most token frames in a batch", minimum=1,
         unset="chosen for the device")
     num_workers: int | None = option(None, "speed", "loader processes of a rank; 0 loads in the computing process",
@@ -196,6 +197,8 @@ class RunConfig:
     shard: int = option(0, "run and resume",
         "which of them this job is, from 0; slurm: both numbers are those of the job array", minimum=0,
         parse=_parse_shard, metavar="I")
+    allow_mixed_devices: bool = option(False, "run and resume",
+        "resume a run on another type of GPU, where 16-bit tokens may differ in some bits from those that are done")
     dry_run: bool = option(False, "run and resume", "check everything, print what the run would do, and stop")
 
     evaluate_every: int = option(0, "quality",

@@ -182,6 +182,7 @@ class Codec(ABC):
         frame_budget: token frames that it computes at once, where that many fit in memory. The caller makes batches of
             about this size, and halves it after a batch that did not fit.
         batch_limit: most utterances that a call gains from, or None; on a CPU some for each core.
+        compiled: whether its layers run under ``torch.compile``, which changes bits in 16-bit formats.
         runs_ahead: whether there is ``begin``, which returns while the device still works.
     """
 
@@ -189,6 +190,7 @@ class Codec(ABC):
     frame_budget: int = 8192
     batch_limit: int | None = None
     runs_ahead: bool = False
+    compiled: bool = False
 
     @property
     def info(self) -> CodecInfo:

@@ -322,7 +322,7 @@ class Bench:
             "load_average_at_start": round(os.getloadavg()[0], 2),
             "utterances": len(self.rows),
             "source": source,
-            "batch_size": context.config.batch_size,
+            "batch_size": context.batch_size,
             "num_workers": context.num_workers,
             "front_end": context.spec.front_end,
             "attention": context.config.attention,
@@ -392,7 +392,7 @@ class Bench:
 
     def _batches(self, codec: Codec, loaded: Sequence[LoadedRow]) -> list[Batch]:
         """As the run makes them, with the longest rows first."""
-        batch_size = min(self.context.config.batch_size, codec.batch_limit or self.context.config.batch_size)
+        batch_size = min(self.context.batch_size, codec.batch_limit or self.context.batch_size)
         packer = Packer(batch_size, max(1, codec.frame_budget * 15 // 16))
         longest_first = sorted(loaded, key=lambda row: -row.frames)
         return [batch for row in longest_first for batch in packer.add(row)] + packer.flush()

@@ -127,7 +127,7 @@ def dry_run(context: RunContext) -> int:
         if loaded:
             # A CPU computes one utterance after the other, so there are no batches to fill.
             fill = compute.device.type != "cpu"
-            measured = _measure(config, codec, loaded, num_quantizers, info, fill=fill)
+            measured = _measure(config, codec, loaded, num_quantizers, info, context.batch_size, fill=fill)
     needed: dict[str, float] = {}
     if measured is None or seconds is None:
         _print("time", "unknown, as no row of the sample could be computed" if len(rows) else "none: nothing to do")
@@ -323,6 +323,7 @@ def _measure(
     loaded: Sequence[LoadedRow],
     num_quantizers: int,
     info: Mapping[str, Any],
+    batch_size: int,
     *,
     fill: bool,
 ) -> Measured | None:
@@ -333,14 +334,14 @@ def _measure(
             rows would make a second of audio seem dear.
     """
     batch = list(loaded)
-    while fill and len(batch) < config.batch_size and 2 * sum(row.frames for row in batch) < codec.frame_budget:
+    while fill and len(batch) < batch_size and 2 * sum(row.frames for row in batch) < codec.frame_budget:
         batch += loaded
     stages: dict[str, float] = {}
     codes: list[Any] = []
     samples: list[Any] = []
     try:
         # One row first, not timed: libraries start up on it.
-        for members in ([min(batch, key=lambda row: row.frames)], batch[: config.batch_size]):
+        for members in ([min(batch, key=lambda row: row.frames)], batch[:batch_size]):
             codes = [row.codes for row in members]
             samples = [None] * len(members)
             if config.task != "token2wav":
@@ -357,7 +358,7 @@ def _measure(
         return None
     results = [
         TokenizedRow(row.row, code, wav, row.num_samples)
-        for row, code, wav in zip(batch[: config.batch_size], codes, samples, strict=True)
+        for row, code, wav in zip(batch[:batch_size], codes, samples, strict=True)
     ]
     seconds = sum(result.num_samples for result in results) / codec.info.sample_rate
     sizes = output_bytes(config, results, info, num_quantizers, codec.info.output_sample_rate)

@@ -33,14 +33,14 @@ class Packer:
 
     def __init__(self, batch_size: int, frame_budget: int) -> None:
         self._batch_size = batch_size
-        self._frame_budget = frame_budget
+        self.frame_budget = frame_budget
         self._open: list[_OpenBatch] = []
         self._added = 0
 
     def add(self, loaded: LoadedRow) -> list[Batch]:
         """Take in a row; returns the batches that are ready, often none."""
         self._added += 1
-        room = self._frame_budget - loaded.frames
+        room = self.frame_budget - loaded.frames
         ready = []
         if self._open and self._open[0].opened + 2 * self._batch_size <= self._added:
             ready.append(self._open.pop(0))
@@ -50,7 +50,7 @@ class Packer:
             self._open.append(place)
         place.rows.append(loaded)
         place.frames += loaded.frames
-        if len(place.rows) >= self._batch_size or place.frames >= self._frame_budget:
+        if len(place.rows) >= self._batch_size or place.frames >= self.frame_budget:
             self._open.remove(place)
             ready.append(place)
         elif len(self._open) > _OPEN_BATCHES:

@@ -60,6 +60,7 @@ class RankLoop:
     """Takes rows as they are claimed, ends each as done or failed.
 
     Attributes:
+        batch_size: most utterances in a batch.
         num_writers: threads that write results.
         num_quantizers: codebooks that are encoded.
         quality: scores some rows beside the run.
@@ -74,6 +75,7 @@ class RankLoop:
     ledger: LedgerWriter
     progress: ProgressReporter
     stop: StopRequest
+    batch_size: int
     num_writers: int
     num_quantizers: int
     quality: LiveQuality | None = None
@@ -102,10 +104,9 @@ class RankLoop:
             self.sink.close()
 
     def _compute_rows(self) -> None:
-        batch_size = min(self.config.batch_size, self.codec.batch_limit or self.config.batch_size)
-        # A sixteenth is left for the gaps between packed utterances.
-        packer = Packer(batch_size, max(1, self.codec.frame_budget * 15 // 16))
-        most_ahead = self.config.batch_size * self.config.prefetch
+        batch_size = min(self.batch_size, self.codec.batch_limit or self.batch_size)
+        packer = Packer(batch_size, self._packed_frames)
+        most_ahead = self.batch_size * self.config.prefetch
         held = 0
         feed = RowFeed(
             self.claimed, self.loader, self.long_rows, self.stop, self.progress, most_ahead, on_failure=self._end
@@ -121,6 +122,7 @@ class RankLoop:
                 self._compute(Batch((loaded,)), stream)
                 continue
             held += 1
+            packer.frame_budget = self._packed_frames  # it shrinks after a batch that did not fit
             batches = packer.add(loaded)
             # Near the end, rows must not wait for a batch that the rows left would not fill.
             if held >= self.claimed.prefetch_limit(batch_size):
@@ -132,6 +134,11 @@ class RankLoop:
             if self.stop.seconds_since <= self.config.grace:
                 self._compute(batch)
         self._finish_batch()
+
+    @property
+    def _packed_frames(self) -> int:
+        """Frames in a batch: a sixteenth of the budget is left for the gaps between packed utterances."""
+        return max(1, self.codec.frame_budget * 15 // 16)
 
     def _seconds_left(self) -> float | None:
         """Seconds that the grace time still allows, at least two; None when nobody asked to stop."""
@@ -162,11 +169,17 @@ class RankLoop:
         if len(batch.rows) == 1:
             self._end(RowFailure.of(batch.rows[0].row, error.stage, error.reason))
             return
-        # What did not fit once will not fit again: the smaller budget stays.
-        longest = max(loaded.frames for loaded in batch.rows)
-        self.codec.frame_budget = max(longest, min(self.codec.frame_budget, batch.frames) // 2)
-        log.warning("out of memory with %d rows of %d frames in all: frame budget now %d",
-                    len(batch.rows), batch.frames, self.codec.frame_budget)  # fmt: skip
+        # What did not fit once will not fit again: the smaller budget stays. It is halved, never set to what the batch
+        # has, so that packs keep to a few sizes.
+        budget = self.codec.frame_budget // 2
+        while budget >= batch.frames > 1:
+            budget //= 2
+        self.codec.frame_budget = max(1, budget)
+        log.warning(
+            "out of memory with %d rows of %d frames in all: frame budget now %d; in 16 bits, the tokens of the rows "
+            "from here on may differ in some bits from those of a device with more memory",
+            len(batch.rows), batch.frames, self.codec.frame_budget,
+        )  # fmt: skip
         for half in split(batch):
             self._compute(half)
 

@@ -13,6 +13,7 @@ import logging
 import time
 
 import numpy as np
+import torch
 
 from batch_tokenizer.manifest.manifest import Manifest
 from batch_tokenizer.manifest.units import in_shard, plan_units
@@ -21,6 +22,8 @@ from batch_tokenizer.pipeline.long_audio import LongRows
 from batch_tokenizer.pipeline.rank_loop import RankLoop
 from batch_tokenizer.pipeline.setup import RunContext, open_live_quality, open_manifest
 from batch_tokenizer.runs.source import typed
+from batch_tokenizer.runtime.devices import environment_of
+from batch_tokenizer.runtime.environments import agree_on_environment, read_environments
 from batch_tokenizer.runtime.ledger import RowStatus, read_ledger, write_failures
 from batch_tokenizer.runtime.ledger_writer import LedgerWriter
 from batch_tokenizer.runtime.progress import JobStatus, ProgressReporter, RankStatus, read_status
@@ -85,6 +88,12 @@ def run_job(context: RunContext) -> int:
                         open_live_quality(config, context.spec) as quality,
                     ):
                         codec = context.load_codec()
+                        agree_on_environment(
+                            folder,
+                            {**environment_of(context.compute), "compiled": codec.compiled},
+                            sixteen_bits=context.compute.dtype != torch.float32,
+                            allow_mixed=config.allow_mixed_devices,
+                        )
                         RankLoop(
                             config=config,
                             claimed=ClaimedRows(queue, units, manifest, todo, processes.world_size),
@@ -95,6 +104,7 @@ def run_job(context: RunContext) -> int:
                             ledger=ledger,
                             progress=progress,
                             stop=stop,
+                            batch_size=context.batch_size,
                             num_writers=min(4, max(2, context.num_workers)),
                             num_quantizers=context.num_quantizers,
                             quality=quality,
@@ -156,6 +166,7 @@ def _summarize(context: RunContext, folder: RunFolder, manifest: Manifest) -> in
         "rtf_per_stage": rates,
         "world_size": folder.processes.world_size,
         "failures": str(failures),
+        "environments": read_environments(folder.path),
         "data_list": typed(config.data_list),
         "model_path": config.model_path,
     }

@@ -94,6 +94,9 @@ class RunContext:
             # One thread an operation, several utterances at a time: faster for short ones, and results do not depend
             # on how many cores a process was given.
             torch.set_num_threads(1)
+        else:
+            # What is left for the processor is joining arrays; eight ranks must not take all cores for it.
+            torch.set_num_threads(min(4, compute.cores))
         most = spec.info.num_codebooks
         if config.num_quantizers is not None and config.num_quantizers > most:
             raise RunError(f"--num_quantizers {config.num_quantizers}: this checkpoint has {most} codebooks")
@@ -114,6 +117,11 @@ class RunContext:
     def num_workers(self) -> int:
         """Loader processes."""
         return self.compute.loaders(self.config.num_workers)
+
+    @property
+    def batch_size(self) -> int:
+        """Most utterances in a batch."""
+        return self.compute.batch_size(self.config.batch_size)
 
     @property
     def limit(self) -> PassLimit:
@@ -151,7 +159,7 @@ class RunContext:
         return Loader(
             RowLoader(self.config.task, self.spec, self.config.resampler, self.num_quantizers, self.limit),
             num_workers=self.num_workers,
-            rows_ahead=self.config.batch_size * self.config.prefetch,
+            rows_ahead=self.batch_size * self.config.prefetch,
             bytes_ahead=_LOADED_BYTES,
             row_timeout=self.config.row_timeout,
         )

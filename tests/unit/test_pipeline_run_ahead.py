@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -148,7 +149,10 @@ def test_what_does_not_fit_is_halved_and_the_batch_before_it_is_kept(tmp_path: P
     status, summary = run_rows(tmp_path, device, 14)
     assert (status, summary["done"], summary["failed"]) == (0, 14, 0)
     check_rows(tmp_path, 14)
-    assert "frame budget now" in caplog.text
+    budgets = [int(words[1]) for words in re.findall(r"(frame budget now) (\d+)", caplog.text)]
+    assert budgets
+    assert set(budgets) <= {1000 >> times for times in range(1, 10)}, "halved, and nothing else"
+    assert sum(what == "full" for what, _ in device.events) <= 4, "later batches keep to the smaller budget"
     assert {what for what, _ in device.events} == {"full", "begin", "finish"}
 
 
@@ -187,6 +191,13 @@ def test_the_front_end_is_where_it_was_asked_for() -> None:
     assert with_front_end(host, "auto", cuda) is host
     with pytest.raises(RunError, match="--front_end device"):
         with_front_end(host, "device", cuda)
+
+
+@pytest.mark.parametrize(("device", "asked", "expected"), [
+    ("cpu", None, 64), ("cuda", None, 1024), ("cuda", 64, 64), ("cpu", 7, 7),
+])  # fmt: skip
+def test_batches_of_short_utterances_fill_a_pack_on_cuda(device: str, asked: int | None, expected: int) -> None:
+    assert ComputeDevice(torch.device(device), torch.float32, 2, "").batch_size(asked) == expected
 
 
 @pytest.mark.parametrize(("device", "cores", "asked", "expected"), [
