@@ -20,6 +20,7 @@ from batch_tokenizer.codecs.base import CodecInfo
 from batch_tokenizer.codecs.offline import at_input_rate, check_num_quantizers, decode, encode
 from batch_tokenizer.codecs.opening import open_codec
 from batch_tokenizer.config import add_options
+from batch_tokenizer.quality.aggregates import heading
 from batch_tokenizer.quality.codebooks import bit_rate
 from batch_tokenizer.quality.metrics import METRICS, Scorer, Scores, mel_db
 from batch_tokenizer.quality.recordings import Recording, align
@@ -109,7 +110,7 @@ def summary(source: str, info: CodecInfo, codes: npt.NDArray[np.uint16], num_sam
     if frames > _FRAMES_PRINTED:
         lines.append(f"  … {frames - _FRAMES_PRINTED} more")
     lines.append("reconstruction against original:")
-    lines += [f"  {_label(name):<22}{value}" for name, value in _outcomes(scores).items()]
+    lines += [f"  {heading(name):<22}{value}" for name, value in _outcomes(scores).items()]
     return lines
 
 
@@ -119,11 +120,6 @@ def _outcomes(scores: Scores) -> Mapping[str, str]:
         for name, about in METRICS.items()
         if name in scores.values or name in scores.reasons
     }
-
-
-def _label(name: str) -> str:
-    about = METRICS[name]
-    return f"{about.label} ({about.unit})" if about.unit else about.label
 
 
 def _draw(path: Path, original: Recording, made: Recording, codes: npt.NDArray[np.uint16], info: CodecInfo) -> bool:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import logging
 import multiprocessing
-import os
 import sys
 import time
 from collections import Counter, deque
@@ -62,7 +61,7 @@ from batch_tokenizer.runs.checks import OutputForm
 from batch_tokenizer.runs.finished_run import FinishedRun
 from batch_tokenizer.runtime.ledger import LedgerState, read_ledger
 from batch_tokenizer.runtime.ledger_writer import LedgerWriter
-from batch_tokenizer.runtime.processes import ProcessGroup
+from batch_tokenizer.runtime.processes import ProcessGroup, num_cores
 from batch_tokenizer.runtime.run_folder import RunFolder
 from batch_tokenizer.storage.atomic import atomic_write
 from batch_tokenizer.storage.json_lines import json_lines_writer
@@ -394,8 +393,7 @@ class _CheckingProcesses:
 @contextmanager
 def _checking_processes(checkers: Checkers, manifest: Manifest, workers: int | None) -> Iterator[_CheckingProcesses]:
     if workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = cores if manifest.num_lines >= _LEAST_LINES_FOR_PROCESSES else 1
+        workers = num_cores() if manifest.num_lines >= _LEAST_LINES_FOR_PROCESSES else 1
     if workers == 1:
         _start_process(checkers)
         yield _CheckingProcesses(None, 1)

@@ -1,4 +1,4 @@
-"""Many utterances' scores enter; means with confidence intervals, by group and number of codebooks, leave."""
+"""Means of many utterances' scores with confidence intervals, by group and number of codebooks, and their table."""
 
 from __future__ import annotations
 
@@ -106,22 +106,45 @@ def _group(name: str, num_quantizers: int, utterances: Sequence[Mapping[str, Any
     )
 
 
-def markdown_table(groups: Sequence[Group], metrics: Sequence[str]) -> str:
-    """A table with a row a group and a column a metric: the mean ± half the interval. What has no value says
-    ``not run`` or ``-``, and a note below gives the reasons."""
-    head = ["utterances", "codebooks", "n", *(_heading(metric) for metric in metrics)]
-    rows = [
-        [one.name, str(one.num_quantizers), str(one.count), *(_cell(one, metric) for metric in metrics)]
-        for one in groups
-    ]
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+def score_table(groups: Sequence[Group], metrics: Sequence[str], width: int) -> str:
+    """A markdown table with a row a metric and a column a group: the mean ± half the interval. What has no value says
+    ``not run`` or ``-``, and a note below gives the reasons.
 
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
-
-    lines = [line(head), "|" + "|".join("-" * (width + 2) for width in widths) + "|", *map(line, rows)]
+    Args:
+        width: in characters; groups that do not fit beside each other go into further tables below.
+    """
+    head = ["", *(heading(metric) for metric in metrics), "utterances"]
+    columns = [
+        [_name(one, groups), *(_cell(one, metric) for metric in metrics), f"{one.count:,}"] for one in groups
+    ]  # fmt: skip
+    tables = []
+    while columns:
+        room, fitting = width - _width(head), 0
+        for column in columns:
+            room -= _width(column)
+            if room < 0 and fitting:
+                break
+            fitting += 1
+        tables.append(_markdown([head, *columns[:fitting]]))
+        columns = columns[fitting:]
     notes = reason_lines([one for one in groups if one.name == ALL], metrics)
-    return "\n".join([*lines, *([""] if notes else []), *notes]) + "\n"
+    return "\n\n".join([*tables, *(["\n".join(notes)] if notes else [])]) + "\n"
+
+
+def _name(one: Group, groups: Sequence[Group]) -> str:
+    several = len({other.num_quantizers for other in groups}) > 1
+    return f"{one.name}, {one.num_quantizers} codebooks" if several else one.name
+
+
+def _width(column: Sequence[str]) -> int:
+    return max(map(len, column)) + 3
+
+
+def _markdown(columns: Sequence[Sequence[str]]) -> str:
+    padded = [[cell.ljust(max(map(len, column))) for cell in column] for column in columns]
+    lines = ["| " + " | ".join(cells) + " |" for cells in zip(*padded, strict=True)]
+    rule = "|" + "|".join("-" * (len(column[0]) + 2) for column in padded) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
 
 
 def reason_lines(groups: Sequence[Group], metrics: Sequence[str]) -> list[str]:
@@ -139,7 +162,26 @@ def reason_lines(groups: Sequence[Group], metrics: Sequence[str]) -> list[str]:
     return lines
 
 
-def _heading(metric: str) -> str:
+#: dB by which a reconstruction may be louder or quieter than its original before it is mentioned.
+_LEVEL_TOLERANCE = 3.0
+
+
+def level_notes(utterances: Iterable[Mapping[str, Any]]) -> list[str]:
+    """A line if reconstructions are clearly louder or quieter than their originals; nothing otherwise."""
+    changes = {str(one["key"]): one["scores"]["level_change"] for one in utterances if "level_change" in one["scores"]}
+    beyond = {key: change for key, change in changes.items() if abs(change) > _LEVEL_TOLERANCE}
+    if not beyond:
+        return []
+    key = max(beyond, key=lambda one: abs(beyond[one]))
+    word = "louder" if beyond[key] > 0 else "quieter"
+    return [
+        f"level: {len(beyond)} of {len(changes)} utterances differ from their original by more than "
+        f"{_LEVEL_TOLERANCE:g} dB; {key} is {abs(beyond[key]):.1f} dB {word}"
+    ]
+
+
+def heading(metric: str) -> str:
+    """The metric's label, with its unit where it has one."""
     about = METRICS[metric]
     return f"{about.label} ({about.unit})" if about.unit else about.label
 

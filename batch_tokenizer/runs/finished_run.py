@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 
 from batch_tokenizer.manifest.manifest import Manifest
 from batch_tokenizer.records import SHARD_SINKS, TASKS, RunError, Sink, Task
-from batch_tokenizer.runs.source import find_manifest
+from batch_tokenizer.runs.source import find_manifest, recorded_source
 from batch_tokenizer.runtime.progress import RankStatus
 from batch_tokenizer.runtime.run_files import shard_of_ledger_file
 from batch_tokenizer.runtime.run_settings import read_settings
@@ -70,6 +70,11 @@ class FinishedRun:
     def has_shards(self) -> bool:
         """Whether its results are in shards, and not in files that its rows name."""
         return self.sink in SHARD_SINKS
+
+    @property
+    def data_list(self) -> str | None:
+        """The source of the rows as the user named it; None where nothing recorded it."""
+        return recorded_source(self.path)
 
     def manifest(self, data_list: str | Path | None = None) -> Manifest:
         """The run's rows.

@@ -13,13 +13,12 @@ import numpy.typing as npt
 
 from batch_tokenizer.audio.loading import load_samples
 from batch_tokenizer.codecs.base import Codec, CodecInfo
-from batch_tokenizer.codecs.offline import at_input_rate, check_num_quantizers, decode, encode
+from batch_tokenizer.codecs.offline import check_num_quantizers
 from batch_tokenizer.codecs.opening import open_codec, open_spec
 from batch_tokenizer.config import Device, Dtype
 from batch_tokenizer.data.pieces import PassLimit
 from batch_tokenizer.data.token_files import read_any_tokens, read_tokens
 from batch_tokenizer.manifest.manifest import Manifest
-from batch_tokenizer.quality.recordings import Recording, align, load_beginning
 from batch_tokenizer.records import ManifestRow, Pieces, RowError, RowFailure, RunError
 from batch_tokenizer.runs.finished_run import FinishedRun
 from batch_tokenizer.runs.shards import find_places
@@ -185,32 +184,3 @@ def load_input(source: Source, row: ManifestRow, known: Mapping[str, Any]) -> tu
     if source.codec is None:
         return codes, None
     return codes, PassLimit().of_codes(source.codec.spec, len(codes), origin)
-
-
-def recordings(source: Source, row: ManifestRow, known: Mapping[str, Any]) -> tuple[Recording, Recording]:
-    """A row's original and its reconstruction from the most codebooks asked for, to look at and listen to.
-
-    Raises:
-        RowError: one of them cannot be had.
-    """
-    if row.wav is None:
-        raise RowError("load", "the row has no wav to compare with")
-    original, length = load_beginning(row.wav, source.sample_rate, source.resampler, row.cut)
-    most = source.num_quantizers[-1]
-    made: Any
-    if source.codec is None:
-        if row.reconstructed_wav is None:
-            raise RowError("load", "the row has no reconstructed_wav")
-        made, made_length = load_beginning(row.reconstructed_wav, source.sample_rate, "soxr")
-    else:
-        loaded, segments = load_input(source, row, known)
-        (codes,) = encode(source.codec, [loaded], most) if source.run is None else [loaded[:, :most]]
-        if isinstance(codes, RowError):
-            raise codes
-        (made,) = decode(source.codec, [np.ascontiguousarray(codes)], [segments])
-        if isinstance(made, RowError):
-            raise made
-        made = at_input_rate(source.codec.info, made)
-        made_length = len(made)
-    reference, (reconstruction,) = align(original, [made], source.sample_rate, [length, made_length])
-    return reference, reconstruction

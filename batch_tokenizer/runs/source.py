@@ -83,6 +83,12 @@ def find_manifest(run_dir: Path, data_list: str | Path | None) -> Path:
     raise RunError(f"the manifest of {run_dir} is not beside it: name it with --data_list")
 
 
+def recorded_source(run_dir: Path) -> str | None:
+    """What the user named as the source of a run's rows, without credentials; None where nothing recorded it."""
+    record = _read(run_dir / "source.json").get("data_list")
+    return spoken(record) if isinstance(record, str) else None
+
+
 def typed(data_list: str | Path) -> str:
     """What a summary calls the source: a file's or folder's whole path, anything else as the user named it."""
     path = Path(data_list)

@@ -13,6 +13,7 @@ import torch
 
 from batch_tokenizer.config import Device, Dtype
 from batch_tokenizer.records import RunError, first_line
+from batch_tokenizer.runtime.processes import num_cores
 
 log = logging.getLogger(__name__)
 
@@ -145,9 +146,5 @@ def _compute_in_float32() -> None:
 
 def _share_of_cores() -> int:
     """The cores this process may use, divided among the ranks that the launcher put on this machine."""
-    try:
-        cores = len(os.sched_getaffinity(0))
-    except AttributeError:  # not on this operating system
-        cores = os.cpu_count() or 1
     ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    return max(1, cores // (int(ranks) if ranks.isdecimal() else 1))
+    return max(1, num_cores() // (int(ranks) if ranks.isdecimal() else 1))

@@ -111,3 +111,11 @@ def _number(environment: Mapping[str, str], name: str, default: int | None = Non
     if not text.isdecimal():
         raise RunError(f"environment variable {name}={text!r} is not a number")
     return int(text)
+
+
+def num_cores() -> int:
+    """Processor cores that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on this operating system
+        return os.cpu_count() or 1

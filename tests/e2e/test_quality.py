@@ -14,8 +14,8 @@ import pytest
 import soundfile
 
 from batch_tokenizer.cli import main
-from batch_tokenizer.commands import evaluate
 from batch_tokenizer.commands import report as run_report
+from batch_tokenizer.quality import evaluation as evaluate
 from batch_tokenizer.records import RunError
 from tests.support.checkpoints import write_mimo_checkpoint
 from tests.support.command import ROOT, batch_tokenizer, output_row, write_manifest
@@ -124,7 +124,7 @@ def test_a_torn_line_is_scored_again_and_parquet_holds_the_same(workplace, tmp_p
 
 
 def test_fewer_codebooks_are_decoded_again_and_scoring_runs_in_processes(workplace, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "_UTTERANCES_PER_WORKER", 2)
+    monkeypatch.setattr(evaluate, "UTTERANCES_PER_WORKER", 2)
     out = str(tmp_path / "scores")
     words = ["evaluate", RUN_DIR, "--num_quantizers", "2", "5", "--metrics", "si_sdr", "--out", out]
     assert main([*words, "--model_path", "model", "--workers", "2"]) == 0

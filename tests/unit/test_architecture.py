@@ -29,15 +29,14 @@ ROOMS: dict[str, set[str]] = {
         "sources",
         "writers",
         "runtime",
-        "quality",
         "audio",
         "storage",
         "config",
         "records",
     },
     "training": {"kernels", "audio", "codecs", "storage", "records"},
-    "quality": {"records", "audio", "storage"},
-    "report": {"records", "audio", "quality", "runs", "storage"},
+    "quality": {"codecs.offline", "config", "records", "audio", "runs", "storage"},
+    "report": {"manifest", "runtime", "records", "audio", "quality", "runs", "storage"},
     "pipeline": {"codecs", "data", "manifest", "quality.live", "runs", "runtime", "writers", "config", "records"},
 }
 

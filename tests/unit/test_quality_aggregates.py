@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batch_tokenizer.quality.aggregates import ALL, estimate, group, markdown_table
+from batch_tokenizer.quality.aggregates import ALL, estimate, group, level_notes, score_table
 from batch_tokenizer.quality.codebooks import CodebookUse, bit_rate
 
 
@@ -64,14 +64,34 @@ def test_the_table_never_drops_a_metric():
     utterances = [
         record("a", scores={"stoi": 0.5}, not_scored={"sim": "not run: no model", "pesq_wb": "shorter than 0.25 s"})
     ]
-    table = markdown_table(group(utterances), ["pesq_wb", "sim", "stoi"])
-    head, _, row, *notes = table.splitlines()
-    assert [cell.strip() for cell in head.split("|")[1:-1]] == [
-        "utterances", "codebooks", "n", "PESQ-WB", "SIM", "STOI",
-    ]  # fmt: skip
-    assert [cell.strip() for cell in row.split("|")[1:-1]] == ["all", "8", "1", "-", "not run", "0.500"]
-    assert "PESQ-WB: 1 of 1 without a value: shorter than 0.25 s" in notes
-    assert "SIM: 1 of 1 without a value: not run: no model" in notes
+    table = score_table(group(utterances), ["pesq_wb", "sim", "stoi"], 80)
+    lines = table.splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| ")]
+    assert cells == [["", "all"], ["PESQ-WB", "-"], ["SIM", "not run"], ["STOI", "0.500"], ["utterances", "1"]]
+    assert "PESQ-WB: 1 of 1 without a value: shorter than 0.25 s" in lines
+    assert "SIM: 1 of 1 without a value: not run: no model" in lines
+
+
+@pytest.mark.parametrize("width", [20, 60, 80, 200])
+def test_the_table_fits_its_width_and_drops_no_group(width):
+    utterances = [
+        record(str(number), f"language {number % 9}", count, {"stoi": number / 40, "level_change": 1.0})
+        for number in range(40)
+        for count in (2, 8)
+    ]
+    groups = group(utterances, "language")
+    table = score_table(groups, ["stoi", "level_change"], width)
+    for one in groups:
+        assert f"{one.name}, {one.num_quantizers} codebooks" in table
+    longest = max(len(line) for line in table.splitlines())
+    assert longest <= max(width, 60)  # one column of a group and that of the names are never parted
+
+
+def test_a_level_that_changed_is_said_in_words():
+    assert level_notes([record("a", scores={"level_change": 2.9}), record("b", scores={"stoi": 1.0})]) == []
+    [note] = level_notes([record("a", scores={"level_change": 13.04}), record("b", scores={"level_change": -4.0})])
+    assert note.startswith("level: 2 of 2 utterances")
+    assert note.endswith("a is 13.0 dB louder")
 
 
 class TestCodebookUse:

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from batch_tokenizer.commands.report import choose, reason_pattern
 from batch_tokenizer.quality.recordings import Recording
-from batch_tokenizer.report import page, sounds
+from batch_tokenizer.report import page
+from batch_tokenizer.report.sections import choose, reason_pattern
 from tests.support.html import parse
 
 RATE = 24000
@@ -27,24 +27,29 @@ def tone():
 
 def test_what_comes_from_outside_is_text_not_markup():
     evil = '<script>alert("1")</script>&amp;'
-    text = page.render(evil, evil, {evil: evil}, [page.Section(evil, page.table(evil, [evil], [[evil, evil]]))], evil)
-    text += page.comparison(evil, [evil], {evil: ("", "data:,")}, {evil: evil}) + page.facts({evil: evil})
+    table = page.Table(evil, [evil], [[evil, evil]])
+    blocks = [
+        table, page.Facts({evil: evil}), page.Notes(evil, [evil]), page.Folded(evil, table), page.Charts({evil: ""}),
+        page.Comparison(evil, [evil], [page.Side(evil, "", "data:,")], {evil: evil}), page.Paragraph(evil, quiet=True),
+    ]  # fmt: skip
+    text = page.render(evil, evil, {evil: evil}, [page.Section(evil, blocks)], evil)
     assert "<script>alert" not in text
     assert text.count("&lt;script&gt;") > 10
 
 
 def test_the_page_is_well_formed_and_forbids_itself_the_network():
-    text = page.render("t", "s", {"rows": "1"}, [page.Section("One & two", page.paragraph("p"))], "by")
+    text = page.render("t", "s", {"rows": "1"}, [page.Section("One & two", [page.Paragraph("p")])], "by")
     document = parse(text)
     assert not document.problems
     policy = next(tag for tag in document.tags("meta") if tag.get("http-equiv") == "Content-Security-Policy")
     assert "default-src 'none'" in policy["content"]
+    assert ":root {" in text
     (link,) = [tag["href"] for tag in document.tags("a") if tag["href"] != "#content"]
     assert link.removeprefix("#") in document.ids
 
 
 def test_audio_comes_back_from_its_url(tone):
-    url = sounds.data_url(Recording(np.append(tone.samples, np.float32([2, -2])), RATE))
+    url = page.audio_url(Recording(np.append(tone.samples, np.float32([2, -2])), RATE))
     samples, rate = soundfile.read(io.BytesIO(base64.b64decode(url.partition(",")[2])), dtype="float32")
     assert rate == RATE
     assert len(samples) == len(tone.samples) + 2
