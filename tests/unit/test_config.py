@@ -83,9 +83,9 @@ def test_values_out_of_range_are_refused_by_the_name_of_their_flag(values, messa
 
 def test_other_commands_share_flags_and_may_have_other_defaults():
     parser = argparse.ArgumentParser()
-    add_options(parser, "task", "batch_size", task="token2wav")
+    add_options(parser, "task", "prefetch", task="token2wav")
     arguments = parser.parse_args([])
-    assert (arguments.task, arguments.batch_size) == ("token2wav", 64)
+    assert (arguments.task, arguments.prefetch) == ("token2wav", 4)
     assert "(default: token2wav)" in " ".join(parser.format_help().split())
 
 
