@@ -42,6 +42,7 @@ FAMILIES: Mapping[str, str] = {
     "moss_onnx": "batch_tokenizer.codecs.onnx.codec",
     "mimo": "batch_tokenizer.codecs.mimo.codec",
     "moss": "batch_tokenizer.codecs.moss.codec",
+    "qwen3_tts": "batch_tokenizer.codecs.qwen3_tts.codec",
     "snac": "batch_tokenizer.codecs.snac.codec",
     "nanocodec": "batch_tokenizer.codecs.nanocodec.codec",
     "wavtokenizer": "batch_tokenizer.codecs.wavtokenizer.codec",
