@@ -13,7 +13,17 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from batch_tokenizer.records import SHARD_SINKS, LongAudio, RunError, Sink, Task
+from batch_tokenizer.records import (
+    SHARD_SINKS,
+    AttentionWindow,
+    DecoderChunks,
+    LongAudio,
+    Loudness,
+    RunError,
+    Sink,
+    Task,
+    WindowMerge,
+)
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -23,7 +33,7 @@ Channels = Literal["mean", "left", "right", "split"]
 StopMetric = Literal["stoi", "si_sdr", "level_change"]
 FrontEnd = Literal["auto", "host", "device"]
 AttentionBackend = Literal["auto", "torch_varlen", "flash_attn", "sdpa", "reference"]
-Group = Literal["input", "output", "model", "speed", "long audio", "run and resume", "quality"]
+Group = Literal["input", "output", "model", "single codecs", "speed", "long audio", "run and resume", "quality"]
 
 #: Settings of a run that decide where its outputs go and in which form, but not what is computed.
 OUTPUT_SETTINGS = ("sink", "output_dir", "audio_format")
@@ -166,6 +176,18 @@ class RunConfig:
         "torchaudio's, with which published tokens were made (reference), or soxr's HQ, which is faster")
     attention: AttentionBackend = option("auto", "model", "force a backend of the attention kernel")
 
+    loudness: Loudness = option("none", "single codecs",
+        "MOSS: bring each utterance's level nearer to -20 dB first, as MOSS-TTS does before it encodes (moss_tts)")
+    attention_window: AttentionWindow = option("full", "single codecs",
+        "Qwen3-TTS: the encoder sees all earlier frames, as in Qwen's own data preparation (full), or those within the "
+        "configuration's window, as the published code with flash attention does (published)")
+    decoder_chunks: DecoderChunks = option("exact", "single codecs",
+        "Qwen3-TTS: decode audio above 24 s as if in one pass (exact), or in the published chunks of 300 frames, whose "
+        "starts see only 25 frames back (published)")
+    window_merge: WindowMerge = option("complete", "single codecs",
+        "S3Tokenizer: merge the windows of audio above 30 s without loss (complete), or as the published code does, "
+        "which can lose up to 2 s of tokens before the end (published)")
+
     batch_size: int | None = option(None, "speed", "most utterances in a batch", minimum=1,
         unset="64; on CUDA as many as fill the frame budget")
     frame_budget: int | None = option(None, "speed", "most token frames in a batch", minimum=1,
@@ -222,6 +244,12 @@ class RunConfig:
             raise RunError(f"--sink {self.sink} needs --output_dir, the folder of its shards")
         if self.shard >= self.num_shards:
             raise RunError(f"--shard {self.shard}: must be below --num_shards {self.num_shards}")
+
+    @property
+    def codec_options(self) -> dict[str, Any]:
+        """Settings of single codec families that are not left at their defaults."""
+        names = [name for name, declared in options().items() if declared.group == "single codecs"]
+        return {name: getattr(self, name) for name in names if getattr(self, name) != options()[name].default}
 
     def default_run_dir(self) -> Path:
         """Beside the manifest, one folder a task: ``data.jsonl`` and ``wav2token`` give ``data.wav2token.run``."""

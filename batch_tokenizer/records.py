@@ -20,6 +20,10 @@ Task = Literal["wav2token", "token2wav", "wav2token2wav"]
 Sink = Literal["json", "npy", "tar", "parquet"]
 Stage = Literal["manifest", "load", "encode", "decode", "write"]
 LongAudio = Literal["native", "segment", "stream"]
+AttentionWindow = Literal["full", "published"]
+DecoderChunks = Literal["exact", "published"]
+WindowMerge = Literal["complete", "published"]
+Loudness = Literal["none", "moss_tts"]
 
 TASKS: tuple[Task, ...] = ("wav2token", "token2wav", "wav2token2wav")
 

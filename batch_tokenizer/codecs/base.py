@@ -111,6 +111,15 @@ class CodecSpec(ABC):
                 raise RunError(f"--{name} {value}: not a setting of {self.info.family}; {has}")
         return replace(self, **chosen)  # type: ignore[type-var]  # subclasses are dataclasses
 
+    def with_recorded(self, settings: Mapping[str, Any]) -> Self:
+        """``with_options`` of those among the settings of a run or the ``info`` of a token file."""
+        return self.with_options({name: settings[name] for name in self.options if name in settings})
+
+    @property
+    def needs_whole_utterances(self) -> bool:
+        """Whether ``features`` of an utterance's pieces would not be those of the whole."""
+        return False
+
     @property
     def settings(self) -> dict[str, Any]:
         """``options`` that differ from their defaults, for the run's settings and every token file."""

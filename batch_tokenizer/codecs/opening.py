@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
 
 import torch
 
@@ -27,13 +30,22 @@ def open_spec(model_path: str | None) -> CodecSpec:
     return find_family(checkpoint).open_spec(checkpoint)
 
 
-def open_codec(model_path: str | None, device: Device = "auto", dtype: Dtype = "auto") -> Codec:
+def open_codec(
+    model_path: str | None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    settings: Mapping[str, Any] = MappingProxyType({}),
+) -> Codec:
     """A checkpoint with all of its weights on a device, as ``CodecSetup.open`` chooses it.
+
+    Args:
+        settings: of a run, from which those of the codec's family are taken.
 
     Raises:
         RunError: the checkpoint or the device cannot be used.
     """
-    return CodecSetup.open(Checkpoint.open(model_path), device=device, dtype=dtype).load()
+    setup = CodecSetup.open(Checkpoint.open(model_path), device=device, dtype=dtype)
+    return replace(setup, spec=setup.spec.with_recorded(settings)).load()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +74,7 @@ class CodecSetup:
         dtype: Dtype = "auto",
         front_end: FrontEnd = "host",
         attention: AttentionBackend = "auto",
+        options: Mapping[str, Any] = MappingProxyType({}),
         local_rank: int = 0,
         threads: int | None = None,
     ) -> CodecSetup:
@@ -69,6 +82,7 @@ class CodecSetup:
 
         Args:
             family: where it is known.
+            options: settings of the codec's family (``CodecSpec.options``).
             local_rank: of the processes on this machine, which go to its GPUs in turn.
             threads: None takes one for each core of this process, and lets torch compute an operation on one thread:
                 faster for short utterances, and results do not depend on how many cores there are. With a number,
@@ -78,7 +92,7 @@ class CodecSetup:
             RunError: the checkpoint or the device cannot be used; the message names what is wrong.
         """
         family = family or find_family(checkpoint)
-        spec = family.open_spec(checkpoint)
+        spec = family.open_spec(checkpoint).with_options(options)
         compute = choose_device(device, dtype, local_rank, spec.cuda_dtype)
         if threads is None and compute.device.type == "cpu":
             torch.set_num_threads(1)

@@ -42,11 +42,14 @@ ToBytes = Callable[[npt.NDArray[np.uint16], Mapping[str, Any]], bytes]
 #: What a run says of all its rows alike; see ``pipeline.Job.info``.
 RUN_FIELDS = (
     "codec", "fingerprint", "sample_rate", "frame_rate", "codebook_sizes", "dtype", "resampler", "segment_samples",
-    "version",
+    "loudness", "attention_window", "window_merge", "version",
 )  # fmt: skip
 
 #: Of these, what all rows of a shard or stream must have in common.
-_MUST_AGREE = ("codec", "fingerprint", "sample_rate", "frame_rate", "codebook_sizes")
+_MUST_AGREE = (
+    "codec", "fingerprint", "sample_rate", "frame_rate", "codebook_sizes",
+    "loudness", "attention_window", "window_merge",
+)  # fmt: skip
 
 
 class Target(Protocol):

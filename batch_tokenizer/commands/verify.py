@@ -158,7 +158,7 @@ def _open_spec(model_path: str | None, run: FinishedRun) -> CodecSpec:
             f"run folder {run.path} is of another checkpoint (fingerprint {fingerprint}) than {spec.info.name} "
             f"({spec.info.fingerprint}): name the run's own with --model_path"
         )
-    return spec
+    return spec.with_recorded(run.settings)
 
 
 @dataclass(slots=True)

@@ -41,6 +41,9 @@ class PassLimit:
             RunError: the model has no streams, or does not take as much in one pass as is asked for.
         """
         info = spec.info
+        if policy != "native" and spec.needs_whole_utterances:
+            told = ", ".join(f"--{name} {value}" for name, value in spec.settings.items())
+            raise RunError(f"--long_audio {policy}: {told} needs whole utterances; leave one of them out")
         if policy == "stream" and not spec.streams:
             raise RunError(f"--long_audio stream: {info.family} has no exact streams; use --long_audio segment")
         model = info.max_samples

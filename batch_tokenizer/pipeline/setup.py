@@ -87,7 +87,7 @@ class RunContext:
         """
         checkpoint = Checkpoint.open(config.model_path)
         family = find_family(checkpoint)
-        spec = family.open_spec(checkpoint)
+        spec = family.open_spec(checkpoint).with_options(config.codec_options)
         compute = choose_device(config.device, config.dtype, processes.local_rank, spec.cuda_dtype)
         spec = with_front_end(spec, config.front_end, compute)
         if compute.device.type == "cpu":
@@ -139,6 +139,7 @@ class RunContext:
             "codebook_sizes": list(self.spec.info.codebook_sizes[: self.num_quantizers]),
             "dtype": self.compute.dtype_name,
             "resampler": self.config.resampler,
+            **self.spec.settings,
             "version": __version__,
         }
 

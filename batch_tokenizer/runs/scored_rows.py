@@ -131,7 +131,7 @@ def open_source(
     model_path = model_path or (recorded if isinstance(recorded, str) else None)
     numbers = check_num_quantizers(num_quantizers, settings["num_quantizers"])
     needs_codec = run.task == "wav2token" or numbers != (settings["num_quantizers"],)
-    codec = open_codec(model_path, device, dtype) if needs_codec else None
+    codec = open_codec(model_path, device, dtype, settings) if needs_codec else None
     known: CodecInfo | None
     if codec is not None:
         known = codec.info

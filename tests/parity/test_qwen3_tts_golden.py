@@ -52,7 +52,7 @@ def test_window_of_the_configuration(golden_root, together):
 
 
 @pytest.mark.parametrize("together", [False, True], ids=["alone", "together"])
-@pytest.mark.parametrize("piece", [1, 17, 250, 10_000])
+@pytest.mark.parametrize("piece", [17, 250])
 def test_pieces_are_one_pass(golden_root, piece, together):
     answers = KnownAnswers(golden_root / "qwen3_tts_12hz_window_tiny")
     codec = answers.open()
@@ -71,9 +71,7 @@ def test_pieces_are_one_pass(golden_root, piece, together):
 
 
 def test_command_line(answers, tmp_path):
-    if "window" in answers.folder.name:
-        pytest.skip("its answers need --decoder_chunks published")
-    tokens, samples = answers.run(tmp_path, "--batch_size", 3)
+    tokens, samples = answers.run(tmp_path, "--batch_size", 3, "--decoder_chunks", "published")
     for utterance, code, audio in zip(answers.utterances, tokens, samples, strict=True):
         np.testing.assert_array_equal(code, answers.codes(utterance))
         np.testing.assert_allclose(audio[0], answers.expected[f"{utterance}.recon"], rtol=0, atol=1e-4)

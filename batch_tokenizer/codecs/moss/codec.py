@@ -6,7 +6,7 @@ import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -22,14 +22,13 @@ from batch_tokenizer.codecs.moss.layers import Stream
 from batch_tokenizer.codecs.moss.model import DEFAULT_CAPACITY, MossAudioTokenizer, interleave
 from batch_tokenizer.codecs.moss.streaming import decode_stream, encode_stream
 from batch_tokenizer.kernels.attention import BackendUnavailable, choose_backend
-from batch_tokenizer.records import RunError, Task
+from batch_tokenizer.records import Loudness, RunError, Task
 
 log = logging.getLogger(__name__)
 
 Samples = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.uint16]
 
-Loudness = Literal["none", "moss_tts"]
 
 #: Other names of the same tensors: patterns, and what they stand for. v2 and older checkpoints have them.
 _ALIASES = (
@@ -59,6 +58,10 @@ class MossSpec(CodecSpec):
     config: MossConfig
     loudness: Loudness = "none"
     streams = True
+
+    @property
+    def needs_whole_utterances(self) -> bool:
+        return self.loudness != "none"
 
     def features(self, samples: Samples) -> Samples:
         channels = np.asarray(samples, dtype=np.float32).reshape(self.info.channels, -1)

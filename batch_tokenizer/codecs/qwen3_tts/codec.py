@@ -17,15 +17,10 @@ from batch_tokenizer.codecs.checkpoint import Checkpoint
 from batch_tokenizer.codecs.layers.padded import PaddedBatch
 from batch_tokenizer.codecs.padded_codec import Codes, PaddedCodec, Samples
 from batch_tokenizer.codecs.qwen3_tts.config import Qwen3TtsConfig
-from batch_tokenizer.codecs.qwen3_tts.decoder import Chunks
 from batch_tokenizer.codecs.qwen3_tts.model import Qwen3TtsTokenizer
-from batch_tokenizer.records import RunError, Task
+from batch_tokenizer.records import AttentionWindow, DecoderChunks, RunError, Task
 
 log = logging.getLogger(__name__)
-
-#: ``full``: the encoder's queries see all earlier frames, as in the published code that makes training data;
-#: ``published``: those within the configuration's ``sliding_window``, as with flash attention.
-AttentionWindow = Literal["full", "published"]
 
 _MODEL_TYPE = "qwen3_tts_tokenizer_12hz"
 _OTHER_MODEL_TYPE = "qwen3_tts_tokenizer_25hz"
@@ -49,8 +44,9 @@ class Qwen3TtsSpec(CodecSpec):
     """A Qwen3-TTS-Tokenizer-12Hz checkpoint without its weights. Features are the samples, (1, S).
 
     Attributes:
-        attention_window: what the encoder's transformer sees.
-        decoder_chunks: how utterances above 24 s are decoded.
+        attention_window: whether the encoder's queries see all earlier frames, as in the published code that makes
+            training data, or those within the configuration's ``sliding_window``, as with flash attention.
+        decoder_chunks: whether utterances above 24 s are decoded as if in one pass, or in the published chunks.
     """
 
     options = ("attention_window", "decoder_chunks")
@@ -58,7 +54,7 @@ class Qwen3TtsSpec(CodecSpec):
     info: CodecInfo
     config: Qwen3TtsConfig
     attention_window: AttentionWindow = "full"
-    decoder_chunks: Chunks = "exact"
+    decoder_chunks: DecoderChunks = "exact"
 
     #: Encoding in 16 bits changes codes.
     cuda_dtype: ClassVar[Literal["float32", "bfloat16"]] = "float32"

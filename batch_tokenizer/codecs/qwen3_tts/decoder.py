@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,7 @@ from batch_tokenizer.codecs.qwen3_tts.config import DecoderConfig, TransformerCo
 from batch_tokenizer.codecs.qwen3_tts.layers import CausalAttention, LayerScale, Pointwise, UsageCodebook, in_pieces
 from batch_tokenizer.kernels.codebook import Float32Buffers
 from batch_tokenizer.kernels.norms import RMSNorm
-
-#: How an utterance is decoded that is longer than a piece: as if in one pass, or as the published code does it.
-Chunks = Literal["exact", "published"]
+from batch_tokenizer.records import DecoderChunks
 
 #: Frames of a published chunk, and those before it that go through with it.
 PUBLISHED_CHUNK, PUBLISHED_CONTEXT = 300, 25
@@ -174,7 +172,7 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.chunks: Chunks = "exact"
+        self.chunks: DecoderChunks = "exact"
         self.piece = PIECE_FRAMES
         latent, width = config.latent_dim, config.decoder_dim
         self.quantizer = nn.ModuleDict(

@@ -15,11 +15,11 @@ from batch_tokenizer.audio.mel import whisper_log_mel
 from batch_tokenizer.codecs.base import Codec, CodecInfo, CodecSpec
 from batch_tokenizer.codecs.checkpoint import GRAPHS_KEY, Checkpoint
 from batch_tokenizer.codecs.execution import BatchRunner, to_host
-from batch_tokenizer.codecs.s3tokenizer.config import SAMPLE_RATE, VERSIONS, Merge, S3Config
+from batch_tokenizer.codecs.s3tokenizer.config import SAMPLE_RATE, VERSIONS, S3Config
 from batch_tokenizer.codecs.s3tokenizer.model import DEFAULT_CAPACITY, S3Tokenizer
 from batch_tokenizer.codecs.s3tokenizer.published import is_published_graph, open_graph
 from batch_tokenizer.kernels.attention import BackendUnavailable, choose_backend
-from batch_tokenizer.records import RowError, RunError, Task
+from batch_tokenizer.records import RowError, RunError, Task, WindowMerge
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class S3Spec(CodecSpec):
 
     info: CodecInfo
     config: S3Config
-    window_merge: Merge = "complete"
+    window_merge: WindowMerge = "complete"
 
     def features(self, samples: Samples) -> Samples:
         return whisper_log_mel(samples, self.config.n_mels)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, Literal
+from typing import Any
 
-from batch_tokenizer.records import RunError
+from batch_tokenizer.records import RunError, WindowMerge
 
 #: Hz, samples from one mel frame to the next, and the fewest samples that a spectrum can be made of.
 SAMPLE_RATE, HOP_LENGTH, LEAST_SAMPLES = 16000, 160, 201
@@ -20,9 +20,6 @@ TRIMMED_SECONDS = 2
 
 #: Base-3 digits of a code of finite scalar quantization.
 FSQ_DIGITS = 8
-
-#: How the tokens of overlapping windows are merged; ``S3Config.windows`` says what differs.
-Merge = Literal["complete", "published"]
 
 #: The published names, the stride of ``conv1`` of each, and whether it is of the second architecture (RoPE, FSMN, FSQ).
 VERSIONS: Mapping[str, tuple[int, bool]] = {
@@ -133,7 +130,7 @@ class S3Config:
         """Frames between the two convolutions."""
         return (mel_frames + self.stride - 1) // self.stride
 
-    def windows(self, mel_frames: int, merge: Merge = "complete") -> list[Window]:
+    def windows(self, mel_frames: int, merge: WindowMerge = "complete") -> list[Window]:
         """The windows of an utterance of ``mel_frames``, and which of their tokens make up its own.
 
         Up to 30 s are one window. Longer audio has one of 30 s every 26 s; each loses its tokens of 2 s on every side
@@ -155,7 +152,7 @@ class S3Config:
             windows.append(Window(start, length, trimmed * (not first), max(0, kept)))
         return windows
 
-    def num_frames(self, num_samples: int, merge: Merge = "complete") -> int:
+    def num_frames(self, num_samples: int, merge: WindowMerge = "complete") -> int:
         """Token frames of an utterance of ``num_samples`` >= 1 samples."""
         return sum(window.tokens for window in self.windows(self.mel_frames(num_samples), merge))
 

@@ -16,10 +16,11 @@ from torch.nn.functional import conv1d, gelu, linear, normalize, pad
 
 from batch_tokenizer.codecs.mimo.layers import Rotation
 from batch_tokenizer.codecs.mimo.quantizer import Codebook
-from batch_tokenizer.codecs.s3tokenizer.config import FSQ_DIGITS, Merge, S3Config
+from batch_tokenizer.codecs.s3tokenizer.config import FSQ_DIGITS, S3Config
 from batch_tokenizer.kernels.attention import choose_backend, varlen_attention
 from batch_tokenizer.kernels.codebook import Float32Buffers
 from batch_tokenizer.kernels.segments import GappedAxis, Segments, filler_runs, joined_on, packs
+from batch_tokenizer.records import WindowMerge
 
 #: Token frames of a pack on CUDA: at 25 Hz 164 s of audio.
 DEFAULT_CAPACITY = 4096
@@ -199,7 +200,7 @@ class S3Tokenizer(nn.Module):
             ``DEFAULT_CAPACITY`` on CUDA. Results are equal to the bit only among packs of one capacity.
     """
 
-    def __init__(self, config: S3Config, merge: Merge = "complete") -> None:
+    def __init__(self, config: S3Config, merge: WindowMerge = "complete") -> None:
         super().__init__()
         self.config = config
         self.merge = merge
