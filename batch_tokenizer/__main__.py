@@ -1,11 +1,9 @@
 """``python -m batch_tokenizer`` and ``torchrun -m batch_tokenizer``."""
 
-import sys
-
 from batch_tokenizer.runtime.parent import stop_with_parent
 
 if __name__ == "__main__":
     stop_with_parent()  # before the imports below, which take seconds
-    from batch_tokenizer.cli import main
+    from batch_tokenizer.cli import console
 
-    sys.exit(main())
+    console()

@@ -4,7 +4,7 @@
     batch_tokenizer verify …, batch_tokenizer status …                                 the subcommands of ``COMMANDS``
 
 Exit status: 0 the run finished; 1 it could not go on, or every row failed, or any did under ``--strict``; 2 bad
-arguments; 128 + n when signal n stopped it.
+arguments; 128 + n when signal n stopped it, 141 (SIGPIPE) when nobody reads the output any more.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ import importlib
 import json
 import logging
 import os
+import select
+import signal
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from batch_tokenizer import __version__
 from batch_tokenizer.config import RunConfig, add_options, shard_of_slurm_array
@@ -43,6 +46,9 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "onnx": ("batch_tokenizer.commands.onnx", "export a codec as ONNX graphs, check graphs, describe them"),
     "codecs": ("batch_tokenizer.commands.codecs", "list the families of codecs, or describe a checkpoint"),
 }
+
+#: Names of threads that may outlive a command: writers, and scoring while a run goes.
+_LEFT_BEHIND = ("writer-", "quality")
 
 #: Seconds in which the other ranks of a machine end by themselves; torchrun lists those that it has to end.
 _OTHERS_END_SECONDS = 1.0
@@ -70,8 +76,41 @@ def run_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def console() -> NoReturn:
+    """The console command: runs ``main`` and ends the process with its exit status."""
+    status = main()
+    if any(thread.name.startswith(_LEFT_BEHIND) for thread in threading.enumerate()):
+        # A thread that hangs in a write, or is still scoring, is inside a native library, which would abort the process
+        # if the interpreter were taken down around it.
+        logging.shutdown()
+        os._exit(status)
+    sys.exit(status)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status."""
+    try:
+        status = _main(argv)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        broken = [stream for stream in (sys.stdout, sys.stderr) if _reader_is_gone(stream)]
+        if not broken:
+            raise
+        # The reader went away, as ``head`` does. What is still buffered goes nowhere, without an error at the exit.
+        for stream in broken:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return 128 + signal.SIGPIPE
+
+
+def _reader_is_gone(stream: TextIO) -> bool:
+    """Whether an output stream is a pipe that nobody reads any more."""
+    poll = select.poll()
+    poll.register(stream.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _main(argv: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
