@@ -10,7 +10,7 @@ that a record crosses a process border as plain bytes.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -250,6 +250,8 @@ class LedgerEntry:
         status: ``done``, ``failed``, or ``redo`` (an earlier ``done`` is taken back, as its outputs are gone).
         num_samples: input length in samples at the codec's rate (``done`` only).
         frames: token frames (``done`` only).
+        checksums: CRC-32 of the row's codes (``codes``) and of the bytes that were stored for it, by name
+            (``done`` only).
         stage, reason: why it failed (``failed`` only).
     """
 
@@ -259,5 +261,6 @@ class LedgerEntry:
     status: Literal["done", "failed", "redo"]
     num_samples: int = 0
     frames: int = 0
+    checksums: Mapping[str, int] = field(default_factory=dict)
     stage: Stage | None = None
     reason: str | None = None

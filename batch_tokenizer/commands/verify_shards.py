@@ -30,6 +30,7 @@ from batch_tokenizer.runs.checks import (
 from batch_tokenizer.runs.finished_run import FinishedRun
 from batch_tokenizer.runs.shards import shard_entries
 from batch_tokenizer.runs.stored_rows import StoredRow, shard_rows
+from batch_tokenizer.runtime.ledger_lines import read_shard_lines
 from batch_tokenizer.runtime.run_files import parse_shard_name, shard_ledger_file
 from batch_tokenizer.writers.shard_folder import ShardFolder
 
@@ -187,8 +188,8 @@ def orphans(run_dir: Path, folder: ShardFolder, task: Task) -> list[Problem]:
         found = []
         for name in folder.names():
             place = parse_shard_name(task, name)
-            if place is not None and not shard_ledger_file(run_dir, *place).exists():
-                what = "no ledger file names this shard: the next start of the run puts that right"
+            if place is not None and read_shard_lines(shard_ledger_file(run_dir, *place)) is None:
+                what = "no ledger file that is whole names this shard: the next start of the run puts that right"
                 found.append(Problem(None, None, "orphan", folder.location(name), what))
         for name in folder.names_aside():
             if parse_shard_name(task, name) is not None:

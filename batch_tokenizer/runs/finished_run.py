@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, cast
 from batch_tokenizer.manifest.manifest import Manifest
 from batch_tokenizer.records import SHARD_SINKS, TASKS, RunError, Sink, Task
 from batch_tokenizer.runs.source import find_manifest, recorded_source
+from batch_tokenizer.runtime.ledger_lines import read_shard_lines
 from batch_tokenizer.runtime.progress import RankStatus
 from batch_tokenizer.runtime.run_files import shard_of_ledger_file
 from batch_tokenizer.runtime.run_settings import read_settings
@@ -106,9 +107,16 @@ class FinishedRun:
         return found
 
     def shards(self) -> Iterator[PublishedShard]:
-        """The shards that the ledger names, earliest first."""
+        """The shards that count, earliest first. One whose ledger file is damaged does not: its rows are done again.
+
+        Raises:
+            RunError: a ledger file cannot be read (exit code 1).
+        """
         folder = shard_folder(str(self.settings.get("output_dir")))
-        for path in sorted((self.path / "ledger").glob("*.jsonl")):
-            name = shard_of_ledger_file(path.name, self.task, self.sink)
-            if name is not None:
-                yield PublishedShard(name, folder.location(name), path)
+        try:
+            for path in sorted((self.path / "ledger").glob("*.jsonl")):
+                name = shard_of_ledger_file(path.name, self.task, self.sink)
+                if name is not None and read_shard_lines(path) is not None:
+                    yield PublishedShard(name, folder.location(name), path)
+        except OSError as error:
+            raise RunError(f"ledger in {self.path} cannot be read: {error.strerror}", exit_code=1) from error

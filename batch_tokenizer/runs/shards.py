@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jsonlines
+import orjson
 
 from batch_tokenizer.manifest.row import REFUSED
 from batch_tokenizer.records import OUTPUT_FIELDS, RowError, RunError
 from batch_tokenizer.runs.finished_run import FinishedRun
+from batch_tokenizer.runtime.ledger_lines import read_shard_lines
 from batch_tokenizer.sources.tar_rows import tar_rows
-from batch_tokenizer.storage.json_lines import json_lines_reader
 from batch_tokenizer.storage.names import spoken
 from batch_tokenizer.storage.parquet_rows import row_location
 
@@ -41,10 +41,6 @@ class StoredPlace:
         return cls(locations.get("quantized_tokens"), locations.get("reconstructed_wav"), info)
 
 
-#: Fields that every entry of a shard's ledger file has, and their types.
-_ENTRY_FIELDS = {"line": int, "digest": str, "key": str, "num_samples": int, "frames": int}
-
-
 def shard_entries(ledger: Path) -> list[dict[str, Any]]:
     """The entries of a shard's ledger file, in the order of the shard's rows.
 
@@ -52,23 +48,12 @@ def shard_entries(ledger: Path) -> list[dict[str, Any]]:
         RunError: the file cannot be read, or is damaged (exit code 1).
     """
     try:
-        with ledger.open("rb") as file, json_lines_reader(file) as reader:
-            entries = list(reader)
+        lines = read_shard_lines(ledger)
     except OSError as error:
         raise RunError(f"{ledger} cannot be read: {error.strerror}", exit_code=1) from error
-    except jsonlines.InvalidLineError as error:
-        raise _damaged(ledger) from error
-    if not all(map(_is_entry, entries)):
-        raise _damaged(ledger)
-    return entries
-
-
-def _is_entry(item: Any) -> bool:
-    return isinstance(item, dict) and all(isinstance(item.get(name), kind) for name, kind in _ENTRY_FIELDS.items())
-
-
-def _damaged(ledger: Path) -> RunError:
-    return RunError(f"{ledger} is damaged: remove it, and the next start of the run does its rows again", exit_code=1)
+    if lines is None:
+        raise RunError(f"{ledger} is damaged: the next start of the run does its rows again", exit_code=1)
+    return [orjson.loads(line) for line in lines]
 
 
 def find_places(run: FinishedRun, digests: Container[str]) -> Iterator[tuple[str, StoredPlace | RowError]]:

@@ -14,18 +14,17 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import orjson
 
 from batch_tokenizer.manifest.manifest import Manifest
 from batch_tokenizer.records import LedgerEntry, RunError
-from batch_tokenizer.runtime.ledger_lines import PRIORITY, Entries, parse_lines, read_blocks
+from batch_tokenizer.runtime.ledger_lines import PRIORITY, Entries, decode_entry, parse_lines, read_blocks
 from batch_tokenizer.storage.atomic import atomic_write
 from batch_tokenizer.storage.json_lines import json_lines_writer
 
@@ -237,6 +236,29 @@ def matched_entries(
         yield MatchedEntries(block.file.attempt, lines[kept], entries.num_samples[kept], entries.frames[kept])
 
 
+def read_checksums(run_dir: Path, manifest: Manifest, state: LedgerState) -> dict[str, npt.NDArray[np.int64]]:
+    """The checksums of outputs that were recorded with the rows done in ``state``: by name, int64 (num_lines,) of
+    CRC-32 values, -1 where there is none.
+
+    Raises:
+        RunError: a ledger file cannot be read (exit code 1).
+    """
+    matcher = _Matcher(manifest)
+    columns: dict[str, npt.NDArray[np.int64]] = {}
+    for block in read_blocks(run_dir):
+        entries, _, _ = parse_lines([line for line in block.lines if b'"status":"done"' in line])
+        lines = matcher.match(entries)
+        weight = block.file.attempt * _PRIORITIES + PRIORITY["done"]
+        for number in np.flatnonzero((lines >= 0) & (entries.priorities == PRIORITY["done"])).tolist():
+            line = lines[number]
+            if state.weights[line] == weight:
+                for name, value in entries.checksums[number].items():
+                    if name not in columns:
+                        columns[name] = np.full(manifest.num_lines, -1, np.int64)
+                    columns[name][line] = value
+    return columns
+
+
 def iter_failures(run_dir: Path, manifest: Manifest, state: LedgerState) -> Iterator[LedgerEntry]:
     """The entries that made rows ``failed`` in ``state``, in the order of the manifest, ``line`` being today's line.
 
@@ -265,11 +287,10 @@ def iter_failures(run_dir: Path, manifest: Manifest, state: LedgerState) -> Iter
     for line, number, start, length in table[first].tolist():
         try:
             with paths[number].open("rb") as stream:
-                item = orjson.loads(os.pread(stream.fileno(), length, start))
+                entry = decode_entry(os.pread(stream.fileno(), length, start))
         except OSError as error:
             raise RunError(f"ledger in {run_dir} cannot be read: {error.strerror}", exit_code=1) from error
-        stage, reason = item.get("stage"), item.get("reason")
-        yield LedgerEntry(line, item["digest"], item["key"], "failed", stage=stage, reason=reason)
+        yield replace(entry, line=line)
 
 
 def write_failures(run_dir: Path, manifest: Manifest, state: LedgerState) -> Path:

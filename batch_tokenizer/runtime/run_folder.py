@@ -34,7 +34,13 @@ from batch_tokenizer.runtime.run_files import (
     ledger_file,
     part_name,
 )
-from batch_tokenizer.runtime.run_settings import read_run, read_settings, setting_differences, write_run
+from batch_tokenizer.runtime.run_settings import (
+    other_version,
+    read_run,
+    read_settings,
+    setting_differences,
+    write_run,
+)
 from batch_tokenizer.runtime.work_queue import no_idle
 from batch_tokenizer.storage.atomic import atomic_write
 
@@ -164,11 +170,14 @@ class RunFolder:
                 raise RunError(f"--overwrite: run folder {self.path} is in use by {holder}", exit_code=1)
 
     def _agree_on_settings(self, settings: Mapping[str, Any], overwrite: bool) -> None:
-        before = read_settings(self.path)
+        # With --overwrite, a folder of another version is discarded like one with other settings.
+        content = read_run(self.path) if overwrite else None
+        other = other_version(content) if content is not None else None
+        before = {} if other else read_settings(self.path)
         if before is None and not any((self.path / "ledger").iterdir()):
             write_run(self.path, settings)
             return
-        differences = setting_differences(before or {}, settings)
+        differences = [f"it is of {other}"] if other else setting_differences(before or {}, settings)
         if not differences:
             return
         if not overwrite:

@@ -11,6 +11,9 @@ from typing import Any
 from batch_tokenizer.records import RunError
 from batch_tokenizer.storage.atomic import atomic_write
 
+#: Of the ledger's lines. Those of batch_tokenizer 0.1, which wrote no format, had no check values.
+FORMAT = 2
+
 
 def write_run(run_dir: Path, settings: Mapping[str, Any], run_id: str = "") -> None:
     """Write ``run.json``, with a new id unless one is given.
@@ -18,7 +21,7 @@ def write_run(run_dir: Path, settings: Mapping[str, Any], run_id: str = "") -> N
     Raises:
         OSError: it cannot be written.
     """
-    content = {"settings": settings, "id": run_id or uuid.uuid4().hex[:16]}
+    content = {"settings": settings, "id": run_id or uuid.uuid4().hex[:16], "format": FORMAT}
     with atomic_write(run_dir / "run.json") as file:
         file.write((json.dumps(content, indent=2) + "\n").encode())
 
@@ -48,10 +51,24 @@ def read_settings(run_dir: Path) -> dict[str, Any] | None:
     """The settings in ``run.json``, or None where there is none.
 
     Raises:
-        RunError: it cannot be read, or holds something else (exit code 1).
+        RunError: it cannot be read, or holds something else (exit code 1); it is of another version (2).
     """
     content = read_run(run_dir)
-    return None if content is None else dict(content["settings"])
+    if content is None:
+        return None
+    if other := other_version(content):
+        raise RunError(
+            f"run folder {run_dir} is of {other}, whose ledger this version does not read: use that version for it, or "
+            "start the run with another --run_dir, or with --overwrite to discard what it holds"
+        )
+    return dict(content["settings"])
+
+
+def other_version(content: Mapping[str, Any]) -> str | None:
+    """Which version of batch_tokenizer a run folder is of, by its ``run.json``; None if it is this one."""
+    if content.get("format") == FORMAT:
+        return None
+    return "batch_tokenizer 0.1" if "format" not in content else "another batch_tokenizer"
 
 
 def setting_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

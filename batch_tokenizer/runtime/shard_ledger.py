@@ -4,21 +4,25 @@ A shard's ledger lines are a file of their own. A shard is published in four ste
 lines aside; rename the shard into the output folder; rename the lines into the ledger. ``recover`` in
 ``writers/shard_recovery.py`` turns whatever a kill between two of these steps left into one of two states, both of them
 whole: the shard is there and its rows are done, or neither.
+
+Both files and their folders are synced to the disk, so that no power loss leaves lines of a shard that is torn.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from batch_tokenizer.records import LedgerEntry, RunError
-from batch_tokenizer.runtime.ledger_lines import encode_entry
+from batch_tokenizer.runtime.ledger_lines import encode_shard
 from batch_tokenizer.runtime.run_files import (
     shard_ledger_file,
     shard_name,
     unpublished_file,
     unpublished_folder,
 )
+from batch_tokenizer.storage.atomic import sync_folder
 
 
 class ShardJournal:
@@ -49,7 +53,9 @@ class ShardJournal:
         """
         try:
             with self._unpublished_file(number).open("xb") as stream:
-                stream.writelines(map(encode_entry, entries))
+                stream.write(encode_shard(entries))
+                stream.flush()
+                os.fsync(stream.fileno())
         except OSError as error:
             raise self._failure(error) from error
 
@@ -60,7 +66,9 @@ class ShardJournal:
             RunError: they cannot, or another job has taken over (exit code 1).
         """
         try:
-            self._unpublished_file(number).rename(self._published_file(number))
+            published = self._published_file(number)
+            self._unpublished_file(number).rename(published)
+            sync_folder(published.parent)
         except OSError as error:
             raise self._failure(error) from error
 

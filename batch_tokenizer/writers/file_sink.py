@@ -50,17 +50,18 @@ class FileSink:
             RowError: a file could not be made or published. Another of the row's files may have been.
         """
         encoded = self._encode(result)
-        contents: list[tuple[str | None, bytes | memoryview]] = []
+        contents: dict[str, bytes | memoryview] = {}
         if encoded.codes is not None:
-            contents.append((result.row.quantized_tokens, self._to_bytes(encoded.codes, encoded.info)))
+            contents["quantized_tokens"] = self._to_bytes(encoded.codes, encoded.info)
         if encoded.audio is not None:
-            contents.append((result.row.reconstructed_wav, encoded.audio))
-        for path, content in contents:
+            contents["reconstructed_wav"] = encoded.audio
+        for name, content in contents.items():
+            path = getattr(result.row, name)
             if path is None:
                 raise ValueError("the manifest passed a row without a path for its output")
             publish(path, content)
         if self._record is not None:
-            self._record(done_entry(result))
+            self._record(done_entry(result, contents))
 
     def close(self) -> None:
         """Nothing is open."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -179,10 +180,24 @@ def row_info(result: TokenizedRow, run_info: Mapping[str, Any]) -> dict[str, Any
     return info
 
 
-def done_entry(result: TokenizedRow) -> LedgerEntry:
-    """What the ledger says of a row whose outputs are published."""
+def done_entry(result: TokenizedRow, stored: Mapping[str, bytes | memoryview]) -> LedgerEntry:
+    """What the ledger says of a row whose outputs are published.
+
+    Args:
+        stored: the bytes that were stored for the row, by name, of which the ledger keeps checksums.
+    """
     row = result.row
-    return LedgerEntry(row.line, row.digest, row.key, "done", num_samples=result.num_samples, frames=len(result.codes))
+    checksums = {"codes": codes_checksum(result.codes)}
+    checksums |= {name: zlib.crc32(content) for name, content in stored.items()}
+    return LedgerEntry(
+        row.line, row.digest, row.key, "done", num_samples=result.num_samples, frames=len(result.codes),
+        checksums=checksums,
+    )  # fmt: skip
+
+
+def codes_checksum(codes: npt.NDArray[np.uint16]) -> int:
+    """CRC-32 of codes (T, K) as little-endian 16-bit integers, frame by frame."""
+    return zlib.crc32(np.ascontiguousarray(codes, dtype="<u2").data)
 
 
 def json_bytes(document: Mapping[str, Any]) -> bytes:

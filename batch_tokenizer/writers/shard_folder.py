@@ -17,6 +17,7 @@ from typing import BinaryIO
 
 from batch_tokenizer.records import RunError
 from batch_tokenizer.storage import remote
+from batch_tokenizer.storage.atomic import sync_folder
 from batch_tokenizer.storage.names import is_url
 from batch_tokenizer.storage.remote import StorageError
 
@@ -115,12 +116,15 @@ class ShardFolder:
         return (self._aside(name)).open("xb")
 
     def publish(self, name: str) -> None:
-        """Let a file that was written aside appear.
+        """Let a file that was written aside appear, and outlive a power loss.
 
         Raises:
             OSError: it cannot be, or was taken away.
         """
+        with self._aside(name).open("rb") as file:
+            os.fsync(file.fileno())
         os.rename(self._aside(name), self._path / name)
+        sync_folder(self._path)
 
     def exists(self, name: str) -> bool:
         """Whether a file is published."""

@@ -16,8 +16,10 @@ from functools import cache
 from pathlib import Path
 
 from batch_tokenizer.records import RunError
+from batch_tokenizer.runtime.ledger_lines import read_shard_lines
 from batch_tokenizer.runtime.run_files import (
     attempt_file,
+    ledger_files,
     parse_shard_name,
     parse_unpublished_file,
     shard_ledger_file,
@@ -46,6 +48,7 @@ def recover(
     try:
         (run_dir / "shards").mkdir(parents=True, exist_ok=True)
         _settle_unpublished(run_dir, shards, task, suffix, is_dead)
+        _remove_damaged(run_dir, shards, task, suffix, is_dead)
         _remove_orphans(run_dir, shards, task, is_dead)
         unpublished_folder(run_dir, attempt).mkdir(exist_ok=True)
     except OSError as error:
@@ -98,6 +101,18 @@ def _settle_unpublished(
                 lines.unlink()
         with suppress(OSError):  # a network file system may still show files that were removed
             closed.rmdir()
+
+
+def _remove_damaged(run_dir: Path, shards: ShardFolder, task: str, suffix: str, is_dead: Callable[[int], bool]) -> None:
+    """Remove shards whose ledger file is torn or damaged, and that file: which of their rows count cannot be known."""
+    for file in ledger_files(run_dir):
+        if file.shard is None or not is_dead(file.attempt) or read_shard_lines(file.path) is not None:
+            continue
+        name = f"{shard_name(task, file.attempt, file.rank, file.shard)}.{suffix}"
+        logger.warning("%s is damaged: shard %s is removed, its rows are done again", file.path, name)
+        # The file last, so that a kill in between leaves it for the next start to find.
+        shards.remove(name)
+        file.path.unlink()
 
 
 def _remove_orphans(run_dir: Path, shards: ShardFolder, task: str, is_dead: Callable[[int], bool]) -> None:

@@ -52,11 +52,13 @@ class ShardForm:
 
     Attributes:
         encode: what ``OpenShard.append`` takes, of a row; runs in several threads; raises ``RowError``.
+        stored: the row's bytes in the file, by name, of what ``encode`` made.
         open: begins a file.
     """
 
     suffix: str
     encode: Callable[[EncodedRow], Any]
+    stored: Callable[[Any], Mapping[str, bytes | memoryview]]
     open: Callable[[BinaryIO], OpenShard]
 
 
@@ -71,13 +73,14 @@ def shard_form(sink: str, run_info: Mapping[str, Any], num_quantizers: int | Non
         RunError: a library is not installed.
     """
     if sink == "tar":
-        return ShardForm(TarShard.suffix, TarShard.encode, TarShard)
+        return ShardForm(TarShard.suffix, TarShard.encode, TarShard.stored, TarShard)
     require_pyarrow()
     has_tokens = num_quantizers is not None
     common = {**run_info, "num_quantizers": num_quantizers} if has_tokens else run_info
     return ShardForm(
         ParquetShard.suffix,
         lambda row: parquet_row(row, common),
+        lambda row: {} if row.audio is None else {"audio": row.audio["bytes"]},
         lambda stream: ParquetShard(stream, common, has_tokens=has_tokens, has_audio=has_audio),
     )
 
@@ -124,7 +127,7 @@ class ShardSink:
             shard = self._shard or self._open()
             assert shard.file is not None
             shard.file.append(encoded)
-            shard.entries.append(done_entry(result))
+            shard.entries.append(done_entry(result, self._form.stored(encoded)))
             if (
                 shard.file.num_bytes >= self._most_bytes
                 or len(shard.entries) >= self._most_rows

@@ -44,6 +44,11 @@ class TarShard:
             sample[row.audio_format] = row.audio
         return sample
 
+    @staticmethod
+    def stored(sample: Mapping[str, str | bytes | memoryview]) -> Mapping[str, bytes | memoryview]:
+        """The members' contents by their ending."""
+        return {name: content for name, content in sample.items() if not isinstance(content, str)}
+
     def append(self, sample: Mapping[str, str | bytes | memoryview]) -> None:
         """Write what ``encode`` made.
 

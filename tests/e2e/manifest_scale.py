@@ -23,7 +23,9 @@ import numpy as np
 
 from batch_tokenizer.manifest.manifest import Manifest
 from batch_tokenizer.manifest.units import plan_units
+from batch_tokenizer.records import LedgerEntry
 from batch_tokenizer.runtime.ledger import RowStatus, iter_failures, read_ledger
+from batch_tokenizer.runtime.ledger_lines import encode_entry
 from batch_tokenizer.runtime.run_files import ledger_file
 
 RANKS = 16
@@ -57,16 +59,17 @@ def write_ledger(folder: Path, rows: int) -> None:
     """The last tenth of the units is missing; one row in a thousand failed."""
     manifest = open_manifest(folder)
     (folder / "ledger").mkdir()
-    streams = [ledger_file(folder, 1, rank).open("w") for rank in range(RANKS)]
+    streams = [ledger_file(folder, 1, rank).open("wb") for rank in range(RANKS)]
     for start in range(0, rows * 9 // 10, UNIT):
         digests = manifest.digests[start : start + UNIT].tolist()
-        lines = [
-            f'{{"line":{n},"digest":"{digest:016x}","key":"speaker{n % 9973:05d}-utterance{n:09d}",'
-            + ('"status":"failed","stage":"load","reason":"no such file"}\n' if n % 1000 == 7 else
-               f'"status":"done","num_samples":{24000 + n % 960},"frames":{26 + n % 500}}}\n')
-            for n, digest in enumerate(digests, start)
-        ]  # fmt: skip
-        streams[start // UNIT % RANKS].writelines(lines)
+        for n, digest in enumerate(digests, start):
+            row = n, f"{digest:016x}", f"speaker{n % 9973:05d}-utterance{n:09d}"
+            if n % 1000 == 7:
+                entry = LedgerEntry(*row, "failed", stage="load", reason="no such file")
+            else:
+                checksums = {"codes": n, "quantized_tokens": n}
+                entry = LedgerEntry(*row, "done", 24000 + n % 960, 26 + n % 500, checksums)
+            streams[start // UNIT % RANKS].write(encode_entry(entry))
     for stream in streams:
         stream.close()
 

@@ -169,7 +169,7 @@ def run(
         raise SystemExit(f"{name} failed:\n{(folder / 'log.txt').read_text()[-2000:]}")
     frames = 0
     for path in (run_dir / "ledger").glob("*.jsonl"):
-        frames += sum(json.loads(line)["frames"] for line in path.read_bytes().splitlines())
+        frames += sum(json.loads(line).get("frames", 0) for line in path.read_bytes().splitlines())
     made = list(files_below(outputs))
     memory = watch.megabytes
     quarter = max(1, len(memory) // 4)

@@ -156,7 +156,7 @@ class Workspace:
             for line in path.read_bytes().split(b"\n"):
                 with contextlib.suppress(ValueError):  # torn by a kill
                     entries.append(json.loads(line))
-        return entries
+        return [entry for entry in entries if "line" in entry]  # not the trailers of shards
 
     def rows_done(self) -> int:
         """Rows that the ledger has, while runs are at work."""

@@ -23,6 +23,7 @@ from batch_tokenizer.runtime.ledger import (
     LedgerState,
     RowStatus,
     iter_failures,
+    read_checksums,
     read_ledger,
     write_failures,
 )
@@ -208,6 +209,31 @@ def test_entries_of_wrong_shape_do_not_count(tmp_path: Path, manifest: Manifest,
     wrong = json.dumps(json.loads(encode_entry(entry(manifest, 1))) | change).encode() + b"\n"
     write(tmp_path, 1, 0, entry(manifest, 0), wrong, entry(manifest, 2))
     assert statuses(read_ledger(tmp_path, manifest))[:4] == ["done", "pending", "done", "pending"]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 255))
+def test_a_damaged_line_costs_its_row_alone(place: int, change: int) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        manifest = open_lines(Path(name), [good_line(key) for key in "abc"])
+        path = write(Path(name), 1, 0, *(entry(manifest, line) for line in range(3)))
+        content = bytearray(path.read_bytes())
+        place %= len(content)
+        row = content[:place].count(b"\n")
+        content[place] ^= change
+        path.write_bytes(content)
+        state = read_ledger(Path(name), manifest)
+        damaged = {row, row + 1} if content.count(b"\n") < 3 else {row}  # the newline itself joins two lines
+        assert {line for line in range(3) if state.status[line] != RowStatus.DONE} == damaged & {0, 1, 2}
+        assert (state.num_changed, state.num_removed) == (0, 0)
+
+
+def test_checksums_of_the_entry_that_counts(tmp_path: Path, manifest: Manifest) -> None:
+    write(tmp_path, 1, 0, *(entry(manifest, line, checksums={"codes": line, "audio": 9}) for line in range(3)))
+    write(tmp_path, 2, 0, entry(manifest, 1, checksums={"codes": 2**32 - 1}), entry(manifest, 2, "failed"))
+    checksums = read_checksums(tmp_path, manifest, read_ledger(tmp_path, manifest))
+    assert checksums["codes"].tolist() == [0, 2**32 - 1, -1, -1, -1, -1]
+    assert checksums["audio"].tolist() == [9, -1, -1, -1, -1, -1]
 
 
 def test_no_ledger_is_nothing_done(tmp_path: Path, manifest: Manifest) -> None:

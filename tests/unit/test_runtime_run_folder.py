@@ -185,6 +185,34 @@ def test_a_ledger_without_settings_is_not_taken_over(tmp_path: Path) -> None:
         open_alone(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "content", ["", "[]", "3", "{", "{}", '{"settings": []}', '{"settings": null}', "[" * 100_000, '"\\ud800"', "\0"]
+)
+def test_a_run_file_of_another_shape_is_one_line(tmp_path: Path, content: str) -> None:
+    open_alone(tmp_path).close()
+    (tmp_path / "run.json").write_text(content)
+    for overwrite in (False, True):
+        with pytest.raises(RunError, match=r"run.json is damaged: remove it") as raised:
+            open_alone(tmp_path, overwrite=overwrite)
+        assert "\n" not in str(raised.value)
+
+
+def test_a_folder_of_another_version_is_refused_or_discarded(tmp_path: Path) -> None:
+    with open_alone(tmp_path) as folder:
+        folder.ledger_path.write_text("{}\n")
+        run_id = folder.run_id
+    content = json.loads((tmp_path / "run.json").read_text())
+    del content["format"]
+    (tmp_path / "run.json").write_text(json.dumps(content))
+    for call in (open_alone, read_settings):
+        with pytest.raises(RunError, match=r"is of batch_tokenizer 0.1, whose ledger this version does not read"):
+            call(tmp_path)
+    with open_alone(tmp_path, overwrite=True) as folder:
+        assert folder.run_id == run_id
+        assert not (tmp_path / "ledger" / "000001-00000.jsonl").exists()
+    open_alone(tmp_path).close()
+
+
 # -------------------------------------------------------------------------------------------------------- more than one
 
 

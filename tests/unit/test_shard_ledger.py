@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from batch_tokenizer.records import RunError
 from batch_tokenizer.runs.stored_rows import shard_rows
-from batch_tokenizer.runtime.run_files import parse_shard_name, shard_name
+from batch_tokenizer.runtime.ledger_lines import decode_entry, read_shard_lines
+from batch_tokenizer.runtime.run_files import parse_shard_name, shard_ledger_file, shard_name
 from batch_tokenizer.runtime.shard_ledger import ShardJournal
 from batch_tokenizer.writers.row_encoding import RowEncoder, done_entry
 from batch_tokenizer.writers.shard_folder import shard_folder
@@ -69,15 +70,15 @@ class Place:
 
         return [
             fill,
-            lambda: journal.prepare(number, [done_entry(result) for result in results]),
+            lambda: journal.prepare(number, [done_entry(result, {}) for result in results]),
             lambda: self.shards.publish(name),
             lambda: journal.commit(number),
         ]
 
     def done(self) -> Counter[int]:
         """How often the ledger says of each row that it is done."""
-        lines = [line for path in (self.run_dir / "ledger").iterdir() for line in path.read_bytes().splitlines()]
-        return Counter(json.loads(line)["line"] for line in lines)
+        lines = [line for path in (self.run_dir / "ledger").iterdir() for line in read_shard_lines(path) or []]
+        return Counter(decode_entry(line).line for line in lines)
 
     def published(self) -> set[int]:
         """Rows in shards; one in two shards is an error."""
@@ -196,6 +197,43 @@ def test_an_orphan_is_told_and_removed(tmp_path: Path, caplog: pytest.LogCapture
     place.begin()
     place.check(set())
     assert "wav2token-000001-00000-000000.tar is removed" in caplog.text
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_a_damaged_ledger_file_costs_its_shard_and_makes_no_row_twice(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    """Two shards; the ledger file of one is torn, emptied, filled with zeros or changed in a byte, wherever that is."""
+    place = Place(tmp_path_factory.mktemp("damage"))
+    attempt = place.begin()
+    for rows in ([0, 1], [2, 3]):
+        for step in place.steps(attempt, 0, rows):
+            step()
+    path = shard_ledger_file(place.run_dir, attempt, 0, 1)
+    content = bytearray(path.read_bytes())
+    at = data.draw(st.integers(0, len(content) - 1))
+    damage = data.draw(st.sampled_from(["cut", "zeros", "byte", "longer", "line"]))
+    if damage == "cut":
+        del content[at:]
+    elif damage == "zeros":
+        content[at:] = bytes(len(content) - at)
+    elif damage == "byte":
+        content[at] ^= data.draw(st.integers(1, 255))
+    elif damage == "longer":
+        content += bytes(at + 1)
+    else:
+        lines = bytes(content).splitlines(keepends=True)
+        content = bytearray(b"".join(lines[1:]))
+    path.write_bytes(content)
+    assert set(place.done()) == {0, 1}
+    second = place.begin()
+    assert not path.exists()
+    place.check({0, 1})
+    for step in place.steps(second, 0, [row for row in range(4) if row not in place.done()]):
+        step()
+    place.begin()
+    place.check({0, 1, 2, 3})
 
 
 def test_names_of_shards() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from batch_tokenizer.manifest.manifest import Manifest
 from batch_tokenizer.records import LedgerEntry, ManifestRow, RowFailure, TokenizedRow
 from batch_tokenizer.runs.checks import CheckFailed, OutputForm, check_audio_file, check_token_file
 from batch_tokenizer.runtime.ledger import RowStatus, read_ledger
+from batch_tokenizer.runtime.ledger_lines import decode_entry, encode_entry
 from batch_tokenizer.runtime.ledger_writer import LedgerWriter
 from batch_tokenizer.runtime.processes import ProcessGroup
 from batch_tokenizer.runtime.run_folder import RunFolder
@@ -39,6 +40,11 @@ def checkpoint(tmp_path_factory):
 
 
 @dataclass
+def ledger_line(fields):
+    """An entry's line, from its fields."""
+    return encode_entry(LedgerEntry(**fields))
+
+
 class FakeRun:
     """A finished run in ``folder``, made without a model."""
 
@@ -116,14 +122,14 @@ class FakeRun:
 
     def append(self, *entries, attempt_file="000001-00007.jsonl"):
         """Ledger lines as another process would have left them."""
-        with (self.run_dir / "ledger" / attempt_file).open("a") as stream:
+        with (self.run_dir / "ledger" / attempt_file).open("ab") as stream:
             for entry in entries:
-                stream.write(json.dumps(entry) + "\n")
+                stream.write(ledger_line(entry))
 
     def entries(self):
         """All ledger lines, earliest file first."""
         files = sorted((self.run_dir / "ledger").iterdir())
-        return [json.loads(line) for path in files for line in path.read_text().splitlines()]
+        return [asdict(decode_entry(line)) for path in files for line in path.read_bytes().splitlines()]
 
     def entry(self, number):
         [entry] = [entry for entry in self.entries() if entry["line"] == number]
@@ -386,10 +392,9 @@ class TestLedger:
 
     def test_lengths_that_the_codec_does_not_make(self, run):
         path = run.run_dir / "ledger" / "000001-00000.jsonl"
-        lines = path.read_text().splitlines()
-        entry = json.loads(lines[1])
-        lines[1] = json.dumps({**entry, "frames": entry["frames"] + 1})
-        path.write_text("\n".join(lines) + "\n")
+        entries = run.entries()
+        entries[1]["frames"] += 1
+        path.write_bytes(b"".join(map(ledger_line, entries)))
         assert run.finds((2, "ledger"))
 
     def test_audio_of_another_length_than_the_manifest_says_is_told(self, tmp_path, checkpoint, capsys):
