@@ -39,12 +39,12 @@ def checkpoint(tmp_path_factory):
     return write_mimo_checkpoint(tmp_path_factory.mktemp("model"))
 
 
-@dataclass
 def ledger_line(fields):
     """An entry's line, from its fields."""
     return encode_entry(LedgerEntry(**fields))
 
 
+@dataclass
 class FakeRun:
     """A finished run in ``folder``, made without a model."""
 
