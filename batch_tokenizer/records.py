@@ -31,7 +31,7 @@ TASKS: tuple[Task, ...] = ("wav2token", "token2wav", "wav2token2wav")
 SHARD_SINKS: tuple[Sink, ...] = ("tar", "parquet")
 
 #: Fields that make a row's audio a part of the file that ``wav`` names.
-CUT_FIELDS = frozenset(("start", "end", "offset", "channel"))
+CUT_FIELDS = frozenset(("start", "end", "offset", "channel", "audio_stream"))
 
 #: Fields that a manifest row must carry for each task, all of them non-empty strings.
 REQUIRED_FIELDS: Mapping[Task, tuple[str, ...]] = {
@@ -106,6 +106,17 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+def printable(text: str) -> str:
+    """Text from files or manifests as a terminal may show it: control characters, line separators and other
+    unprintable characters are written as escapes, such as ``\\x1b``, so that they cannot move the cursor, change
+    colours or break a line in two."""
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class AudioCut:
     """Which part of an audio file is the utterance.
@@ -114,11 +125,13 @@ class AudioCut:
         start: seconds from the file's beginning.
         end: likewise, greater than ``start``; None for the file's end.
         channel: counted from 0; None for the mean of all.
+        stream: which audio stream of a file with several, counted from 0; None for the one that FFmpeg plays.
     """
 
     start: float = 0.0
     end: float | None = None
     channel: int | None = None
+    stream: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,15 +1,22 @@
-"""A path enters, mono float32 samples (S,) at a codec's sample rate leave, or one ``RowError``."""
+"""Utterances: mono float32 samples (S,) at a codec's sample rate, from files or parts of files."""
 
 from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from batch_tokenizer.audio.decoding import AudioHeader, AudioTooLong, decode_audio, printable_path
-from batch_tokenizer.audio.reader import open_audio, read_piece
-from batch_tokenizer.audio.resampling import Piece, Resampler, resample, resampled_length
+from batch_tokenizer.audio.decoding import decode_audio, open_audio
+from batch_tokenizer.audio.reader import AlreadyPassed, AudioReader, AudioTooLong
+from batch_tokenizer.audio.resampling import SHORT_SAMPLES, Piece, Resampler, resample, resampled_length
 from batch_tokenizer.records import AudioCut, RowError
+from batch_tokenizer.storage.names import display_name, is_url, parse_member
 
 #: Seconds by which a cut may end behind its file: manifests round, and encoders count their padding or do not.
 END_TOLERANCE = 0.1
@@ -33,7 +40,7 @@ def load_samples(
 
     A cut is what ``[round(start * sample_rate) : round(end * sample_rate)]`` would take from the whole loaded file, so
     cuts that touch in time fit together to the sample; with ``soxr`` within 2e-5. Only the cut is held in memory, and
-    only it is decoded where the format lets one seek exactly.
+    only it is decoded where the format allows exact seeks.
 
     Args:
         max_samples: the most samples that may be returned.
@@ -42,13 +49,14 @@ def load_samples(
         Samples (S,), 1 <= S <= ``max_samples``, contiguous, finite, nominally in [-1, 1].
 
     Raises:
-        RowError: the file cannot be decoded (``decode_audio`` says why), is too long, or ends before the cut does.
+        RowError: the file cannot be decoded (the reason says why), is too long, or ends before the cut does.
     """
-    if cut is not None:
+    if cut is not None and (cut.start > 0 or cut.end is not None or cut.channel is not None):
         samples, computed = _load_cut(path, sample_rate, resampler, cut, max_samples), True
     else:
         max_seconds = None if max_samples is None else max_samples / sample_rate
-        channels, file_rate = decode_audio(path, max_seconds=max_seconds)
+        stream = None if cut is None else cut.stream
+        channels, file_rate = decode_audio(path, max_seconds=max_seconds, stream=stream)
         if resampler == "reference":
             samples = _mean(resample(channels, file_rate, sample_rate, resampler))
         else:
@@ -58,7 +66,7 @@ def load_samples(
         raise _too_long(path, len(samples), sample_rate, max_samples)
     # Finite samples near the end of float32's range overflow in a sum.
     if computed and not np.isfinite(samples).all():
-        raise RowError("load", f"{printable_path(path)}: its samples are too large to resample or average")
+        raise RowError("load", f"{display_name(path)}: its samples are too large to resample or average")
     return samples
 
 
@@ -70,21 +78,21 @@ def measure_samples(
     Raises:
         RowError: the file cannot be decoded, has no samples, or ends before the cut does.
     """
-    with open_audio(path) as audio:
+    with open_audio(path, None if cut is None else cut.stream) as audio:
         length = audio.length()
         if not length:
-            raise RowError("load", f"{printable_path(path)}: no samples")
+            raise RowError("load", f"{display_name(path)}: no samples")
         last = resampled_length(length, audio.header.sample_rate, sample_rate, resampler)
         if cut is None:
             return last
-        _check_cut(printable_path(path), cut, length / audio.header.sample_rate)
+        _check_cut(display_name(path), cut, length / audio.header.sample_rate)
         return (last if cut.end is None else min(last, round(cut.end * sample_rate))) - round(cut.start * sample_rate)
 
 
 def _load_cut(
     path: str, sample_rate: int, resampler: Resampler, cut: AudioCut, max_samples: int | None
 ) -> npt.NDArray[np.float32]:
-    name = printable_path(path)
+    name = display_name(path)
     first = round(cut.start * sample_rate)
     last = None if cut.end is None else round(cut.end * sample_rate)
     if last == first:
@@ -92,13 +100,17 @@ def _load_cut(
     if last is not None and max_samples is not None and last - first > max_samples:
         raise _too_long(path, last - first, sample_rate, max_samples)
     asked = last if last is not None else first + (_ENDLESS if max_samples is None else max_samples + 1)
-
-    def plan(header: AudioHeader) -> Piece:
-        if header.frames is not None:
-            _check_cut(name, cut, header.frames / header.sample_rate)
-        return Piece.plan(first, asked, header.frames, header.sample_rate, sample_rate, resampler)
-
-    channels, piece = read_piece(path, plan, cut.channel)
+    try:
+        with _open_or_kept(path, cut.stream) as audio:
+            file_rate = audio.header.sample_rate
+            if audio.header.exact and audio.header.frames is not None:
+                _check_cut(name, cut, audio.header.frames / file_rate)
+            # Short recordings are resampled in one piece, which gives other last bits than blocks do.
+            length = None if file_rate == sample_rate else audio.length_up_to(SHORT_SAMPLES)
+            piece = Piece.plan(first, asked, length, file_rate, sample_rate, resampler)
+            channels = audio.read(piece.start, piece.stop, cut.channel)
+    except AlreadyPassed:  # of a file that was kept open, and now is not
+        return _load_cut(path, sample_rate, resampler, cut, max_samples)
     if not channels.shape[1]:
         raise RowError("load", f"{name}: ends before {cut.start:g} s, where the segment starts")
     if resampler == "reference":
@@ -112,6 +124,55 @@ def _load_cut(
     return samples
 
 
+class _KeptReader(threading.local):
+    """The file that a thread has read a part of, where it does not seek: the next part is often asked for next."""
+
+    identity: object = None
+    reader: AudioReader | None = None
+    closing: ExitStack | None = None
+
+
+_kept = _KeptReader()
+
+
+@contextmanager
+def _open_or_kept(path: str, stream: int | None) -> Iterator[AudioReader]:
+    """As ``open_audio``; a file that does not seek is kept for the next call."""
+    identity = _identity(path, stream)
+    reader, closing = _kept.reader, _kept.closing
+    if reader is None or closing is None or identity is None or _kept.identity != identity:
+        if closing is not None:
+            closing.close()
+        closing = ExitStack()
+        _kept.identity = _kept.reader = _kept.closing = None
+        reader = closing.enter_context(open_audio(path, stream))
+    _kept.identity = _kept.reader = _kept.closing = None
+    try:
+        yield reader
+    except BaseException:
+        # ``open_audio`` makes a ``RowError`` of what its decoder raises.
+        if not closing.__exit__(*sys.exc_info()):
+            raise
+    else:
+        if reader.seeks or identity is None:
+            closing.close()
+        else:
+            _kept.identity, _kept.reader, _kept.closing = identity, reader, closing
+
+
+def _identity(path: str, stream: int | None) -> object:
+    """What stays the same as long as the bytes at a location do; None where nobody knows."""
+    member = parse_member(path)
+    place = path if member is None else member.archive
+    if is_url(place):
+        return path, stream
+    try:
+        status = os.stat(place)
+    except (OSError, ValueError):
+        return None
+    return path if member is not None else "", stream, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
 def _check_cut(name: str, cut: AudioCut, file_seconds: float) -> None:
     if cut.start > 0 and cut.start >= file_seconds:
         raise RowError("load", f"{name}: the segment starts at {cut.start:g} s, the file ends at {file_seconds:.3f} s")
@@ -121,7 +182,7 @@ def _check_cut(name: str, cut: AudioCut, file_seconds: float) -> None:
 
 def _too_long(path: str, count: int, sample_rate: int, max_samples: int) -> AudioTooLong:
     length = f"{count} samples at {sample_rate} Hz where {max_samples} is the most"
-    return AudioTooLong("load", f"{printable_path(path)}: too long, {length}")
+    return AudioTooLong("load", f"{display_name(path)}: too long, {length}")
 
 
 def _mean(channels: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

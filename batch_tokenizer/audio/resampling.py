@@ -40,6 +40,9 @@ _MOST_DENSE_ELEMENTS = 1 << 20
 #: Input samples in a block. Much shorter ones make the convolution choose another algorithm, whose last bits differ.
 _BLOCK_SAMPLES = 1 << 18
 
+#: Longer recordings than this are resampled in blocks, for every ratio.
+SHORT_SAMPLES = 2 * _BLOCK_SAMPLES
+
 #: Input samples on each side of a piece that soxr is given; its filter is some hundreds long.
 _SOXR_MARGIN = 4096
 
@@ -89,8 +92,7 @@ class Piece:
     def plan(
         cls, first: int, last: int, length: int | None, from_rate: int, to_rate: int, resampler: Resampler
     ) -> Piece:
-        """Which samples are needed. ``length`` is the recording's, None where it is not known: then the last bits of a
-        short recording's samples may differ from those of the whole."""
+        """Which samples are needed. ``length`` is the recording's, or None for one longer than ``SHORT_SAMPLES``."""
         if from_rate == to_rate:
             return cls(first, last, first, last, from_rate, to_rate, resampler)
         source, target = _ratio(from_rate, to_rate)
@@ -180,7 +182,7 @@ def _resample_dense(samples: Samples, source: int, target: int) -> Samples:
 
 
 def _is_done_in_blocks(length: int, source: int) -> bool:
-    return (length // source + 1) * source >= 2 * _BLOCK_SAMPLES
+    return (length // source + 1) * source >= SHORT_SAMPLES
 
 
 def _dense_blocks(

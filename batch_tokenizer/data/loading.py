@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from batch_tokenizer.audio.decoding import AudioTooLong
 from batch_tokenizer.audio.loading import load_samples, measure_samples
+from batch_tokenizer.audio.reader import AudioTooLong
 from batch_tokenizer.audio.resampling import Resampler
 from batch_tokenizer.codecs.base import CodecSpec
 from batch_tokenizer.data.pieces import PassLimit

@@ -5,7 +5,7 @@ places where to cut leave. Nothing here depends on what else is in a run, so a r
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -109,10 +109,7 @@ def piece_of(row: ManifestRow, pieces: Pieces, number: int, sample_rate: int) ->
     whole = row.cut or AudioCut()
     first = round(whole.start * sample_rate)
     ends = [(first + place) / sample_rate for place in pieces.samples[number : number + 2]]
-    return ManifestRow(
-        row.line, row.digest, row.key, row.wav, row.quantized_tokens, row.reconstructed_wav, row.fields,
-        AudioCut(ends[0], ends[1], whole.channel), number,
-    )  # fmt: skip
+    return replace(row, cut=replace(whole, start=ends[0], end=ends[1]), piece=number)
 
 
 def _recorded_segments(recorded: object, spec: CodecSpec, num_frames: int, num_samples: object) -> Pieces | None:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import logging
 import math
 import os
 import shutil
 import socket
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from hashlib import blake2b
 from operator import itemgetter
 from pathlib import Path
@@ -22,19 +21,18 @@ import numpy.typing as npt
 import orjson
 
 from batch_tokenizer.manifest.row import MAX_LINE, LineState, RefusedLine, RowNames, check_line, duration_of, row_names
-from batch_tokenizer.records import (
-    CUT_FIELDS,
-    RowForm,
-    RunError,
-)
+from batch_tokenizer.records import CUT_FIELDS, RowForm, RunError
+from batch_tokenizer.storage.json_lines import parse_json
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 
-_INDEX_VERSION = 3
+_INDEX_VERSION = 4
 
 BLOCK_BYTES = 8 * 2**20
+
+_CHECKSUMS = "checksums.json"
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -43,6 +41,7 @@ _STALE_SECONDS = 24 * 3600.0
 
 
 def hash_bytes(data: bytes) -> bytes:
+    """The 64-bit hash of a line or a key."""
     # Of the hashes in the standard library, BLAKE2b has the least cost a call (0.5 us a key, 0.8 us a line).
     return blake2b(data, digest_size=8).digest()
 
@@ -112,7 +111,36 @@ class _ColumnFile:
 
 
 def map_column(path: Path) -> npt.NDArray[Any]:
+    """A column's file, mapped for reading."""
     return np.asarray(np.load(path, mmap_mode="r"))
+
+
+def map_index(index: Path) -> dict[str, npt.NDArray[Any]]:
+    """The columns of a finished index by name, and the rows that are ``duplicates``.
+
+    Raises:
+        OSError, ValueError: a file of the index is missing, cut short or damaged.
+    """
+    return {name: map_column(index / f"{name}.npy") for name in (*_COLUMNS, "duplicates")}
+
+
+def check_index(index: Path) -> None:
+    """Reads the index once and compares it with the checksums that it was written with.
+
+    Raises:
+        OSError, ValueError: a file of the index is missing, cut short or damaged.
+    """
+    recorded = orjson.loads((index / _CHECKSUMS).read_bytes())
+    if recorded != {name: _checksum(index / f"{name}.npy") for name in (*_COLUMNS, "duplicates")}:
+        raise ValueError("its checksums differ")
+
+
+def _checksum(path: Path) -> int:
+    value = 0
+    with path.open("rb") as stream:
+        while block := stream.read(BLOCK_BYTES):
+            value = zlib.crc32(block, value)
+    return value
 
 
 def _index_lines(lines: Sequence[bytes], form: RowForm) -> tuple[dict[str, npt.NDArray[Any]], npt.NDArray[np.int64]]:
@@ -267,27 +295,6 @@ def _find_duplicates(
     return np.array(found, np.int64).reshape(-1, 3)
 
 
-@contextmanager
-def alone(lock_path: Path, idle: Callable[[], None]) -> Iterator[None]:
-    """Hold the lock on building an index. Where the file system has no locks, go on: building twice is harmless."""
-    with lock_path.open("ab") as lock:
-        told = False
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if not told:
-                    logger.info("another process is indexing the manifest; waiting for it")
-                    told = True
-                idle()
-                time.sleep(0.2)
-                continue
-            except OSError as error:
-                logger.warning("%s cannot be locked (%s): indexing without a lock", lock_path, error.strerror)
-            break
-        yield
-
-
 def file_identity(stream: IO[bytes], form: RowForm) -> str:
     """Hexadecimal digest of what the index depends on: form, file size, modification time, both ends of the file."""
     status = os.fstat(stream.fileno())
@@ -303,12 +310,19 @@ def file_identity(stream: IO[bytes], form: RowForm) -> str:
 
 
 def build_index(path: Path, form: RowForm, index: Path, report: Progress) -> None:
-    """Write the index into the folder ``index``, which comes into being complete or not at all."""
+    """Write the index into the folder ``index``, which is complete or not there.
+
+    Raises:
+        RunError: the manifest is empty, or changes while it is read.
+        OSError: it cannot be read, or the index cannot be written.
+    """
     aside = index.with_name(f"building-{socket.gethostname()}-{os.getpid()}-{time.monotonic_ns()}")
     aside.mkdir()
     try:
         with path.open("rb") as stream:
             _write_columns(stream, path, form, aside, report)
+            checksums = {name: _checksum(aside / f"{name}.npy") for name in (*_COLUMNS, "duplicates")}
+            (aside / _CHECKSUMS).write_bytes(orjson.dumps(checksums))
             if f"{form.task}-{file_identity(stream, form)}" != index.name:
                 raise RunError(f"manifest {path} changes while it is read: wait until it is complete", exit_code=1)
         try:
@@ -351,7 +365,7 @@ def _write_columns(stream: IO[bytes], path: Path, form: RowForm, folder: Path, r
     def names_of(line: int) -> RowNames:
         begin, end = map(int, finished["offsets"][line : line + 2])
         text = os.pread(stream.fileno(), min(end - begin, MAX_LINE + 1), begin).strip()
-        return row_names(orjson.loads(text), form)
+        return row_names(parse_json(text), form)
 
     duplicates = _find_duplicates(finished["key_hashes"], hashes, states == LineState.ROW, names_of)
     marked = np.load(folder / "states.npy", mmap_mode="r+")

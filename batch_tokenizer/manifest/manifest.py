@@ -1,20 +1,20 @@
 """The manifest: JSON lines read by byte offset, so that memory grows neither with rows nor with workers.
 
-What enters is a text file with one JSON object a line and the task, which says which fields a line must have. What
-leaves are rows of any range of lines (``Manifest.read``), a few memory-mapped arrays with one element a line
-(``durations``, ``digests``, ...), and ``plan_units``, which cuts the lines still to do into the units that processes
-claim.
+``Manifest`` opens a text file with one JSON object a line for a task, which decides the fields that a line must have.
+It reads the rows of any range of lines, and has a few memory-mapped arrays with one element a line (``durations``,
+``digests``, ...).
 
-The arrays are the index. It is built in one pass, kept in a folder of its own and mapped by every process that opens
-the same manifest for the same task, so that the pages are shared between processes and start-up after the first time
-takes no reading. Everything that can be wrong with a line alone or between lines (duplicates) is found while it is
-built; the words for it are made only when the line is read. Lines are counted from 0 in code and from 1 in messages.
+The arrays are the index (``index.py``). It is built in one pass, kept in a folder of its own and mapped by every
+process that opens the same manifest for the same task, so that they share its pages and later starts do not read the
+manifest. Whatever is wrong with a line alone or between lines (duplicates) is found while the index is built; the
+message is made only when the line is read. Lines are counted from 0 in code and from 1 in messages.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import shutil
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -26,11 +26,11 @@ import numpy.typing as npt
 from batch_tokenizer.manifest.index import (
     BLOCK_BYTES,
     Progress,
-    alone,
     build_index,
+    check_index,
     file_identity,
     hash_bytes,
-    map_column,
+    map_index,
 )
 from batch_tokenizer.manifest.row import MAX_LINE, LineState, RefusedLine, check_line, cut_of, normalised_path, quoted
 from batch_tokenizer.records import (
@@ -42,6 +42,7 @@ from batch_tokenizer.records import (
     Sink,
     Task,
 )
+from batch_tokenizer.storage.atomic import exclusive_lock
 
 logger = logging.getLogger(__name__)
 
@@ -61,17 +62,18 @@ class Manifest:
     """
 
     def __init__(self, path: Path, form: RowForm, index: Path) -> None:
-        """Map the finished index in the folder ``index``. ``Manifest.open`` is the way in."""
+        """Map the finished index in the folder ``index``. Made by ``Manifest.open``."""
         self.path = path
         self.form = form
         self._index = index
         self._file: IO[bytes] | None = None
-        self.offsets: npt.NDArray[np.uint64] = map_column(index / "offsets.npy")
-        self.digests: npt.NDArray[np.uint64] = map_column(index / "digests.npy")
-        self.key_hashes: npt.NDArray[np.uint64] = map_column(index / "key_hashes.npy")
-        self.durations: npt.NDArray[np.float32] = map_column(index / "durations.npy")
-        self.states: npt.NDArray[np.uint8] = map_column(index / "states.npy")
-        self._duplicates: npt.NDArray[np.int64] = map_column(index / "duplicates.npy")
+        columns = map_index(index)
+        self.offsets: npt.NDArray[np.uint64] = columns["offsets"]
+        self.digests: npt.NDArray[np.uint64] = columns["digests"]
+        self.key_hashes: npt.NDArray[np.uint64] = columns["key_hashes"]
+        self.durations: npt.NDArray[np.float32] = columns["durations"]
+        self.states: npt.NDArray[np.uint8] = columns["states"]
+        self._duplicates: npt.NDArray[np.int64] = columns["duplicates"]
         self.num_lines = len(self.states)
         self._num_rows = int(np.count_nonzero(self.states != LineState.BLANK))
 
@@ -110,15 +112,18 @@ class Manifest:
         index = index_dir / f"{task}-{identity}"
         report = progress or (lambda done, total: None)
         try:
-            if not index.is_dir():
+            if not _is_whole(index):
                 index_dir.mkdir(parents=True, exist_ok=True)
-                with alone(index_dir / "lock", lambda: report(0, size)):
-                    if not index.is_dir():
+                with exclusive_lock(index_dir / "lock", "indexing the manifest", lambda: report(0, size)):
+                    if not _is_whole(index):
+                        # A damaged index is a cache that is of no use: it is removed, and built again.
+                        if index.exists():
+                            logger.warning("index %s is damaged: building it again", index)
+                            shutil.rmtree(index)
                         build_index(path, form, index, report)
-            manifest = cls(path, form, index)
-        except OSError as error:
+            return cls(path, form, index)
+        except (OSError, ValueError) as error:
             raise RunError(f"index of the manifest in {index_dir}: {_words(error)}", exit_code=1) from error
-        return manifest
 
     def __len__(self) -> int:
         """Lines that are not blank: the rows that end as done or failed."""
@@ -213,6 +218,14 @@ class Manifest:
                 line = stop
         except OSError as error:
             raise RunError(f"manifest {self.path}: {_words(error)}", exit_code=1) from error
+
+
+def _is_whole(index: Path) -> bool:
+    try:
+        check_index(index)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _words(error: OSError | ValueError) -> str:

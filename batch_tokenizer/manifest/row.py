@@ -5,18 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 from collections.abc import Mapping
 from enum import IntEnum
 from typing import Any, NamedTuple
 
-import orjson
-
-from batch_tokenizer.records import (
-    CUT_FIELDS,
-    AudioCut,
-    RowForm,
-)
+from batch_tokenizer.records import CUT_FIELDS, AudioCut, RowForm
+from batch_tokenizer.storage.json_lines import parse_json
 
 #: Longest line in bytes, without its line end. A longer one fails instead of filling the memory.
 MAX_LINE = 16 * 2**20
@@ -55,8 +49,8 @@ def _type_name(value: object) -> str:
     return names.get(type(value), "null")
 
 
-def _explain_json(text: bytes, error: orjson.JSONDecodeError) -> RefusedLine:
-    """Why orjson refused ``text``: not UTF-8, half a surrogate pair (with its field), or the parser's own words."""
+def _explain_json(text: bytes, error: json.JSONDecodeError) -> RefusedLine:
+    """Why ``text`` is no JSON: not UTF-8, half a surrogate pair (with its field), or the parser's own words."""
     try:
         decoded = text.decode("utf-8")
     except UnicodeDecodeError as wrong:
@@ -67,24 +61,38 @@ def _explain_json(text: bytes, error: orjson.JSONDecodeError) -> RefusedLine:
         row = None
     if isinstance(row, dict):
         for name, value in row.items():
-            if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
+            if _has_half_pair(value):
                 key = row.get("key")
-                readable = isinstance(key, str) and key and not re.search("[\ud800-\udfff]", key)
+                readable = isinstance(key, str) and key and not _has_half_pair(key)
                 return RefusedLine(f"field {quoted(name)} has half a surrogate pair", key if readable else None)
     return RefusedLine(f"not valid JSON: {error.msg} at column {error.colno}")
 
 
+def _has_half_pair(value: object) -> bool:
+    """Whether a string in the value, as Python's parser reads it, has half a surrogate pair."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
 def quoted(name: str) -> str:
+    """A name between quotation marks, on one line."""
     return json.dumps(name)
 
 
 def check_line(text: bytes, form: RowForm) -> dict[str, Any]:
-    """A stripped, non-blank line as its object, or ``RefusedLine`` with the words for what is wrong with it alone."""
+    """A stripped line that is not blank as its object.
+
+    Raises:
+        RefusedLine: it cannot be a row, whatever the other lines are; the reason says why.
+    """
     if len(text) > MAX_LINE:
         raise RefusedLine(f"the line is longer than {MAX_LINE // 2**20} MiB")
     try:
-        row = orjson.loads(text)
-    except orjson.JSONDecodeError as error:
+        row = parse_json(text)
+    except json.JSONDecodeError as error:
         raise _explain_json(text, error) from None
     if not isinstance(row, dict):
         raise RefusedLine(f"not a JSON object but {_type_name(row)}")
@@ -116,7 +124,8 @@ def check_line(text: bytes, form: RowForm) -> dict[str, Any]:
 
 
 def cut_of(row: Mapping[str, Any]) -> AudioCut | None:
-    """The part of its file that a row means: ``start`` or ``offset``, then ``end`` or ``duration``, and ``channel``.
+    """The part of its file that a row means: ``start`` or ``offset``, then ``end`` or ``duration``, ``channel`` and
+    ``audio_stream``.
 
     ``duration`` alone is the length of a whole file. Fields that are null count as absent.
 
@@ -126,9 +135,7 @@ def cut_of(row: Mapping[str, Any]) -> AudioCut | None:
     if CUT_FIELDS.isdisjoint(row):
         return None
     start, offset, end, duration = (_seconds(row, name) for name in ("start", "offset", "end", "duration"))
-    channel = row.get("channel")
-    if channel is not None and (type(channel) is not int or channel < 0):
-        raise ValueError(f'field "channel" is {channel!r}, not a number from 0')
+    channel, stream = (_index(row, name) for name in ("channel", "audio_stream"))
     if start is not None and offset is not None and start != offset:
         raise ValueError('fields "start" and "offset" say different things')
     begin = start if start is not None else offset
@@ -136,9 +143,16 @@ def cut_of(row: Mapping[str, Any]) -> AudioCut | None:
         end = begin + duration
     if end is not None and end <= (begin or 0.0):
         raise ValueError(f"the segment ends at {end:g} s, where it has not begun")
-    if begin is None and end is None and channel is None:
+    if begin is None and end is None and channel is None and stream is None:
         return None
-    return AudioCut(begin or 0.0, end, channel)
+    return AudioCut(begin or 0.0, end, channel, stream)
+
+
+def _index(row: Mapping[str, Any], name: str) -> int | None:
+    value = row.get(name)
+    if value is not None and (type(value) is not int or value < 0):
+        raise ValueError(f'field "{name}" is {value!r}, not a number from 0')
+    return value
 
 
 def _seconds(row: Mapping[str, Any], name: str) -> float | None:
@@ -172,4 +186,5 @@ class RowNames(NamedTuple):
 
 
 def row_names(row: dict[str, Any], form: RowForm) -> RowNames:
+    """The names of a row that ``check_line`` accepted."""
     return RowNames(row["key"], tuple(normalised_path(row[name]) for name in form.outputs))

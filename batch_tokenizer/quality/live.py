@@ -13,6 +13,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import replace
 from types import TracebackType
 
 import numpy as np
@@ -110,7 +111,7 @@ class LiveQuality:
         cut, samples = result.row.cut, result.samples
         if len(samples) > MOST_SECONDS * self._output_rate:  # hours, perhaps
             cut = cut or AudioCut()
-            cut = AudioCut(cut.start, cut.start + MOST_SECONDS, cut.channel)
+            cut = replace(cut, end=cut.start + MOST_SECONDS)
             samples = np.array(samples[: round(MOST_SECONDS * self._output_rate)])
         original = load_samples(result.row.wav, self._sample_rate, self._resampler, cut=cut)
         made = resample(samples[None], self._output_rate, self._sample_rate, "soxr")[0]

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from batch_tokenizer.audio.decoding import AudioTooLong
 from batch_tokenizer.audio.loading import load_samples, measure_samples
+from batch_tokenizer.audio.reader import AudioTooLong
 from batch_tokenizer.audio.resampling import Resampler, resample
 from batch_tokenizer.records import AudioCut, RowError
 

@@ -1,11 +1,12 @@
-"""``Finisher``: a row as its source told it enters, the lines of the manifest that stand for it leave.
+"""``Finisher``: rows as a source has them to lines of our manifest.
 
 It turns foreign rows into ours, makes a row of each channel where that was asked for, and gives rows outputs that name
-none. A line that is no JSON object leaves as it came: the manifest refuses it, by its line.
+none. A line that is no JSON object stays as it is: the manifest refuses it, by its line.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,12 +14,11 @@ from functools import lru_cache
 from hashlib import blake2b
 from typing import Any
 
-import orjson
-
 from batch_tokenizer.audio.decoding import probe_audio
 from batch_tokenizer.manifest.row import MAX_LINE, REFUSED
 from batch_tokenizer.records import RowError, RowForm, Sink, Task
 from batch_tokenizer.sources.foreign_rows import Refused, convert, is_foreign
+from batch_tokenizer.storage.json_lines import dump_json, parse_json
 
 #: Bytes of a name without its ending. File systems take 255, and some users add endings of their own.
 MOST_NAME = 150
@@ -99,7 +99,7 @@ class SourceSettings:
 
 @dataclass(frozen=True, slots=True)
 class Finisher:
-    """See the module.
+    """Completes the rows of one source.
 
     Attributes:
         base: folder that paths of NeMo rows are relative to.
@@ -113,10 +113,8 @@ class Finisher:
         stripped = text.strip()
         row: Any = None
         if stripped and len(text) <= MAX_LINE:
-            try:
-                row = orjson.loads(stripped)
-            except orjson.JSONDecodeError:
-                row = None
+            with contextlib.suppress(ValueError):
+                row = parse_json(stripped)
         if not isinstance(row, dict):
             yield text
             return
@@ -181,6 +179,6 @@ class Finisher:
     def encode(self, row: dict[str, Any]) -> bytes:
         """A row as a line."""
         try:
-            return orjson.dumps(row)
-        except TypeError as error:  # a number that no 64 bits hold, in somebody's .json
-            return orjson.dumps({"key": row.get("key"), REFUSED: f"its fields cannot be passed on: {error}"})
+            return dump_json(row)
+        except (TypeError, ValueError) as error:
+            return dump_json({"key": row.get("key"), REFUSED: f"its fields cannot be passed on: {error}"})

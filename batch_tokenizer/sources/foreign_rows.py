@@ -48,7 +48,11 @@ def convert(row: Mapping[str, Any], base: str = "") -> dict[str, Any]:
 
 
 def _from_nemo(row: Mapping[str, Any], base: str) -> dict[str, Any]:
-    """``audio_filepath``, ``duration``, ``offset``, ``text`` …; the key is the row's own, or path and offset."""
+    """``audio_filepath``, ``duration``, ``offset``, ``text`` …; the key is the row's own, or the path, with offset and
+    duration where the row is a part of the file.
+
+    NeMo reads ``duration`` seconds from ``offset`` on, be it 0 or not; without an offset, the whole file.
+    """
     path = row["audio_filepath"]
     named = next((row[name] for name in ("key", "id", "utt_id") if isinstance(row.get(name), str) and row[name]), None)
     if not isinstance(path, str) or not path:
@@ -58,12 +62,9 @@ def _from_nemo(row: Mapping[str, Any], base: str) -> dict[str, Any]:
     key = named
     if key is None:
         key = os.path.splitext(path)[0].lstrip("./")
-        if row.get("offset"):
-            key = f"{key}-{row['offset']}"
+        if row.get("offset") is not None:
+            key = "-".join(str(part) for part in (key, row["offset"], row.get("duration")) if part is not None)
     rest = {name: value for name, value in row.items() if name not in ("audio_filepath", "key")}
-    # Of a whole file NeMo may say offset 0, which would make the row's duration a cut.
-    if not rest.get("offset"):
-        rest.pop("offset", None)
     return {"key": key, "wav": os.path.join(base, path) if base and not os.path.isabs(path) else path, **rest}
 
 

@@ -1,9 +1,9 @@
-"""``local_manifest``: whatever ``--data_list`` names enters, the path of one local JSON-lines file leaves.
+"""``local_manifest``: whatever ``--data_list`` names, as one local JSON-lines file.
 
 A JSON-lines file whose rows are complete is taken as it stands. Everything else is listed once into
-``FOLDER/source-IDENTITY.jsonl``, which comes into being whole. The identity is a hash of what the file depends on: the
-names, sizes and times of the inputs, and the settings that shape rows. So a later start finds the file again, and lists
-anew where a shard was added or replaced. The same inputs give the same lines, in the same order.
+``FOLDER/source-IDENTITY.jsonl``, which is complete or not there. The identity is a hash of what the file depends on:
+the names, sizes and times of the inputs, and the settings that shape rows. So a later start finds the file again, and
+lists anew where a shard was added or replaced. The same inputs give the same lines, in the same order.
 
 Shards are listed by several threads, as that is mostly waiting; what each found is kept in a file of its own once it is
 large, so that memory does not grow with the corpus.
@@ -11,69 +11,285 @@ large, so that memory does not grow with the corpus.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-import socket
 import tempfile
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import astuple
+from functools import partial
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from threading import Lock
 from typing import IO, Any, TypeVar
 
-import orjson
-
-from batch_tokenizer.manifest.index import alone
-from batch_tokenizer.manifest.row import MAX_LINE, REFUSED
-from batch_tokenizer.records import RowError, RunError
+from batch_tokenizer.manifest.row import MAX_LINE
+from batch_tokenizer.records import RunError, printable
 from batch_tokenizer.sources.finishing import Finisher, SourceSettings
 from batch_tokenizer.sources.folder_rows import folder_row, walk_folder
-from batch_tokenizer.sources.foreign_rows import Refused, is_foreign
+from batch_tokenizer.sources.foreign_rows import is_foreign
+from batch_tokenizer.sources.parquet_rows import parquet_rows
 from batch_tokenizer.sources.patterns import Source, find_sources
-from batch_tokenizer.sources.sidecars import sidecar_fields
 from batch_tokenizer.sources.tar_rows import tar_rows
 from batch_tokenizer.storage import remote
-from batch_tokenizer.storage.names import PIPE, is_url, spoken
-from batch_tokenizer.storage.parquet_rows import TokenParquet, row_info, row_location
+from batch_tokenizer.storage.atomic import atomic_write, exclusive_lock
+from batch_tokenizer.storage.json_lines import parse_json
+from batch_tokenizer.storage.names import PIPE, display_name, is_url
 from batch_tokenizer.storage.remote import StorageError
 from batch_tokenizer.storage.streams import GZIP_MAGIC, StreamReader
 
+log = logging.getLogger(__name__)
 
-def parquet_rows(location: str) -> Iterator[dict[str, Any]]:
-    """Rows with ``key`` and ``quantized_tokens``; a refused one for a shard that cannot be read, or not to its end."""
-    try:
-        parquet = TokenParquet.open(location)
-    except RowError as error:
-        yield {"key": location, REFUSED: error.reason}
-        return
-    try:
-        first = 0
-        for group in range(parquet.num_groups):
-            table = parquet.read_group(group, ["key", "info"])
-            for number in range(len(table)):
-                yield _row(parquet, location, table, number, first + number)
-            first += len(table)
-    except RowError as error:
-        yield {"key": location, REFUSED: error.reason}
-    finally:
-        parquet.close()
+_VERSION = 1
+
+_THREADS = 8
+
+_CHUNK = 2000
+
+#: Bytes of one shard's lines that are held in memory.
+_SPOOLED = 8 * 2**20
+
+#: Lines at the beginning of a JSON-lines file that decide whether it is another tool's.
+_LOOKED_AT = 100
+
+#: Listings of an earlier state of the inputs are removed only after this: another job may still read them.
+_STALE_SECONDS = 24 * 3600.0
+
+#: Seconds between lines of progress.
+_LOG_SECONDS = 5.0
+
+Task = Callable[[], "_Lines"]
 
 
-def _row(parquet: TokenParquet, location: str, table: Any, number: int, row: int) -> dict[str, Any]:
-    place = row_location(location, row)
-    key = table.column("key")[number].as_py() if "key" in table.column_names else None
-    if not isinstance(key, str) or not key:
-        return {"key": place, REFUSED: f"{parquet.name}: row {row} has no key"}
+class LeftOut:
+    """Counts what is left out, by kind, and logs one line for each kind."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._first: dict[str, str] = {}
+        self._lock = Lock()
+
+    def add(self, kind: str, name: str) -> None:
+        """One more of ``kind``."""
+        with self._lock:
+            self._counts[kind] += 1
+            self._first.setdefault(kind, name)
+
+    def log(self) -> None:
+        """Write the log lines."""
+        for kind, count in sorted(self._counts.items()):
+            log.warning("left out: %s %s, the first %s", f"{count:,}", kind, repr(printable(self._first[kind][:200])))
+
+
+def local_manifest(
+    data_list: str, folder: Path, settings: SourceSettings, idle: Callable[[], None] = lambda: None
+) -> Path:
+    """The JSON-lines file that stands for ``data_list``.
+
+    Args:
+        folder: where it is written, if it has to be; made if it is not there.
+        idle: called while waiting; an exception of its ends the listing and leaves nothing behind.
+
+    Raises:
+        RunError: the inputs are not there or cannot be read, rows could have no outputs, or the folder cannot be
+            written.
+    """
+    sources = find_sources(data_list)
+    if len(sources) == 1 and sources[0].kind == "rows" and _is_ours(sources[0].location, settings):
+        return Path(sources[0].location)
+    if settings.output_dir is None and settings.outputs and any(source.kind != "rows" for source in sources):
+        raise RunError(
+            f"--data_list {display_name(data_list)}: its rows name no outputs: "
+            "give --output_dir, the folder that they go to"
+        )
     try:
-        fields = sidecar_fields(orjson.dumps(row_info(table, number)), None)
-    except Refused as refused:
-        return {"key": key, REFUSED: f"{parquet.name}: row {row}: {refused.reason}"}
-    return {"key": key, "quantized_tokens": place, **fields}
+        path = folder / f"source-{_identity(sources, settings)}.jsonl"
+        if path.exists():
+            return path
+        folder.mkdir(parents=True, exist_ok=True)
+        with exclusive_lock(folder / "source.lock", "listing the same source", idle):
+            if not path.exists():
+                _list(sources, path, settings, idle)
+    except OSError as error:
+        place = error.filename or folder
+        raise RunError(f"listing {display_name(data_list)}: {place}: {error.strerror or error}", exit_code=1) from error
+    return path
+
+
+def _is_ours(location: str, settings: SourceSettings) -> bool:
+    """Whether a JSON-lines file can be taken as it stands. One that cannot be read is: the manifest has the words."""
+    if is_url(location) or settings.changes_rows:
+        return False
+    try:
+        if not os.path.isfile(location):
+            return True
+        with open(location, "rb") as stream:
+            head = stream.read(1 << 20)
+    except (OSError, ValueError):
+        return True
+    return head[:2] != GZIP_MAGIC and not any(is_foreign(row) for row in _rows_of(head))
+
+
+def _rows_of(head: bytes) -> Iterator[dict[str, Any]]:
+    for line in islice((line for line in head.split(b"\n") if line.strip()), _LOOKED_AT):
+        try:
+            row = parse_json(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            yield row
+
+
+def _identity(sources: list[Source], settings: SourceSettings) -> str:
+    """
+    Raises:
+        RunError: an input is not there.
+    """
+    hashed = blake2b(repr((_VERSION, MAX_LINE, astuple(settings))).encode(), digest_size=8)
+    missing: list[str] = []
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for source, state in zip(sources, pool.map(lambda item: _state(item, settings), sources), strict=True):
+            if state is None:
+                missing.append(display_name(source.location))
+            hashed.update(f"{source.kind}\0{source.location}\0{state}\0".encode("utf-8", "surrogateescape"))
+    if missing:
+        count = f"{len(missing):,} of {len(sources):,} files do not exist, the first " if len(sources) > 1 else ""
+        verb = "" if len(sources) > 1 else " does not exist"
+        raise RunError(f"--data_list: {count}{missing[0]}{verb}")
+    return hashed.hexdigest()
+
+
+def _state(source: Source, settings: SourceSettings) -> str | None:
+    """What changes when the input does; None if it is not there."""
+    location = source.location
+    if location.startswith(PIPE):
+        return ""
+    if source.kind == "folder":
+        names = blake2b(digest_size=16)
+        for found in walk_folder(location, settings.input_field, lambda kind, name: None):
+            names.update(repr(found).encode("utf-8", "surrogateescape"))
+        return names.hexdigest()
+    if is_url(location):
+        try:
+            return repr(remote.describe(location))
+        except StorageError as error:
+            raise RunError(f"--data_list {error.reason}", exit_code=1 if error.transient else 2) from error
+    try:
+        status = os.stat(location)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise RunError(f"--data_list {display_name(location)}: {error.strerror}") from error
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
+class _Lines:
+    """Lines that one task found, in memory, or in a file without a name when they are many."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.SpooledTemporaryFile(_SPOOLED, prefix="batch_tokenizer-")  # noqa: SIM115
+        self.count = 0
+
+    def add(self, line: bytes) -> None:
+        """One more, without its line end."""
+        self._file.write(line + b"\n")
+        self.count += 1
+
+    def move_to(self, stream: IO[bytes]) -> None:
+        """Write them to ``stream`` and drop them."""
+        self._file.seek(0)
+        while block := self._file.read(1 << 20):
+            stream.write(block)
+        self._file.close()
+
+
+def _list(sources: list[Source], path: Path, settings: SourceSettings, idle: Callable[[], None]) -> None:
+    left_out = LeftOut()
+    began = last_logged = time.monotonic()
+    rows = finished = 0
+    # With ``split`` each file is opened, and those in compressed tars in their order.
+    threads = 2 if settings.channels == "split" else _THREADS
+    name, of_all = display_name(sources[0].location), f" of {len(sources):,}" if len(sources) > 1 else ""
+    with atomic_write(path) as stream:
+        tasks = (task for source in sources for task in _tasks(source, settings, left_out))
+        for lines in ordered(lambda task: task(), tasks, threads, idle):
+            rows, finished = rows + lines.count, finished + 1
+            lines.move_to(stream)
+            idle()
+            if time.monotonic() - last_logged > _LOG_SECONDS:
+                last_logged = time.monotonic()
+                log.info("listing %s: %s parts%s, %s rows", name, f"{finished:,}", of_all, f"{rows:,}")
+        left_out.log()
+        if not rows:
+            what = "audio" if settings.input_field == "wav" else "tokens"
+            raise RunError(f"--data_list {name}: there is no {what} in it, and no row")
+    log.info("listed %s rows of %s sources in %.1f s", f"{rows:,}", f"{len(sources):,}", time.monotonic() - began)
+    for other in path.parent.glob("source-*.jsonl"):
+        with contextlib.suppress(FileNotFoundError):  # another process removes them too
+            if other != path and time.time() - other.stat().st_mtime > _STALE_SECONDS:
+                other.unlink()
+
+
+def _tasks(source: Source, settings: SourceSettings, left_out: LeftOut) -> Iterator[Task]:
+    """The parts of a source, in order."""
+    field_name, location = settings.input_field, source.location
+    if source.kind == "tar":
+        yield lambda: _finish_rows(tar_rows(location, field_name, left_out.add), Finisher(settings))
+    elif source.kind == "parquet":
+        if settings.task != "token2wav":
+            raise RunError(f"--data_list {display_name(location)}: parquet holds tokens, which --task token2wav reads")
+        yield lambda: _finish_rows(parquet_rows(location), Finisher(settings))
+    elif source.kind == "folder":
+        found = walk_folder(location, field_name, left_out.add)
+        while part := list(islice(found, _CHUNK)):
+            rows = map(partial(folder_row, location, field_name), part)
+            yield partial(_finish_rows, rows, Finisher(settings))
+    else:
+        yield from _line_tasks(location, settings)
+
+
+def _finish_rows(rows: Iterator[dict[str, Any]], finisher: Finisher) -> _Lines:
+    lines = _Lines()
+    for row in rows:
+        for finished in finisher.rows(row):
+            lines.add(finisher.encode(finished))
+    return lines
+
+
+def _line_tasks(location: str, settings: SourceSettings) -> Iterator[Task]:
+    """Some thousand lines of a JSON-lines file at a time."""
+    finisher: Finisher | None = None
+    lines = lines_of(location)
+    while part := list(islice(lines, _CHUNK)):
+        if finisher is None:
+            part[0] = part[0].removeprefix(b"\xef\xbb\xbf")
+            finisher = Finisher(settings, _base_of(location, part))
+        yield partial(_finish_lines, part, finisher)
+
+
+def _finish_lines(part: list[bytes], finisher: Finisher) -> _Lines:
+    lines = _Lines()
+    for text in part:
+        for line in finisher.line(text):
+            lines.add(line)
+    return lines
+
+
+def _base_of(location: str, lines: list[bytes]) -> str:
+    """NeMo's paths are relative to the working directory or, where the first is not there, to the manifest's folder."""
+    folder = os.path.dirname(location)
+    if not folder or is_url(location):
+        return ""
+    for row in _rows_of(b"\n".join(lines[:_LOOKED_AT])):
+        path = row.get("audio_filepath")
+        if isinstance(path, str) and path:
+            beside = os.path.join(folder, path)
+            return folder if not os.path.exists(path) and os.path.exists(beside) else ""
+    return ""
 
 
 Item = TypeVar("Item")
@@ -110,272 +326,6 @@ def _result(future: Future[Result], idle: Callable[[], None]) -> Result:
     while not wait([future], timeout=0.5).done:
         idle()
     return future.result()
-
-
-log = logging.getLogger(__name__)
-
-_VERSION = 1
-
-_THREADS = 8
-
-_CHUNK = 2000
-
-#: Bytes of one shard's lines that are held in memory.
-_SPOOLED = 8 * 2**20
-
-#: Lines at the beginning of a JSON-lines file that decide whether it is another tool's.
-_LOOKED_AT = 100
-
-#: Listings of an earlier state of the inputs are removed only after this: another job may still read them.
-_STALE_SECONDS = 24 * 3600.0
-
-#: Seconds between lines of progress.
-_TELL_SECONDS = 5.0
-
-Task = Callable[[], "_Lines"]
-
-
-class Notes:
-    """Counts what is left out, by kind, and tells each kind in one line of the log."""
-
-    def __init__(self) -> None:
-        self._counts: Counter[str] = Counter()
-        self._first: dict[str, str] = {}
-        self._lock = Lock()
-
-    def add(self, kind: str, name: str) -> None:
-        """Take in one."""
-        with self._lock:
-            self._counts[kind] += 1
-            self._first.setdefault(kind, name)
-
-    def tell(self) -> None:
-        """Write the log lines."""
-        for kind, count in sorted(self._counts.items()):
-            log.warning("left out: %s %s, the first %s", f"{count:,}", kind, ascii(self._first[kind][:200]))
-
-
-def local_manifest(
-    data_list: str, folder: Path, settings: SourceSettings, idle: Callable[[], None] = lambda: None
-) -> Path:
-    """The JSON-lines file that stands for ``data_list``.
-
-    Args:
-        folder: where it is written, if it has to be; made if it is not there.
-        idle: called while waiting; an exception of its ends the listing and leaves nothing behind.
-
-    Raises:
-        RunError: the inputs are not there or cannot be read, rows could have no outputs, or the folder cannot be
-            written.
-    """
-    sources = find_sources(data_list)
-    if len(sources) == 1 and sources[0].kind == "rows" and _is_ours(sources[0].location, settings):
-        return Path(sources[0].location)
-    if settings.output_dir is None and settings.outputs and any(source.kind != "rows" for source in sources):
-        raise RunError(
-            f"--data_list {spoken(data_list)}: its rows name no outputs: give --output_dir, the folder that they go to"
-        )
-    try:
-        path = folder / f"source-{_identity(sources, settings)}.jsonl"
-        if path.exists():
-            return path
-        folder.mkdir(parents=True, exist_ok=True)
-        with alone(folder / "source.lock", idle):
-            if not path.exists():
-                _list(sources, path, settings, idle)
-    except OSError as error:
-        place = error.filename or folder
-        raise RunError(f"listing {spoken(data_list)}: {place}: {error.strerror or error}", exit_code=1) from error
-    return path
-
-
-def _is_ours(location: str, settings: SourceSettings) -> bool:
-    """Whether a JSON-lines file can be taken as it stands. One that cannot be read is: the manifest has the words."""
-    if is_url(location) or settings.changes_rows:
-        return False
-    try:
-        if not os.path.isfile(location):
-            return True
-        with open(location, "rb") as stream:
-            head = stream.read(1 << 20)
-    except (OSError, ValueError):
-        return True
-    return head[:2] != GZIP_MAGIC and not any(is_foreign(row) for row in _rows_of(head))
-
-
-def _rows_of(head: bytes) -> Iterator[dict[str, Any]]:
-    for line in islice((line for line in head.split(b"\n") if line.strip()), _LOOKED_AT):
-        try:
-            row = orjson.loads(line)
-        except orjson.JSONDecodeError:
-            continue
-        if isinstance(row, dict):
-            yield row
-
-
-def _identity(sources: list[Source], settings: SourceSettings) -> str:
-    """
-    Raises:
-        RunError: an input is not there.
-    """
-    hashed = blake2b(repr((_VERSION, MAX_LINE, astuple(settings))).encode(), digest_size=8)
-    missing: list[str] = []
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for source, state in zip(sources, pool.map(lambda item: _state(item, settings), sources), strict=True):
-            if state is None:
-                missing.append(spoken(source.location))
-            hashed.update(f"{source.kind}\0{source.location}\0{state}\0".encode("utf-8", "surrogateescape"))
-    if missing:
-        count = f"{len(missing):,} of {len(sources):,} files do not exist, the first " if len(sources) > 1 else ""
-        verb = "" if len(sources) > 1 else " does not exist"
-        raise RunError(f"--data_list: {count}{missing[0]}{verb}")
-    return hashed.hexdigest()
-
-
-def _state(source: Source, settings: SourceSettings) -> str | None:
-    """What changes when the input does; None if it is not there."""
-    location = source.location
-    if location.startswith(PIPE):
-        return ""
-    if source.kind == "folder":
-        names = blake2b(digest_size=16)
-        for found in walk_folder(location, settings.input_field, lambda kind, name: None):
-            names.update(repr(found).encode("utf-8", "surrogateescape"))
-        return names.hexdigest()
-    if is_url(location):
-        try:
-            return repr(remote.describe(location))
-        except StorageError as error:
-            raise RunError(f"--data_list {error.reason}", exit_code=1 if error.transient else 2) from error
-    try:
-        status = os.stat(location)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise RunError(f"--data_list {spoken(location)}: {error.strerror}") from error
-    return f"{status.st_size} {status.st_mtime_ns}"
-
-
-class _Lines:
-    """Lines that one task found, in memory, or in a file without a name when they are many."""
-
-    def __init__(self) -> None:
-        self._file = tempfile.SpooledTemporaryFile(_SPOOLED, prefix="batch_tokenizer-")  # noqa: SIM115
-        self.count = 0
-
-    def add(self, line: bytes) -> None:
-        """One more, without its line end."""
-        self._file.write(line + b"\n")
-        self.count += 1
-
-    def pour(self, stream: IO[bytes]) -> None:
-        """Write them to ``stream`` and forget them."""
-        self._file.seek(0)
-        while block := self._file.read(1 << 20):
-            stream.write(block)
-        self._file.close()
-
-
-def _list(sources: list[Source], path: Path, settings: SourceSettings, idle: Callable[[], None]) -> None:
-    notes = Notes()
-    began = told = time.monotonic()
-    rows = finished = 0
-    aside = path.with_name(f"listing-{socket.gethostname()}-{os.getpid()}-{time.monotonic_ns()}")
-    # With ``split`` each file is opened, and those in compressed tars in their order.
-    threads = 2 if settings.channels == "split" else _THREADS
-    try:
-        with aside.open("wb") as stream:
-            tasks = (task for source in sources for task in _tasks(source, settings, notes))
-            for lines in ordered(lambda task: task(), tasks, threads, idle):
-                rows, finished = rows + lines.count, finished + 1
-                lines.pour(stream)
-                idle()
-                if time.monotonic() - told > _TELL_SECONDS:
-                    told = time.monotonic()
-                    of = f" of {len(sources):,}" if len(sources) > 1 else ""
-                    log.info("listing %s: %s parts%s, %s rows", spoken(sources[0].location), f"{finished:,}", of,
-                             f"{rows:,}")  # fmt: skip
-        notes.tell()
-        if not rows:
-            what = "audio" if settings.input_field == "wav" else "tokens"
-            raise RunError(f"--data_list {spoken(sources[0].location)}: there is no {what} in it, and no row")
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-    log.info("listed %s rows of %s sources in %.1f s", f"{rows:,}", f"{len(sources):,}", time.monotonic() - began)
-    for other in path.parent.glob("source-*.jsonl"):
-        if other != path and time.time() - other.stat().st_mtime > _STALE_SECONDS:
-            other.unlink(missing_ok=True)
-
-
-def _tasks(source: Source, settings: SourceSettings, notes: Notes) -> Iterator[Task]:
-    """The parts of a source, in order."""
-    field_name, location = settings.input_field, source.location
-    if source.kind == "tar":
-        yield lambda: _finish_rows(tar_rows(location, field_name, notes.add), Finisher(settings))
-    elif source.kind == "parquet":
-        yield lambda: _finish_rows(_parquet_rows(location, settings), Finisher(settings))
-    elif source.kind == "folder":
-        found = walk_folder(location, field_name, notes.add)
-        while part := list(islice(found, _CHUNK)):
-            yield _bound(_finish_rows, part, lambda item: folder_row(location, field_name, item), Finisher(settings))
-    else:
-        yield from _line_tasks(location, settings)
-
-
-def _bound(finish: Any, items: list[Any], make: Callable[[Any], dict[str, Any]], finisher: Finisher) -> Task:
-    return lambda: finish(map(make, items), finisher)
-
-
-def _finish_rows(rows: Iterator[dict[str, Any]], finisher: Finisher) -> _Lines:
-    lines = _Lines()
-    for row in rows:
-        for finished in finisher.rows(row):
-            lines.add(finisher.encode(finished))
-    return lines
-
-
-def _parquet_rows(location: str, settings: SourceSettings) -> Iterator[dict[str, Any]]:
-    if settings.task != "token2wav":
-        raise RunError(f"--data_list {spoken(location)}: parquet holds tokens, which --task token2wav reads")
-    from batch_tokenizer.sources.listing import parquet_rows
-
-    return parquet_rows(location)
-
-
-def _line_tasks(location: str, settings: SourceSettings) -> Iterator[Task]:
-    """Some thousand lines of a JSON-lines file at a time."""
-    finisher: Finisher | None = None
-    lines = lines_of(location)
-    while part := list(islice(lines, _CHUNK)):
-        if finisher is None:
-            part[0] = part[0].removeprefix(b"\xef\xbb\xbf")
-            finisher = Finisher(settings, _base_of(location, part))
-        yield _finish_part(part, finisher)
-
-
-def _finish_part(part: list[bytes], finisher: Finisher) -> Task:
-    def finish() -> _Lines:
-        lines = _Lines()
-        for text in part:
-            for line in finisher.line(text):
-                lines.add(line)
-        return lines
-
-    return finish
-
-
-def _base_of(location: str, lines: list[bytes]) -> str:
-    """NeMo's paths are relative to the working directory or, where the first is not there, to the manifest's folder."""
-    folder = os.path.dirname(location)
-    if not folder or is_url(location):
-        return ""
-    for row in _rows_of(b"\n".join(lines[:_LOOKED_AT])):
-        path = row.get("audio_filepath")
-        if isinstance(path, str) and path:
-            beside = os.path.join(folder, path)
-            return folder if not os.path.exists(path) and os.path.exists(beside) else ""
-    return ""
 
 
 def lines_of(location: str) -> Iterator[bytes]:

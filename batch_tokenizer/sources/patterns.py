@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
 
+from braceexpand import UnbalancedBracesError, braceexpand
+
 from batch_tokenizer.records import RunError
 from batch_tokenizer.storage import remote
-from batch_tokenizer.storage.names import PIPE, file_name, is_url, spoken
+from batch_tokenizer.storage.names import PIPE, display_name, file_name, is_url
 from batch_tokenizer.storage.remote import StorageError
 from batch_tokenizer.storage.streams import StreamReader
 
@@ -27,8 +29,7 @@ Kind = Literal["rows", "tar", "parquet", "folder", "list"]
 #: Locations that one pattern may name.
 MOST_LOCATIONS = 1_000_000
 
-_INNERMOST = re.compile(r"\{([^{}]*)\}")
-_RANGE = re.compile(r"(-?\d{1,18})\.\.(-?\d{1,18})")
+_RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
 _GLOB = re.compile(r"[*?\[]")
 _TAR_NAME = re.compile(r"\.(tar|tar\.gz|tgz)$", re.IGNORECASE)
 _LIST_NAME = re.compile(r"\.(txt|list|lst)$", re.IGNORECASE)
@@ -36,51 +37,34 @@ _LIST_NAME = re.compile(r"\.(txt|list|lst)$", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One thing to list rows from."""
+    """A location, and what kind of rows are listed from it."""
 
     location: str
     kind: Kind
 
 
 def expand_braces(pattern: str) -> Iterator[str]:
-    """``a{1..3}b`` to ``a1b a2b a3b``, ``{x,y}`` to each; a range keeps the zeros before its numbers. Braces that are
-    neither stay as they are.
+    """The locations of a shard pattern as webdataset reads it: ``a{1..3}b`` is ``a1b a2b a3b``, ``{x,y}`` is each.
+    Braces that are not balanced stay as they are.
+
+    It is what webdataset's ``expand_urls`` calls for each URL; that function itself would take ``::`` for a separator,
+    which stands in locations here, and make a list of any number of names.
 
     Raises:
         RunError: more than ``MOST_LOCATIONS``.
     """
-    return _limited(_expand(pattern, 0), pattern)
-
-
-def _limited(words: Iterator[str], pattern: str) -> Iterator[str]:
-    for number, word in enumerate(words):
-        if number >= MOST_LOCATIONS:
-            raise RunError(f"--data_list {pattern}: names more than {MOST_LOCATIONS:,} files")
-        yield word
-
-
-def _expand(pattern: str, begin: int) -> Iterator[str]:
-    match = _INNERMOST.search(pattern, begin)
-    if match is None:
+    too_many = RunError(f"--data_list {display_name(pattern)}: names more than {MOST_LOCATIONS:,} files")
+    # Each range becomes a list before the first name is made.
+    for first, last in _RANGE.findall(pattern):
+        if max(len(first), len(last)) > 18 or abs(int(last) - int(first)) >= MOST_LOCATIONS:
+            raise too_many
+    try:
+        for number, word in enumerate(braceexpand(pattern, escape=False)):
+            if number >= MOST_LOCATIONS:
+                raise too_many
+            yield word
+    except UnbalancedBracesError:
         yield pattern
-        return
-    choices = _choices(match[1])
-    if choices is None:
-        yield from _expand(pattern, match.end())
-        return
-    for choice in choices:
-        yield from _expand(pattern[: match.start()] + choice + pattern[match.end() :], begin)
-
-
-def _choices(inner: str) -> Iterator[str] | None:
-    """What one pair of braces stands for; None where it stands for itself."""
-    if match := _RANGE.fullmatch(inner):
-        first, last = int(match[1]), int(match[2])
-        padded = any(end.lstrip("-").startswith("0") and len(end.lstrip("-")) > 1 for end in match.groups())
-        width = max(map(len, match.groups())) if padded else 0
-        step = 1 if first <= last else -1
-        return (f"{number:0{width}d}" if width else str(number) for number in range(first, last + step, step))
-    return iter(inner.split(",")) if "," in inner else None
 
 
 def locations(data_list: str) -> list[str]:
@@ -101,7 +85,7 @@ def locations(data_list: str) -> list[str]:
         except StorageError as error:
             raise RunError(f"--data_list {error.reason}", exit_code=1) from error
         if not matches:
-            raise RunError(f"--data_list {spoken(word)}: no file matches")
+            raise RunError(f"--data_list {display_name(word)}: no file matches")
         found += matches
     return found
 
@@ -122,10 +106,12 @@ def find_sources(data_list: str) -> list[Source]:
             for named in locations(line):
                 inner = kind_of(named)
                 if inner not in ("tar", "parquet"):
-                    raise RunError(f"list {spoken(location)} names {spoken(named)}, which is neither tar nor parquet")
+                    raise RunError(
+                        f"list {display_name(location)} names {display_name(named)}, which is neither tar nor parquet"
+                    )
                 sources.append(Source(named, inner))
     if not sources:
-        raise RunError(f"--data_list {spoken(data_list)}: names nothing")
+        raise RunError(f"--data_list {display_name(data_list)}: names nothing")
     return sources
 
 
@@ -174,6 +160,6 @@ def _list_lines(location: str) -> Iterator[str]:
     except StorageError as error:
         raise RunError(f"--data_list {error.reason}", exit_code=1) from error
     except UnicodeDecodeError as error:
-        raise RunError(f"list {spoken(location)}: not UTF-8") from error
+        raise RunError(f"list {display_name(location)}: not UTF-8") from error
     kept = (line.strip() for line in lines)
     return islice((line for line in kept if line and not line.startswith("#")), MOST_LOCATIONS)

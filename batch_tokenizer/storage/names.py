@@ -18,30 +18,23 @@ from functools import lru_cache
 from hashlib import blake2b
 from urllib.parse import unquote, urlsplit, urlunsplit
 
-_PLAIN = re.compile(r"[A-Za-z0-9_-]{1,80}")
-
-_UNSAFE = re.compile(r"[^A-Za-z0-9_-]+")
-
-
-def member_name(key: str) -> str:
-    """The key itself if it is 1 to 80 of ``A-Z a-z 0-9 _ -``; otherwise as much of it as is, ``~`` and a hash of all
-    of it, which no plain key can be."""
-    if _PLAIN.fullmatch(key):
-        return key
-    digest = blake2b(key.encode("utf-8", "surrogatepass"), digest_size=10).hexdigest()
-    return f"{_UNSAFE.sub('_', key)[:48]}~{digest}"
-
-
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)://")
-
-_MEMBER = re.compile(r"tar://(\d{1,18})\+(\d{1,18})/([^:]*)::(.+)", re.DOTALL)
-
-_STREAMED = re.compile(r"targz://(\d{1,18})/([^:]*)::(.+)", re.DOTALL)
-
-_ESCAPED = re.compile(r"[%:\x00-\x1f\x7f]")
+from batch_tokenizer.records import printable
 
 #: What begins a shell command whose output is a tar, as webdataset writes it.
 PIPE = "pipe:"
+
+_PLAIN_KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
+_NOT_PLAIN = re.compile(r"[^A-Za-z0-9_-]+")
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)://")
+_TAR_MEMBER = re.compile(r"tar://(\d{1,18})\+(\d{1,18})/([^:]*)::(.+)", re.DOTALL)
+_STREAMED_MEMBER = re.compile(r"targz://(\d{1,18})/([^:]*)::(.+)", re.DOTALL)
+_PARQUET_ROW = re.compile(r"parquet://(\d{1,12})::(.+)", re.DOTALL)
+
+_LEADING_DOT = re.compile(r"^(\./+)+")
+
+#: Characters of a member's name that are written as %XX in a location.
+_ESCAPED = re.compile(r"[%:\x00-\x1f\x7f]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,20 +58,31 @@ class StreamedMember:
 
 @lru_cache(64)  # one opening asks several times
 def parse_member(location: str) -> TarMember | StreamedMember | None:
-    """The member that a location means; None where it means something else."""
-    if match := _MEMBER.fullmatch(location):
+    """The tar member that a location names; None where it names something else."""
+    if match := _TAR_MEMBER.fullmatch(location):
         return TarMember(int(match[1]), int(match[2]), unquote(match[3]), match[4])
-    if match := _STREAMED.fullmatch(location):
+    if match := _STREAMED_MEMBER.fullmatch(location):
         return StreamedMember(int(match[1]), unquote(match[2]), match[3])
     return None
 
 
 def location_of(member: TarMember | StreamedMember) -> str:
-    """What ``parse_member`` reads."""
+    """The location of a tar member, which ``parse_member`` reads."""
     name = _ESCAPED.sub(lambda match: f"%{ord(match[0]):02X}", member.name)
     if isinstance(member, TarMember):
         return f"tar://{member.offset}+{member.size}/{name}::{member.archive}"
     return f"targz://{member.number}/{name}::{member.archive}"
+
+
+def row_location(path: str, row: int) -> str:
+    """The location of a row, counted from 0, of a parquet file."""
+    return f"parquet://{row}::{path}"
+
+
+def parse_row_location(location: str) -> tuple[str, int] | None:
+    """(path, row) of a location that ``row_location`` made; None for any other."""
+    match = _PARQUET_ROW.fullmatch(location)
+    return None if match is None else (match[2], int(match[1]))
 
 
 def scheme_of(location: str) -> str | None:
@@ -88,8 +92,8 @@ def scheme_of(location: str) -> str | None:
 
 
 def is_url(location: str) -> bool:
-    """Whether fsspec has to fetch it: it begins with a scheme, but not with one of the tar locations' own."""
-    return scheme_of(location) not in (None, "tar", "targz")
+    """Whether fsspec has to fetch it: it begins with a scheme, but not with one of the locations above."""
+    return scheme_of(location) not in (None, "tar", "targz", "parquet")
 
 
 def file_name(location: str) -> str:
@@ -100,22 +104,55 @@ def file_name(location: str) -> str:
     return urlsplit(location).path if scheme_of(location) in ("http", "https") else location
 
 
-@lru_cache(64)  # whoever opens one asks beforehand, and so does who is asked
-def spoken(location: str) -> str:
-    """The location as a message may show it: on one line, in characters that any report can hold, and without what
-    opens doors (passwords and signatures in a URL)."""
+@lru_cache(64)  # callers ask for the same name before and after an opening
+def display_name(location: str) -> str:
+    """The location as a message may show it: on one line, printable, and without credentials (passwords and
+    signatures in a URL)."""
     member = parse_member(location)
     if member is not None:
-        return f"{_printable(member.name)} in {spoken(member.archive)}"
+        return f"{_quoted_if_odd(member.name)} in {display_name(member.archive)}"
+    row = parse_row_location(location)
+    if row is not None:
+        return f"row {row[1]} of {display_name(row[0])}"
     if scheme_of(location) is not None:
         try:
             parts = urlsplit(location)
-            place = parts.netloc.rpartition("@")[2]
-            location = urlunsplit((parts.scheme, place, parts.path, "…" if parts.query else "", ""))
+            host = parts.netloc.rpartition("@")[2]
+            location = urlunsplit((parts.scheme, host, parts.path, "…" if parts.query else "", ""))
         except ValueError:
-            pass  # an address that is none is shown as it stands
-    return _printable(location)
+            pass  # a malformed address is shown as it stands
+    return _quoted_if_odd(location)
 
 
-def _printable(text: str) -> str:
-    return text if text.isprintable() else ascii(text)
+def _quoted_if_odd(name: str) -> str:
+    shown = printable(name)
+    return name if shown == name else f"'{shown}'"
+
+
+def member_name(key: str) -> str:
+    """The name of a row's members in a tar that this package writes.
+
+    The key itself if it is 1 to 80 of ``A-Z a-z 0-9 _ -``; otherwise as much of it as is, ``~`` and a hash of all of
+    it, which no plain key can be.
+    """
+    if _PLAIN_KEY.fullmatch(key):
+        return key
+    digest = blake2b(key.encode("utf-8", "surrogatepass"), digest_size=10).hexdigest()
+    return f"{_NOT_PLAIN.sub('_', key)[:48]}~{digest}"
+
+
+def split_member_name(name: str) -> tuple[str, str] | None:
+    """A tar member's name as webdataset groups members: what stands before the first dot of the file's name, and the
+    rest. None for a name that webdataset leaves out, such as a hidden file's.
+
+    A leading ``./`` is not part of the name. Both parts keep their case.
+    """
+    prefix, suffix = _base_plus_ext(_LEADING_DOT.sub("", name))
+    return None if prefix is None or prefix.endswith("/") else (prefix, suffix)
+
+
+def _base_plus_ext(name: str) -> tuple[str | None, str]:
+    from webdataset.tariterators import base_plus_ext  # takes a second to import, and only readers of tars need it
+
+    parts: tuple[str | None, str] = base_plus_ext(name)
+    return parts

@@ -1,15 +1,15 @@
-"""Rows of parquet shards by their number: ``parquet://ROW::PATH`` enters, codes and info leave, or audio.
+"""Rows of parquet files by their number: the codes and info of a row, or its audio.
 
-Rows are asked for one by one but lie in groups, so each process keeps the last few groups that it has read.
+Rows are asked for one by one but lie in groups, so each process caches the last few groups that it has read.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,28 +17,15 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from batch_tokenizer.records import RowError
-from batch_tokenizer.storage.names import spoken
-from batch_tokenizer.storage.opening import opened
+from batch_tokenizer.records import RowError, first_line
+from batch_tokenizer.storage.files import open_file
+from batch_tokenizer.storage.names import display_name
 
-_LOCATION = re.compile(r"parquet://(\d{1,12})::(.+)", re.DOTALL)
-
-#: Files, and groups of rows, that a process keeps.
+#: Files, and groups of rows, that a process caches.
 _KEPT_FILES, _KEPT_GROUPS = 8, 4
 
 #: Codes of one group, unpacked.
 _MOST_GROUP_BYTES = 1 << 30
-
-
-def row_location(path: str, row: int) -> str:
-    """The location of a row, counted from 0."""
-    return f"parquet://{row}::{path}"
-
-
-def parse_row_location(location: str) -> tuple[str, int] | None:
-    """(path, row) of a location that ``row_location`` made; None for any other."""
-    match = _LOCATION.fullmatch(location)
-    return None if match is None else (match[2], int(match[1]))
 
 
 @dataclass(slots=True)
@@ -57,6 +44,7 @@ class TokenParquet:
     first_rows: npt.NDArray[np.int64]
     run_info: Mapping[str, Any]
     num_quantizers: int | None
+    _closing: ExitStack
 
     @classmethod
     def open(cls, path: str, *, must_have_codes: bool = True) -> TokenParquet:
@@ -70,35 +58,31 @@ class TokenParquet:
             import pyarrow.parquet as pq
         except ImportError as error:
             raise RowError("load", "parquet needs pyarrow: pip install 'batch_tokenizer[parquet]'") from error
-        name = spoken(path)
-        with opened(path, "a parquet file") as (descriptor, _):
-            stream = os.fdopen(os.dup(descriptor), "rb")
-        try:
-            file = pq.ParquetFile(stream, page_checksum_verification=True)
-            about = file.metadata
-            sizes = [about.row_group(group).num_rows for group in range(about.num_row_groups)]
-            schema = file.schema_arrow
-        except (pa.ArrowException, OSError, ValueError) as error:
-            stream.close()
-            raise RowError("load", f"{name}: not a parquet file that can be read: {_first_line(error)}") from error
-        field = schema.field("codes") if "codes" in schema.names else None
-        if (field is None and must_have_codes) or (
-            field is not None and not (pa.types.is_list(field.type) and pa.types.is_integer(field.type.value_type))
-        ):
-            stream.close()
-            raise RowError("load", f"{name}: has no column codes of lists of integers")
-        metadata = schema.metadata or {}
-        try:
-            run_info = orjson.loads(metadata.get(b"batch_tokenizer", b"{}"))
-            width = metadata.get(b"num_quantizers")
-            num_quantizers = None if width is None else int(width)
-        except ValueError as error:
-            stream.close()
-            raise RowError("load", f"{name}: its schema's metadata is damaged") from error
-        if not isinstance(run_info, dict) or (num_quantizers is not None and num_quantizers < 1):
-            stream.close()
-            raise RowError("load", f"{name}: its schema's metadata is damaged")
-        return cls(name, file, np.cumsum([0, *sizes], dtype=np.int64), run_info, num_quantizers)
+        name = display_name(path)
+        with ExitStack() as stack:
+            stream, _ = stack.enter_context(open_file(path, "a parquet file"))
+            try:
+                file = pq.ParquetFile(stream, page_checksum_verification=True)
+                about = file.metadata
+                sizes = [about.row_group(group).num_rows for group in range(about.num_row_groups)]
+                schema = file.schema_arrow
+            except (pa.ArrowException, OSError, ValueError) as error:
+                raise RowError("load", f"{name}: not a parquet file that can be read: {first_line(error)}") from error
+            field = schema.field("codes") if "codes" in schema.names else None
+            is_codes = field is not None and pa.types.is_list(field.type) and pa.types.is_integer(field.type.value_type)
+            if not is_codes and (must_have_codes or field is not None):
+                raise RowError("load", f"{name}: has no column codes of lists of integers")
+            metadata = schema.metadata or {}
+            try:
+                run_info = orjson.loads(metadata.get(b"batch_tokenizer", b"{}"))
+                width = metadata.get(b"num_quantizers")
+                num_quantizers = None if width is None else int(width)
+            except ValueError as error:
+                raise RowError("load", f"{name}: its schema's metadata is damaged") from error
+            if not isinstance(run_info, dict) or (num_quantizers is not None and num_quantizers < 1):
+                raise RowError("load", f"{name}: its schema's metadata is damaged")
+            first_rows = np.cumsum([0, *sizes], dtype=np.int64)
+            return cls(name, file, first_rows, run_info, num_quantizers, stack.pop_all())
 
     def __len__(self) -> int:
         """Rows."""
@@ -127,7 +111,7 @@ class TokenParquet:
             table = self.file.read_row_group(group, columns=there, use_threads=False)
             table.validate(full=True)
         except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
-            raise RowError("load", f"{self.name}: rows cannot be read: {_first_line(error)}") from error
+            raise RowError("load", f"{self.name}: rows cannot be read: {first_line(error)}") from error
         return table
 
     def codes_of(self, table: Any, number: int) -> npt.NDArray[Any]:
@@ -149,8 +133,9 @@ class TokenParquet:
         return np.asarray(flat).reshape(-1, width)
 
     def close(self) -> None:
-        """Let go of it."""
-        self.file.close(force=True)
+        """Close the file."""
+        self.file.close()
+        self._closing.close()
 
 
 _lock = threading.Lock()
@@ -158,14 +143,14 @@ _files: OrderedDict[str, TokenParquet] = OrderedDict()
 _groups: OrderedDict[tuple[str, int, tuple[str, ...]], Any] = OrderedDict()
 
 
-def _forget() -> None:
+def _forget_in_child() -> None:
     global _lock
     _lock = threading.Lock()
     _files.clear()  # a forked child shares its parent's place in a file
     _groups.clear()
 
 
-os.register_at_fork(after_in_child=_forget)
+os.register_at_fork(after_in_child=_forget_in_child)
 
 
 def read_row(path: str, row: int) -> tuple[npt.NDArray[Any], Mapping[str, Any]]:
@@ -222,7 +207,3 @@ def row_info(table: Any, number: int) -> dict[str, Any]:
     except orjson.JSONDecodeError:
         return {}
     return info if isinstance(info, dict) else {}
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

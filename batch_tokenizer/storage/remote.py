@@ -1,8 +1,8 @@
-"""Objects behind URLs, through fsspec: a URL enters, bytes leave, or one ``StorageError`` that names cause and remedy.
+"""Objects behind URLs, through fsspec: their bytes, or one ``StorageError`` that names cause and remedy.
 
 What a network does now and then (5xx, dropped connections, timeouts) is tried again a few times with growing waits;
-what will not get better by waiting (no such object, no permission, no backend) is told at once. Backends raise what
-their libraries raise, so the cause is read from the error's type, its HTTP status and its words.
+what will not get better by waiting (no such object, no permission, no backend) is reported at once. Backends raise what
+their libraries raise, so the cause is read from the error's type, its HTTP status and its message.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from batch_tokenizer.storage.names import scheme_of, spoken
+import fsspec
+
+from batch_tokenizer.storage.names import display_name, scheme_of
 
 log = logging.getLogger(__name__)
 
@@ -26,19 +28,25 @@ WAITS = (0.5, 1.5, 4.0)
 #: Most bytes that one request asks for.
 BLOCK = 64 * 2**20
 
+#: Bytes that a file object reads ahead.
+_READ_AHEAD = 5 * 2**20
+
 #: Seconds to connect, and between two packets.
 _CONNECT_SECONDS, _SILENCE_SECONDS = 15, 60
 
+#: Schemes that are opened, and the package that reads each. fsspec knows many more, some of which (``reference``,
+#: ``filecache``, ``ssh``) would open other addresses or log in on a manifest's behalf.
 _PACKAGES = {
     "s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp",
-    "abfs": "adlfs", "az": "adlfs", "hf": "huggingface_hub",
+    "abfs": "adlfs", "abfss": "adlfs", "az": "adlfs", "oss": "ossfs", "hdfs": "pyarrow", "hf": "huggingface_hub",
+    "file": "fsspec", "local": "fsspec", "memory": "fsspec",
 }  # fmt: skip
 
 Answer = TypeVar("Answer")
 
 
 class StorageError(Exception):
-    """An object cannot be had or put.
+    """An object cannot be read or written.
 
     Attributes:
         reason: one line that names the URL, the cause and the remedy.
@@ -55,11 +63,11 @@ def read_range(url: str, start: int, stop: int) -> bytes:
     """Bytes ``start`` to ``stop`` of an object, fewer where it ends before.
 
     Raises:
-        StorageError: they cannot be had.
+        StorageError: they cannot be read.
     """
     data = _answer(url, start, stop)
     if len(data) > stop - start and start:
-        raise StorageError(f"{spoken(url)}: its server does not send parts of a file: download it first")
+        raise StorageError(f"{display_name(url)}: its server does not send parts of a file: download it first")
     return data[: stop - start]
 
 
@@ -67,13 +75,13 @@ def fetch(url: str) -> Iterator[bytes]:
     """All of an object, in pieces, usually one.
 
     Raises:
-        StorageError: it cannot be had.
+        StorageError: it cannot be read.
     """
     start = 0
     while True:
         data = _answer(url, start, start + BLOCK)
         if start and len(data) > BLOCK:
-            raise StorageError(f"{spoken(url)}: its server does not send parts of a file: download it first")
+            raise StorageError(f"{display_name(url)}: its server does not send parts of a file: download it first")
         yield data
         if len(data) != BLOCK:  # the end, or, of a server that knows no parts, all at once
             return
@@ -95,7 +103,7 @@ def put(url: str, content: bytes) -> None:
     """Make ``content`` the object, whole or not at all.
 
     Raises:
-        StorageError: it cannot be put.
+        StorageError: it cannot be written.
     """
     _tried(url, lambda system, path: system.pipe_file(path, content))
 
@@ -150,14 +158,16 @@ def describe(url: str) -> tuple[int | None, str]:
 
 
 class RemoteFile(io.RawIOBase):
-    """An object read from its beginning to its end, a block at a time, each tried again when it fails."""
+    """An object read from its beginning to its end through fsspec's read-ahead; a read that fails is tried again."""
 
     def __init__(self, url: str) -> None:
+        """
+        Raises:
+            StorageError: it cannot be opened.
+        """
         super().__init__()
         self._url = url
-        self._block = memoryview(b"")
-        self._begin = 0
-        self._ended = False
+        self._file = _tried(url, lambda system, path: system.open(path, cache_type="readahead", block_size=_READ_AHEAD))
 
     def readable(self) -> bool:
         """True."""
@@ -167,21 +177,16 @@ class RemoteFile(io.RawIOBase):
         """The next bytes; 0 at the end.
 
         Raises:
-            StorageError: they cannot be had.
+            StorageError: they cannot be read.
         """
-        if not self._block and not self._ended:
-            # Small blocks first: many readers stop after a few bytes.
-            length = min(8 * 2**20, max(2**18, self._begin))
-            data = _answer(self._url, self._begin, self._begin + length)
-            if len(data) > length and self._begin:
-                raise StorageError(f"{spoken(self._url)}: its server does not send parts of a file: download it first")
-            self._block = memoryview(data)
-            self._begin += len(data)
-            self._ended = len(data) != length
-        count = min(len(buffer), len(self._block))
-        memoryview(buffer)[:count] = self._block[:count]
-        self._block = self._block[count:]
-        return count
+        data = _tried(self._url, lambda system, path: self._file.read(len(buffer)))
+        memoryview(buffer)[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._file.close()
+        super().close()
 
 
 # ------------------------------------------------------------------------------------------------------------- backends
@@ -195,44 +200,42 @@ def _tried(url: str, ask: Callable[[Any, str], Answer]) -> Answer:
         except Exception as error:  # types of libraries that may not be installed
             lasting = _lasting_cause(error)
             if lasting is not None:
-                raise StorageError(f"{spoken(url)}: {lasting}") from error
+                raise StorageError(f"{display_name(url)}: {lasting}") from error
             if number == len(WAITS):
                 raise StorageError(
-                    f"{spoken(url)}: {_words(error)}, in {number + 1} tries: check the network and the address, "
+                    f"{display_name(url)}: {_words(error)}, in {number + 1} tries: check the network and the address, "
                     "then start the same command again",
                     transient=True,
                 ) from error
-            log.info("%s: %s; trying again", spoken(url), _words(error))
+            log.info("%s: %s; trying again", display_name(url), _words(error))
             time.sleep(WAITS[number] * random.uniform(0.75, 1.25))
     raise AssertionError("not reached")
 
 
 def _file_system(url: str) -> tuple[Any, str]:
     scheme = scheme_of(url) or ""
-    package = _PACKAGES.get(scheme, f"the fsspec backend for {scheme}")
     if "::" in url:
-        raise StorageError(f"{spoken(url)}: chained URLs are not opened: name the object itself")
-    try:
-        import fsspec
-    except ImportError as error:
-        raise StorageError(f"{spoken(url)}: pip install fsspec {package}") from error
+        raise StorageError(f"{display_name(url)}: chained URLs are not opened: name the object itself")
+    if scheme not in _PACKAGES:
+        raise StorageError(f"{display_name(url)}: {scheme}:// addresses are not read, only {', '.join(_PACKAGES)}")
+    package = _PACKAGES[scheme]
     try:
         options: dict[str, Any] = {}
         if scheme in ("http", "https"):
             import aiohttp
 
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=_SILENCE_SECONDS)
-            # Bytes as they lie there: a compressed answer would not fit the ranges that are asked for.
+            # Bytes as they are stored: a compressed answer would not fit the ranges that are asked for.
             options = {"client_kwargs": {"timeout": timeout}, "headers": {"Accept-Encoding": "identity"}}
             if not urlsplit(url).netloc:
                 raise ValueError("no host in it")
-        for library in ("botocore", "aiobotocore"):  # which tell in each process where they found credentials
+        for library in ("botocore", "aiobotocore"):  # which log in each process where they found credentials
             logging.getLogger(library).setLevel(logging.WARNING)
         system, path = fsspec.core.url_to_fs(url, use_listings_cache=False, **options)
     except ImportError as error:
-        raise StorageError(f"{spoken(url)}: pip install {package}, which reads {scheme}:// addresses") from error
+        raise StorageError(f"{display_name(url)}: pip install {package}, which reads {scheme}:// addresses") from error
     except ValueError as error:
-        raise StorageError(f"{spoken(url)}: not an address that can be opened: {_words(error)}") from error
+        raise StorageError(f"{display_name(url)}: not an address that can be opened: {_words(error)}") from error
     return system, path
 
 
@@ -274,7 +277,7 @@ def _lasting_cause(error: Exception) -> str | None:
 
 
 def _words(error: BaseException) -> str:
-    """The error on one line, without what opens doors in the addresses that it quotes."""
+    """The error on one line, without the credentials in the addresses that it quotes."""
     status = _status(error)
     text = re.sub(r"\?[^\s'\"]+|(?<=://)[^\s'\"/]*@", "", " ".join(str(error).split()))
     if status is not None and status not in (200, 206) and str(status) not in text:

@@ -1,8 +1,7 @@
 """Tars that can only be read from the front: compressed ones, and what a ``pipe:`` command prints.
 
-``open_stream`` gives a tape over one. ``read_member`` reads the member with a number; a process keeps its place in the
-streams it reads, so that members asked for in their order cost one reading of the whole, and only going back starts
-over.
+``read_member`` reads the member with a number; a process keeps its place in the streams it reads, so that members asked
+for in their order cost one reading of the whole, and only going back starts over.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ import zlib
 from collections.abc import Iterator
 from typing import IO, Any, cast
 
-from batch_tokenizer.storage.names import PIPE, is_url, spoken
+from batch_tokenizer.storage.names import PIPE, display_name, is_url
 from batch_tokenizer.storage.remote import RemoteFile, StorageError
-from batch_tokenizer.storage.tar import Member, StreamTape, TornTar, walk
+from batch_tokenizer.storage.tar import ByteStream, Member, TornTar, walk
 
 #: Set to 1 in a process, and so in its children, where ``pipe:`` commands may be run (``--allow_pipe``).
 ALLOW_PIPE = "BATCH_TOKENIZER_ALLOW_PIPE"
@@ -95,7 +94,7 @@ class StreamReader:
     """
 
     def __init__(self, location: str) -> None:
-        self._location = location
+        self._name = display_name(location)
         self._produced = 0
         try:
             self._raw = _Counted(_open_raw(location))
@@ -104,87 +103,87 @@ class StreamReader:
             source: Any = gzip.GzipFile(fileobj=buffered, mode="rb") if self._compressed else buffered
             self._stream = cast(IO[bytes], source)
         except OSError as error:
-            raise StorageError(f"{spoken(location)}: cannot be read: {error.strerror or error}") from error
+            raise StorageError(f"{self._name}: cannot be read: {error.strerror or error}") from error
 
     def read(self, size: int) -> bytes:
         """At most ``size`` bytes, none at the end."""
         try:
             data = self._stream.read(size)
         except EOFError as error:
-            raise StorageError(f"{spoken(self._location)}: it is cut short: its compressed data has no end") from error
+            raise StorageError(f"{self._name}: it is cut short: its compressed data has no end") from error
         except (zlib.error, gzip.BadGzipFile) as error:
-            raise StorageError(f"{spoken(self._location)}: its compressed data is damaged: {error}") from error
+            raise StorageError(f"{self._name}: its compressed data is damaged: {error}") from error
         except OSError as error:
-            raise StorageError(f"{spoken(self._location)}: cannot be read: {error.strerror or error}") from error
+            raise StorageError(f"{self._name}: cannot be read: {error.strerror or error}") from error
         self._produced += len(data)
         if self._compressed and self._produced > max(_RATIO_FREE, _MOST_RATIO * self._raw.count):
             raise StorageError(
-                f"{spoken(self._location)}: a compression bomb, {self._raw.count:,} bytes make over {self._produced:,}"
+                f"{self._name}: a compression bomb, {self._raw.count:,} bytes make over {self._produced:,}"
             )
         if self._produced > MOST_STREAM:
-            raise StorageError(f"{spoken(self._location)}: more than {MOST_STREAM:,} bytes")
+            raise StorageError(f"{self._name}: more than {MOST_STREAM:,} bytes")
         return data
 
     def close(self) -> None:
-        """Let go of it."""
+        """Close it."""
         self._stream.close()
         self._raw.close()
 
 
 def _open_raw(location: str) -> Any:
+    name = display_name(location)
     if location.startswith(PIPE):
         if os.environ.get(ALLOW_PIPE) != "1":
             raise StorageError(
-                f"{spoken(location)}: would run a shell command, which needs --allow_pipe; "
-                "a URL (s3://…, https://…) needs none"
+                f"{name}: would run a shell command, which needs --allow_pipe; a URL (s3://…, https://…) needs none"
             )
         return _Process(location.removeprefix(PIPE))
     if is_url(location):
         return RemoteFile(location)
     if not os.path.isfile(location):
-        raise StorageError(f"{spoken(location)}: {'is not a file' if os.path.exists(location) else 'no such file'}")
+        raise StorageError(f"{name}: {'is not a file' if os.path.exists(location) else 'no such file'}")
     return open(location, "rb", buffering=0)
 
 
-class _Reel:
-    """A stream with the place to which it was read."""
+class _SequentialTar:
+    """A tar that is read from the front, and the place to which it was read."""
 
     def __init__(self, location: str) -> None:
         self.location = location
         self._reader = StreamReader(location)
-        self._tape = StreamTape(self._reader.read)
-        self._members: Iterator[Member] = walk(self._tape, lambda kind, name: None)
+        self._stream = ByteStream(self._reader.read)
+        self._members: Iterator[Member] = walk(self._stream, lambda kind, name: None)
         self.next_number = 0
 
     def read(self, number: int, most: int) -> bytes:
         while True:
             member = next(self._members, None)
             if member is None:
-                raise StorageError(f"{spoken(self.location)}: has no member number {number}: it has changed")
+                raise StorageError(f"{display_name(self.location)}: has no member number {number}: it has changed")
             self.next_number = member.number + 1
             if member.number == number:
                 if member.size > most:
-                    raise StorageError(f"{spoken(self.location)}: member of {member.size:,} bytes, too large")
-                content = self._tape.read(member.size)
+                    raise StorageError(f"{display_name(self.location)}: member of {member.size:,} bytes, too large")
+                content = self._stream.read(member.size)
                 if len(content) < member.size:
-                    raise StorageError(f"{spoken(self.location)}: ends within the member: it is cut short")
+                    raise StorageError(f"{display_name(self.location)}: ends within the member: it is cut short")
                 return content
 
     def close(self) -> None:
         self._reader.close()
 
 
-_reels: list[_Reel] = []
+_open_tars: list[_SequentialTar] = []
 _lock = threading.Lock()
 
 
-def _forget_reels() -> None:
+def _forget_in_child() -> None:
     global _lock
     _lock = threading.Lock()
-    _reels.clear()  # a forked child shares its parent's place in a file, and must not move it
+    _open_tars.clear()  # a forked child shares its parent's place in a file, and must not move it
 
 
-os.register_at_fork(after_in_child=_forget_reels)
+os.register_at_fork(after_in_child=_forget_in_child)
 
 
 def read_member(location: str, number: int, most: int) -> bytes:
@@ -194,25 +193,25 @@ def read_member(location: str, number: int, most: int) -> bytes:
         most: bytes that it may have.
 
     Raises:
-        StorageError: it cannot be had.
+        StorageError: it cannot be read.
     """
     with _lock:
-        reel = next((reel for reel in _reels if reel.location == location), None)
-        if reel is not None:
-            _reels.remove(reel)
-            if reel.next_number > number:
-                reel.close()
-                reel = None
-        reel = reel or _Reel(location)
+        tar = next((tar for tar in _open_tars if tar.location == location), None)
+        if tar is not None:
+            _open_tars.remove(tar)
+            if tar.next_number > number:
+                tar.close()
+                tar = None
+        tar = tar or _SequentialTar(location)
         try:
-            content = reel.read(number, most)
+            content = tar.read(number, most)
         except TornTar as error:
-            reel.close()
-            raise StorageError(f"{spoken(location)}: {error}") from error
+            tar.close()
+            raise StorageError(f"{display_name(location)}: {error}") from error
         except BaseException:
-            reel.close()
+            tar.close()
             raise
-        _reels.append(reel)
-        while len(_reels) > _OPEN_STREAMS:
-            _reels.pop(0).close()
+        _open_tars.append(tar)
+        while len(_open_tars) > _OPEN_STREAMS:
+            _open_tars.pop(0).close()
         return content

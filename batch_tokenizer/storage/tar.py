@@ -1,9 +1,9 @@
 """Tars read from the front: where each member lies, in what order, and what is wrong with the archive.
 
-What enters is a tar as a ``Tape``, which can be read and skipped: a file or an object by its bytes, or the output of a
-decompressor. What leaves is one ``Member`` after the other (``walk``). A tar is a stranger: a header is believed only
-if its checksum holds, member sizes only as far as the tape goes, and of members that are no plain files (links,
-devices, sparse files) there is a note, never content. Nothing is ever written to where a member's name says.
+``walk`` reads a tar as a ``ByteStream`` (a file or an object, or the output of a decompressor) and yields its members
+one after the other. A tar is untrusted input: a header is believed only if its checksum holds, member sizes only as far
+as the stream goes, and members that are no plain files (links, devices, sparse files) are reported, never read. Nothing
+is ever written to where a member's name says.
 
 Archives that were appended to each other (``cat``) are read to the end of the last one.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import BinaryIO
 
 HEADER = 512
 
@@ -25,25 +25,13 @@ MOST_MEMBER = 1 << 40
 
 _REGULAR = (b"0", b"\0", b"7")
 _KINDS = {b"1": "hard links", b"2": "symbolic links", b"3": "devices", b"4": "devices", b"6": "pipes"}
-_BLOCK = 1 << 16
+
+#: Bytes that are taken from a stream at once.
+_PIECE = 1 << 20
 
 
 class TornTar(Exception):
     """The archive cannot be read on from here. ``str`` gives the reason; all members before it are good."""
-
-
-class Tape(Protocol):
-    """Bytes from the front to the end."""
-
-    @property
-    def position(self) -> int:
-        """Bytes read or skipped so far."""
-
-    def read(self, size: int) -> bytes:
-        """``size`` bytes, fewer only at the end."""
-
-    def skip(self, size: int) -> int:
-        """Goes on by ``size`` bytes; returns by how many, fewer only at the end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,23 +51,67 @@ class Member:
     size: int
 
 
-class BlockTape:
-    """A tape over something that gives bytes by their place, a block at a time."""
+class ByteStream:
+    """Bytes from the front to the end, which can be read or skipped.
 
-    def __init__(self, read_at: Callable[[int, int], bytes], size: int, block: int = _BLOCK) -> None:
+    Attributes:
+        position: bytes read or skipped so far.
+    """
+
+    def __init__(self, read: Callable[[int], bytes]) -> None:
+        """
+        Args:
+            read: at most so many of the next bytes, none at the end.
+        """
+        self._read = read
+        self.position = 0
+
+    def read(self, size: int) -> bytes:
+        """``size`` bytes, fewer only at the end."""
+        parts: list[bytes] = []
+        missing = size
+        while missing and (part := self._read(min(missing, _PIECE))):
+            parts.append(part)
+            missing -= len(part)
+            self.position += len(part)
+        return b"".join(parts)
+
+    def skip(self, size: int) -> int:
+        """Goes on by ``size`` bytes; returns by how many, fewer only at the end."""
+        missing = size
+        while missing and (part := self._read(min(missing, _PIECE))):
+            missing -= len(part)
+            self.position += len(part)
+        return size - missing
+
+
+class SeekableByteStream(ByteStream):
+    """Over something that gives bytes by their place, so that skipping reads nothing. Read a block at a time."""
+
+    def __init__(self, read_at: Callable[[int, int], bytes], size: int, block: int = 1 << 16) -> None:
         """
         Args:
             read_at: (offset, bytes) to bytes, fewer only at the end.
         """
+        super().__init__(lambda count: b"")
         self._read_at = read_at
         self._size = size
         self._block_bytes = block
         self._begin = 0
         self._block = b""
-        self.position = 0
+
+    @classmethod
+    def of_file(cls, file: BinaryIO) -> SeekableByteStream:
+        """Over an open file that can seek."""
+
+        def read_at(offset: int, size: int) -> bytes:
+            file.seek(offset)
+            return file.read(size)
+
+        return cls(read_at, file.seek(0, os.SEEK_END))
 
     def read(self, size: int) -> bytes:
-        """See ``Tape``."""
+        """``size`` bytes, fewer only at the end."""
         size = max(0, min(size, self._size - self.position))
         start = self.position - self._begin
         if start < 0 or start + size > len(self._block):
@@ -90,53 +122,18 @@ class BlockTape:
         return data
 
     def skip(self, size: int) -> int:
-        """See ``Tape``."""
+        """Goes on by ``size`` bytes; returns by how many, fewer only at the end."""
         skipped = min(size, self._size - self.position)
         self.position += skipped
         return skipped
 
 
-class StreamTape:
-    """A tape over a stream that can only be read."""
-
-    def __init__(self, read: Callable[[int], bytes]) -> None:
-        """
-        Args:
-            read: at most so many bytes, none at the end.
-        """
-        self._read = read
-        self.position = 0
-
-    def read(self, size: int) -> bytes:
-        """See ``Tape``."""
-        parts: list[bytes] = []
-        missing = size
-        while missing and (part := self._read(min(missing, _BLOCK * 16))):
-            parts.append(part)
-            missing -= len(part)
-            self.position += len(part)
-        return b"".join(parts)
-
-    def skip(self, size: int) -> int:
-        """See ``Tape``."""
-        missing = size
-        while missing and (part := self._read(min(missing, _BLOCK * 16))):
-            missing -= len(part)
-            self.position += len(part)
-        return size - missing
-
-
-def file_tape(descriptor: int) -> BlockTape:
-    """A tape over an open file."""
-    return BlockTape(lambda offset, size: os.pread(descriptor, size, offset), os.fstat(descriptor).st_size)
-
-
-def walk(tape: Tape, note: Callable[[str, str], None]) -> Iterator[Member]:
-    """The regular members, in order. When a member is handed out, the tape stands at its first byte; the taker may
+def walk(stream: ByteStream, note: Callable[[str, str], None]) -> Iterator[Member]:
+    """The regular members, in order. When a member is yielded, the stream stands at its first byte; the caller may
     read from it as far as the member goes.
 
     Args:
-        note: told (kind, name) of each member that is left out.
+        note: called with (kind, name) of each member that is left out.
 
     Raises:
         TornTar: the archive ends before its end, or what follows is no tar.
@@ -146,8 +143,8 @@ def walk(tape: Tape, note: Callable[[str, str], None]) -> Iterator[Member]:
     long_name: str | None = None
     fields: dict[str, str] = {}
     while True:
-        begin = tape.position
-        header = tape.read(HEADER)
+        begin = stream.position
+        header = stream.read(HEADER)
         if not header:
             if ended:
                 return
@@ -170,7 +167,7 @@ def walk(tape: Tape, note: Callable[[str, str], None]) -> Iterator[Member]:
         if size < 0:
             raise TornTar(f"its header at byte {begin:,} has an impossible size")
         if kind in (b"L", b"K", b"x", b"X", b"g"):
-            content = _extension(tape, size, begin)
+            content = _extension(stream, size, begin)
             if kind == b"L":
                 long_name = _text(content.split(b"\0", 1)[0])
             elif kind in (b"x", b"X"):
@@ -186,11 +183,11 @@ def walk(tape: Tape, note: Callable[[str, str], None]) -> Iterator[Member]:
         if kind == b"S":
             extended = header[482]
             while extended:
-                more = tape.read(HEADER)
+                more = stream.read(HEADER)
                 if len(more) < HEADER:
-                    raise TornTar(f"it ends within a header, at byte {tape.position:,}")
+                    raise TornTar(f"it ends within a header, at byte {stream.position:,}")
                 extended = more[504]
-        offset = tape.position
+        offset = stream.position
         if kind in _REGULAR and not sparse and not name.endswith("/"):
             yield Member(number, name, offset, size)
             number += 1
@@ -201,10 +198,10 @@ def walk(tape: Tape, note: Callable[[str, str], None]) -> Iterator[Member]:
             size = 0  # a link may state the size of what it points to, and brings no content
         elif kind != b"5" and not name.endswith("/"):
             note(f"members of type {kind!r}", name)
-        missing = offset + size - tape.position
-        if tape.skip(missing) < missing:
-            raise TornTar(f"it ends at byte {tape.position:,}, within member {_short(name)}")
-        tape.skip(-size % HEADER)
+        missing = offset + size - stream.position
+        if stream.skip(missing) < missing:
+            raise TornTar(f"it ends at byte {stream.position:,}, within member {_short(name)}")
+        stream.skip(-size % HEADER)
 
 
 def is_member_header(header: bytes, size: int) -> bool:
@@ -250,12 +247,12 @@ def _text(name: bytes) -> str:
     return name.decode("utf-8", "backslashreplace")
 
 
-def _extension(tape: Tape, size: int, begin: int) -> bytes:
+def _extension(stream: ByteStream, size: int, begin: int) -> bytes:
     if size > _MOST_EXTENSION:
         raise TornTar(f"its header at byte {begin:,} has a name or fields of {size:,} bytes")
-    content = tape.read(size)
-    if len(content) < size or tape.skip(-size % HEADER) < -size % HEADER:
-        raise TornTar(f"it ends within a header, at byte {tape.position:,}")
+    content = stream.read(size)
+    if len(content) < size or stream.skip(-size % HEADER) < -size % HEADER:
+        raise TornTar(f"it ends within a header, at byte {stream.position:,}")
     return content
 
 

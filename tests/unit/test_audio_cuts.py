@@ -12,10 +12,9 @@ import soundfile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from batch_tokenizer.audio import reader
-from batch_tokenizer.audio.decoding import decode_audio
+from batch_tokenizer.audio import loading
+from batch_tokenizer.audio.decoding import decode_audio, open_audio
 from batch_tokenizer.audio.loading import load_samples, measure_samples
-from batch_tokenizer.audio.reader import open_audio
 from batch_tokenizer.audio.resampling import Piece, resample, resampled_length
 from batch_tokenizer.records import AudioCut, RowError
 from tests.unit.test_audio_decoding import write_with_ffmpeg
@@ -68,7 +67,7 @@ def test_a_part_has_the_bits_of_the_whole(files: dict[str, str], suffix: str, st
         assert audio.length() == whole.shape[1]
 
 
-@pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "opus", "m4a"])
+@pytest.mark.parametrize("suffix", ["wav", "flac", "ogg"])
 def test_what_lies_before_a_part_is_not_decoded(
     files: dict[str, str], suffix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,14 +154,14 @@ def test_cuts_in_their_order_take_one_decoding(
 ) -> None:
     whole = load_samples(files[suffix], 16000)
     opened: list[str] = []
-    again = reader.open_audio
-    monkeypatch.setattr(reader, "open_audio", lambda path: opened.append(path) or again(path))
+    again = loading.open_audio
+    monkeypatch.setattr(loading, "open_audio", lambda path, stream: opened.append(path) or again(path, stream))
     for second in (0, 1, 2, 5, 7):
         cut = load_samples(files[suffix], 16000, cut=AudioCut(second, second + 1))
-        np.testing.assert_allclose(cut, whole[16000 * second :][:16000], atol=1e-6)
-    assert len(opened) == (5 if suffix in ("wav", "m4a") else 1)
+        np.testing.assert_array_equal(cut, whole[16000 * second :][:16000])
+    assert len(opened) == (5 if suffix == "wav" else 1)
     # Backwards, and a file that is another now.
-    np.testing.assert_allclose(load_samples(files[suffix], 16000, cut=AudioCut(0, 1)), whole[:16000], atol=1e-6)
+    np.testing.assert_array_equal(load_samples(files[suffix], 16000, cut=AudioCut(0, 1)), whole[:16000])
     before, other = files[suffix] + ".old", files[suffix]
     os.rename(other, before)
     soundfile.write(other, np.zeros(RATE), RATE, format="WAV")

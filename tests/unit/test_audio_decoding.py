@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from batch_tokenizer.audio.decoding import AudioHeader, decode_audio, probe_audio
+from batch_tokenizer.audio.decoding import decode_audio, probe_audio
+from batch_tokenizer.audio.reader import AudioHeader
 from batch_tokenizer.records import RowError
 
 RATE = 24000
@@ -86,7 +87,7 @@ def test_lossless_formats_come_back_as_they_were(
     assert decoded.flags.c_contiguous
     assert decoded.shape == samples.shape
     np.testing.assert_allclose(decoded, samples, atol=step, rtol=0)
-    assert probe_audio(str(path)) == AudioHeader(samples.shape[1], RATE, channels)
+    assert probe_audio(str(path)) == AudioHeader(samples.shape[1], RATE, channels, exact=True)
 
 
 def test_extensible_wav_of_six_channels(tmp_path: Path) -> None:
@@ -103,7 +104,10 @@ def test_lossy_formats_of_libsndfile(tmp_path: Path, suffix: str, subtype: str, 
     container = {"mp3": "MP3"}.get(suffix, "OGG")
     write(tmp_path / f"a.{suffix}", samples, format=container, subtype=subtype)
     decoded, rate = decode_audio(str(tmp_path / f"a.{suffix}"))
-    assert rate == RATE
+    if suffix == "opus":  # which is decoded at its own rate, whatever the encoder was given
+        assert rate == 48000
+        decoded = decoded[:, ::2]
+    assert rate in (RATE, 48000)
     assert decoded.shape == samples.shape
     assert correlation(decoded, samples) > 0.99
 

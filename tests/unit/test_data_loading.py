@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from batch_tokenizer.data.loading import RowLoader
 from batch_tokenizer.data.token_files import read_codes
 from batch_tokenizer.records import RowError
-from batch_tokenizer.storage.names import spoken
+from batch_tokenizer.storage.names import display_name
 from tests.support.loading import INFO, FakeSpec, make_row
 
 CODES = [[1023, 0, 127], [5, 6, 7]]
@@ -35,7 +35,7 @@ def reason_of(path: str) -> str:
     with pytest.raises(RowError) as raised:
         read_codes(path, INFO)
     assert raised.value.stage == "load"
-    assert raised.value.reason.startswith(f"{spoken(path)}: ")
+    assert raised.value.reason.startswith(f"{display_name(path)}: ")
     assert "\n" not in raised.value.reason
     return raised.value.reason.removeprefix(f"{path}: ")
 

@@ -18,14 +18,14 @@ from batch_tokenizer.storage import streams
 from batch_tokenizer.storage.names import (
     StreamedMember,
     TarMember,
+    display_name,
     file_name,
     is_url,
     location_of,
     parse_member,
-    spoken,
 )
-from batch_tokenizer.storage.opening import opened
-from batch_tokenizer.storage.tar import Member, StreamTape, TornTar, file_tape, walk
+from batch_tokenizer.storage.opening import open_location
+from batch_tokenizer.storage.tar import ByteStream, Member, SeekableByteStream, TornTar, walk
 from tests.support.tars import header, tar_bytes
 
 NAMES = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0/"), min_size=1, max_size=150).filter(
@@ -34,8 +34,8 @@ NAMES = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0
 
 
 def read(location: str) -> bytes:
-    with opened(location) as (descriptor, size):
-        content = os.pread(descriptor, size + 1, 0)
+    with open_location(location) as (file, size):
+        content = file.read(size + 1)
     assert len(content) == size
     return content
 
@@ -45,7 +45,7 @@ def walk_bytes(content: bytes, notes: list[tuple[str, str]] | None = None) -> tu
     members: list[Member] = []
     note = (lambda kind, name: None) if notes is None else lambda kind, name: notes.append((kind, name))
     try:
-        for member in walk(StreamTape(io.BytesIO(content).read), note):
+        for member in walk(ByteStream(io.BytesIO(content).read), note):
             members.append(member)
     except TornTar as error:
         return members, str(error)
@@ -64,9 +64,9 @@ def test_member_locations_are_read_back_whatever_the_name(name: str, archive: st
 
 def test_messages_show_no_secrets_and_one_line() -> None:
     url = "https://user:password@host/a.wav?X-Amz-Signature=secret"
-    assert spoken(url) == "https://host/a.wav?…"
-    assert "secret" not in spoken(f"tar://512+7/b.wav::{url}")
-    assert spoken(location_of(TarMember(512, 7, "a\nb.wav", "x.tar"))) == r"'a\nb.wav' in x.tar"
+    assert display_name(url) == "https://host/a.wav?…"
+    assert "secret" not in display_name(f"tar://512+7/b.wav::{url}")
+    assert display_name(location_of(TarMember(512, 7, "a\nb.wav", "x.tar"))) == r"'a\nb.wav' in x.tar"
     assert is_url("s3://bucket/key")
     assert not is_url("tar://1+2/a::b")
     assert not is_url("audio/a.wav")
@@ -89,7 +89,7 @@ def test_every_member_of_any_tar_is_found_and_read(
     plain.write_bytes(content)
     compressed.write_bytes(gzip.compress(content))
     with plain.open("rb") as stream:
-        found = list(walk(file_tape(stream.fileno()), lambda kind, name: None))
+        found = list(walk(SeekableByteStream.of_file(stream), lambda kind, name: None))
     assert [member.name for member in found] == [name for name, _ in members]
     assert walk_bytes(content) == (found, None)
     for member, (_, expected) in zip(found, members, strict=True):
@@ -214,8 +214,8 @@ def test_members_of_streams_in_any_order(tmp_path: Path) -> None:
 
 
 def test_large_members_do_not_stay_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("batch_tokenizer.storage.opening._IN_MEMORY", 1000)
-    monkeypatch.setattr("batch_tokenizer.storage.opening.BLOCK", 1000)
+    monkeypatch.setattr("batch_tokenizer.storage.files._IN_MEMORY", 1000)
+    monkeypatch.setattr("batch_tokenizer.storage.files.BLOCK", 1000)
     content = os.urandom(5001)
     archive = tmp_path / "x.tar"
     archive.write_bytes(tar_bytes([("a", content)]))
@@ -273,48 +273,30 @@ def members_of(tmp_path: Path, contents: list[bytes]) -> list[str]:
     archive = tmp_path / "x.tar"
     archive.write_bytes(tar_bytes([(f"{number}", content) for number, content in enumerate(contents)]))
     with archive.open("rb") as stream:
-        members = list(walk(file_tape(stream.fileno()), lambda kind, name: None))
+        members = list(walk(SeekableByteStream.of_file(stream), lambda kind, name: None))
     return [location_of(TarMember(member.offset, member.size, member.name, str(archive))) for member in members]
 
 
-def test_small_members_one_after_the_other_take_the_same_memory(tmp_path: Path) -> None:
-    contents = [bytes([number]) * size for number, size in enumerate((900, 40_000, 1, 600_000, 1025, 2_000_000, 3))]
-    seen = set()
-    for location, content in zip(members_of(tmp_path, contents), contents, strict=True):
-        assert read(location) == content
-        with opened(location) as (descriptor, size):
-            assert os.lseek(descriptor, 0, os.SEEK_CUR) == 0
-            os.lseek(descriptor, 0, os.SEEK_END)
-            if size < 2**20:
-                seen.add(descriptor)
-    assert len(seen) == 1
-
-
-def test_members_that_are_open_at_once_do_not_share_memory(tmp_path: Path) -> None:
-    first, second, empty = members_of(tmp_path, [b"1" * 5000, b"2" * 4000, b""])
-    with opened(first) as (outer, _):
+def test_members_that_are_open_at_once_are_independent(tmp_path: Path) -> None:
+    first, second, empty, large = members_of(tmp_path, [b"1" * 5000, b"2" * 4000, b"", bytes(2**21)])
+    with open_location(first) as (outer, _):
         for _ in range(2):
             assert read(second) == b"2" * 4000
-        with pytest.raises(RowError, match="empty"), opened(empty):
+        with pytest.raises(RowError, match="empty"), open_location(empty):
             pass
-        assert os.pread(outer, 9999, 0) == b"1" * 5000
+        assert outer.read() == b"1" * 5000
+    with open_location(large) as (one, _), open_location(large) as (other, _):  # from the cache
+        assert one.seek(0, os.SEEK_END) == 2**21
+        assert other.tell() == 0
 
 
-def test_a_forked_child_reads_into_memory_of_its_own(tmp_path: Path) -> None:
-    first, second = members_of(tmp_path, [b"1" * 5000, b"2" * 4000])
-    assert read(first) == b"1" * 5000
-    with opened(first) as (descriptor, _):
-        child = os.fork()
-        if child == 0:
-            os._exit(0 if read(second) == b"2" * 4000 and os.pread(descriptor, 9, 0) == b"1" * 9 else 1)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-        assert os.pread(descriptor, 9999, 0) == b"1" * 5000
-    parent = os.getpid()
-    with opened(first) as (descriptor, _):
-        pass
-    child = os.fork()
-    if child == 0:  # the memory that is idle now is the parent's
-        with opened(second):
-            kept = os.pread(os.open(f"/proc/{parent}/fd/{descriptor}", os.O_RDONLY), 9999, 0)
-        os._exit(0 if kept == b"1" * 5000 else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+def test_large_contents_are_cached_in_a_file_that_each_opening_reads_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("batch_tokenizer.storage.files._IN_MEMORY", 1000)
+    content = os.urandom(2**21)
+    [location] = members_of(tmp_path, [content])
+    with open_location(location) as (one, _), open_location(location) as (other, _):
+        assert one.read(100) + other.read(100) == content[:100] * 2
+        (tmp_path / "x.tar").unlink()
+        assert read(location) == content

@@ -26,10 +26,10 @@ from batch_tokenizer.data.token_files import parse_tokens, read_tokens
 from batch_tokenizer.manifest.row import REFUSED
 from batch_tokenizer.records import RowError, RunError, Sink
 from batch_tokenizer.runs.stored_rows import shard_rows
-from batch_tokenizer.sources.listing import parquet_rows
+from batch_tokenizer.sources.parquet_rows import parquet_rows
 from batch_tokenizer.sources.tar_rows import tar_rows
-from batch_tokenizer.storage.names import member_name
-from batch_tokenizer.storage.parquet_rows import TokenParquet, row_location
+from batch_tokenizer.storage.names import member_name, row_location
+from batch_tokenizer.storage.parquet_rows import TokenParquet
 from batch_tokenizer.writers import parquet_shard
 from batch_tokenizer.writers.file_sink import FileSink
 from batch_tokenizer.writers.row_encoding import RowEncoder, npy_bytes, tokens_as_npy

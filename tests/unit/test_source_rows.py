@@ -24,7 +24,7 @@ from batch_tokenizer.sources.finishing import MOST_NAME, SourceSettings, output_
 from batch_tokenizer.sources.foreign_rows import Refused, convert
 from batch_tokenizer.sources.listing import local_manifest
 from batch_tokenizer.sources.patterns import expand_braces, find_sources
-from batch_tokenizer.storage.opening import opened
+from batch_tokenizer.storage.opening import open_location
 from tests.support.tars import header, tar_bytes, wav_content
 
 NO_OUTPUTS = SourceSettings(sink="tar")
@@ -37,8 +37,8 @@ def rows_of(data_list: str | Path, folder: Path, given_settings: SourceSettings 
 
 
 def read(location: str) -> bytes:
-    with opened(location) as (descriptor, size):
-        return os.pread(descriptor, size, 0)
+    with open_location(location) as (file, _):
+        return file.read()
 
 
 # --- patterns

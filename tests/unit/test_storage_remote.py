@@ -14,7 +14,7 @@ from batch_tokenizer.records import RowError, RunError
 from batch_tokenizer.sources.finishing import SourceSettings
 from batch_tokenizer.sources.listing import local_manifest
 from batch_tokenizer.storage import remote
-from batch_tokenizer.storage.opening import opened
+from batch_tokenizer.storage.opening import open_location
 from batch_tokenizer.storage.remote import StorageError
 from batch_tokenizer.storage.streams import StreamReader
 from batch_tokenizer.writers.publish import publish
@@ -38,12 +38,12 @@ def s3() -> Iterator[str]:
 
 
 def content_of(location: str) -> bytes:
-    with opened(location) as (descriptor, size):
-        return os.pread(descriptor, size, 0)
+    with open_location(location) as (file, _):
+        return file.read()
 
 
 def reason_of(location: str) -> str:
-    with pytest.raises(RowError) as raised, opened(location):
+    with pytest.raises(RowError) as raised, open_location(location):
         pass
     assert raised.value.stage == "load"
     assert "\n" not in raised.value.reason
@@ -85,7 +85,8 @@ def test_nobody_listens(web: WebStore) -> None:
 def test_an_empty_object_and_an_unknown_scheme(web: WebStore) -> None:
     web.files["a.wav"] = b""
     assert "is empty" in reason_of(f"{web.url}/a.wav")
-    assert "not an address that can be opened" in reason_of("nowhere://a/b.wav")
+    for scheme in ("nowhere", "reference", "ssh", "zip", "github"):
+        assert f"{scheme}:// addresses are not read, only s3" in reason_of(f"{scheme}://a/b.wav")
     assert "chained" in reason_of(f"simplecache::{web.url}/a.wav".replace("simplecache::", "zip://x::"))
 
 
@@ -111,9 +112,9 @@ def test_a_long_recording_is_fetched_once_for_its_parts(web: WebStore) -> None:
     for location in (long, long, f"{web.url}/short.wav", f"{web.url}/short.wav", long):
         assert content_of(location) == web.files[location.rpartition("/")[2]]
     assert (web.requests["long.wav"], web.requests["short.wav"]) == (1, 2)
-    with opened(long) as (first, _), opened(long) as (second, _):  # threads do not share a place in it
-        os.read(first, 100)
-        assert os.lseek(second, 0, os.SEEK_CUR) == 0
+    with open_location(long) as (first, _), open_location(long) as (second, _):
+        first.read(100)
+        assert second.tell() == 0
     assert content_of(other) == web.files["other.wav"]
     assert content_of(long) == web.files["long.wav"]
     assert web.requests["long.wav"] == 2
