@@ -194,9 +194,10 @@ def _open_stream(location: str) -> Iterator[tuple[ByteStream, bool]]:
                 descriptor = os.open(location, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             except OSError as error:
                 raise StorageError(f"{display_name(location)}: cannot be opened: {error.strerror}") from error
+            if not os.path.isfile(descriptor):
+                os.close(descriptor)
+                raise StorageError(f"{display_name(location)}: is not a file")
             with open(descriptor, "rb", buffering=0) as file:
-                if not os.path.isfile(descriptor):
-                    raise StorageError(f"{display_name(location)}: is not a file")
                 if file.read(len(GZIP_MAGIC)) != GZIP_MAGIC:
                     yield SeekableByteStream.of_file(cast(BinaryIO, file)), False
                     return

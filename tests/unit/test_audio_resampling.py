@@ -12,7 +12,7 @@ import torchaudio
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from batch_tokenizer.audio import resampling, torchaudio_transforms
+from batch_tokenizer.audio import mel, resampling
 from batch_tokenizer.audio.resampling import resample
 from batch_tokenizer.records import RunError
 
@@ -154,7 +154,7 @@ def test_torchaudio_beside_a_wrong_torch_is_one_error_with_the_remedy(
     def fail(name: str) -> None:
         raise kind("libcudart.so.13: cannot open shared object file\nand more")
 
-    monkeypatch.setattr(torchaudio_transforms.importlib, "import_module", fail)
+    monkeypatch.setattr(mel.importlib, "import_module", fail)
     with pytest.raises(RunError, match=r"libcudart\.so\.13.*CUDA 13\.0.*pip install") as caught:
-        torchaudio_transforms.import_transforms()
+        mel.import_transforms()
     assert "\n" not in str(caught.value)

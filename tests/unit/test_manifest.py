@@ -166,7 +166,9 @@ def test_a_path_that_the_task_does_not_need_may_be_anything(tmp_path: Path) -> N
             json.dumps(row(1, quantized_tokens="out/1.wav")).encode(),
             'fields "quantized_tokens" and "reconstructed_wav" name one file, out/1.wav',
         ),
-        (b'{"key": NaN}', "not valid JSON"),
+        (b'{"key": NaN}', 'field "key" is null'),
+        (b'{"key": nan}', "not valid JSON"),
+        (b'{"key": "a", "other": ["\\udc00"]}', 'field "other" has half a surrogate pair'),
         (b"[" * 5000, "not valid JSON"),
     ],
 )

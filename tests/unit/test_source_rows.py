@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from batch_tokenizer.config import RunConfig, beside
 from batch_tokenizer.manifest.manifest import Manifest
-from batch_tokenizer.manifest.row import MAX_LINE, REFUSED
-from batch_tokenizer.records import ManifestRow, RowFailure, RunError
+from batch_tokenizer.manifest.row import MAX_LINE, REFUSED, cut_of
+from batch_tokenizer.records import AudioCut, ManifestRow, RowFailure, RunError
 from batch_tokenizer.sources.finishing import MOST_NAME, SourceSettings, output_path
 from batch_tokenizer.sources.foreign_rows import Refused, convert
 from batch_tokenizer.sources.listing import local_manifest
@@ -52,7 +52,7 @@ def read(location: str) -> bytes:
         ("{008..011}", ["008", "009", "010", "011"]),
         ("{2..0}", ["2", "1", "0"]),
         ("{a,b}{1..2}", ["a1", "a2", "b1", "b2"]),
-        ("{a,{x,y}}", ["a", "x", "a", "y"]),
+        ("{a,{x,y}}", ["a", "x", "y"]),
         ("{}{a}", ["{}{a}"]),
         ("{a}{1..2}", ["{a}1", "{a}2"]),
     ],
@@ -146,10 +146,13 @@ NEMO = {"audio_filepath": "wavs/a.wav", "duration": 2.0, "text": "hello", "lang"
 
 def test_nemo_rows() -> None:
     assert convert(NEMO) == {"key": "wavs/a", "wav": "wavs/a.wav", "duration": 2.0, "text": "hello", "lang": "en"}
-    assert convert({**NEMO, "offset": 0.0})["key"] == "wavs/a"
-    assert "offset" not in convert({**NEMO, "offset": 0})
+    first = convert({**NEMO, "offset": 0})
+    assert (first["key"], first["offset"], first["duration"]) == ("wavs/a-0-2.0", 0, 2.0)
+    assert cut_of(first) == AudioCut(0.0, 2.0)
+    assert convert({**NEMO, "offset": 0, "duration": 1.5})["key"] == "wavs/a-0-1.5"
+    assert convert({**NEMO, "offset": 0, "duration": None})["key"] == "wavs/a-0"
     cut = convert({**NEMO, "offset": 12.5})
-    assert (cut["key"], cut["offset"], cut["duration"]) == ("wavs/a-12.5", 12.5, 2.0)
+    assert (cut["key"], cut["offset"], cut["duration"]) == ("wavs/a-12.5-2.0", 12.5, 2.0)
     assert convert({**NEMO, "id": "u1"})["key"] == "u1"
     assert convert(NEMO, "base")["wav"] == "base/wavs/a.wav"
     assert convert({**NEMO, "audio_filepath": "/x/a.wav"}, "base")["wav"] == "/x/a.wav"
