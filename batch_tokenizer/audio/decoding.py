@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from batch_tokenizer.audio.ffmpeg import open_with_ffmpeg
 from batch_tokenizer.audio.libsndfile import Unfit, ogg_is_chained, open_with_libsndfile
 from batch_tokenizer.audio.reader import AudioHeader, AudioReader, Samples
+from batch_tokenizer.audio.sizes import find_stale_size
 from batch_tokenizer.records import RowError
 from batch_tokenizer.storage.names import display_name
 from batch_tokenizer.storage.opening import open_location
@@ -39,14 +40,21 @@ def open_audio(path: str, stream: int | None = None) -> Iterator[AudioReader]:
     name = display_name(path)
     with open_location(path) as (file, size):
         libsndfile_said = None
+        stale = find_stale_size(file, size, name)
         try:
-            with open_with_libsndfile(file, size, name) as reader:
+            with open_with_libsndfile(file, size, name, stale) as reader:
                 if stream:
                     raise RowError("load", f"{name}: has 1 audio stream, so none with number {stream} from 0")
                 yield reader
                 return
         except Unfit as unfit:
             libsndfile_said = str(unfit) or None
+        if stale is not None and (stale.stated > 0 or not stale.is_wav):
+            raise RowError(
+                "load",
+                f"{name}: its header promises {stale.stated:,} bytes of audio, and {stale.there - stale.stated:,} more "
+                "follow: write it anew (ffmpeg -i, or sox)",
+            )
         one_link = not ogg_is_chained(file, size)
         with open_with_ffmpeg(
             file, name, stream=stream, libsndfile_said=libsndfile_said, one_link=one_link

@@ -10,6 +10,8 @@ A file is untrusted input: FFmpeg may not open anything else on its behalf (play
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
@@ -57,7 +59,7 @@ def open_with_ffmpeg(
 
     file.seek(0)
     try:
-        container = av.open(file, mode="r", metadata_errors="replace", options={"protocol_whitelist": "none"})
+        container = av.open(_Input(file), mode="r", metadata_errors="replace", options={"protocol_whitelist": "none"})
     except (av.FFmpegError, OSError, ValueError) as error:
         what = "not audio, or its header is damaged or cut short"
         raise RowError("load", f"{name}: {what} ({causes(error)})") from error
@@ -70,6 +72,22 @@ def open_with_ffmpeg(
             yield FFmpegReader(name, container, chosen, header, one_link=one_link)
         except (av.FFmpegError, OSError) as error:
             raise RowError("load", f"{name}: damaged or cut short ({causes(error)})") from error
+
+
+class _Input:
+    """What FFmpeg reads a file through. Places that a damaged header makes up are refused by an error code, as an
+    exception would be printed by PyAV."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.read = file.read
+        self.tell = file.tell
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        try:
+            return self._file.seek(offset, whence)
+        except (OSError, ValueError, OverflowError):
+            return -errno.EINVAL
 
 
 def _choose_stream(container: Any, name: str, stream: int | None) -> Any:
@@ -110,20 +128,21 @@ class FFmpegReader(AudioReader):
         codec = stream.codec_context.name
         is_stateless = codec.startswith("pcm_") or codec == "alac"
         seeks = is_stateless and header.frames is not None and stream.time_base == Fraction(1, header.sample_rate)
+        stream.codec_context.thread_count = 1
         self._container = container
         self._stream = stream
+        self._was_read = False
         # The pages of ogg state positions, so that a lost page shows.
         self._has_positions = container.format.name == "ogg" and codec == "opus" and one_link
         super().__init__(name, header, seeks)
 
     def _decode(self, start: int, stop: int | None) -> Iterator[Block]:
         stream, rate = self._stream, self.header.sample_rate
-        stream.codec_context.thread_count = 1
         origin = stream.start_time or 0
-        begin = start - _WARM_UP
-        has_sought = self.seeks and begin > _WARM_UP
+        has_sought = self.seeks and (self._was_read or start > 2 * _WARM_UP)
         if has_sought:
-            self._container.seek(origin + begin, stream=stream, backward=True)
+            self._container.seek(origin + max(0, start - _WARM_UP), stream=stream, backward=True)
+        self._was_read = True
         position = 0
         for frame in self._frames():
             block = _float_samples(frame, self.name)

@@ -37,7 +37,7 @@ from batch_tokenizer.audio.reader import (
     check_plausible,
     check_sample_rate,
 )
-from batch_tokenizer.audio.sizes import SampleBytes, find_stale_size
+from batch_tokenizer.audio.sizes import SampleBytes
 from batch_tokenizer.records import RowError
 from batch_tokenizer.storage.files import read_at
 
@@ -49,6 +49,9 @@ MP3_TOLERANCE = 4 * 1152
 
 #: What a wav's format chunk says of mp3 and mp2.
 _MPEG_TAGS = (b"\x55\0", b"\x50\0")
+
+#: What begins a MIDI sample dump, of which libsndfile prints every checksum that is wrong.
+_SDS = b"\xf0\x7e"
 
 #: Samples that are decoded at a time.
 _BLOCK = 1 << 18
@@ -66,20 +69,28 @@ class Unfit(Exception):
 
 
 @contextmanager
-def open_with_libsndfile(file: BinaryIO, size: int, name: str) -> Iterator[LibsndfileReader]:
-    """
+def open_with_libsndfile(
+    file: BinaryIO, size: int, name: str, stale: SampleBytes | None = None
+) -> Iterator[LibsndfileReader]:
+    """The reader of a file.
+
+    Args:
+        stale: where its samples lie if its header's size of them is wrong.
+
     Raises:
         Unfit: FFmpeg has to read it.
         RowError: its header is damaged.
     """
-    with _quiet(is_mpeg=_looks_like_mpeg(file)):
+    head = read_at(file, 0, 22)
+    if head[:2] == _SDS:
+        raise Unfit
+    with _quiet(is_mpeg=_looks_like_mpeg(head)):
         try:
             sound = soundfile.SoundFile(_source(file), closefd=False)
         except soundfile.LibsndfileError as error:
             raise Unfit(_cause(error)) from error
     with sound:
         form, subtype = sound.format, sound.subtype
-        stale = find_stale_size(file, size, name) if form not in ("FLAC", "OGG", "MP3") else None
         if stale is None:
             if _is_unfit(file, size, form, subtype, sound.frames):
                 raise Unfit
@@ -87,11 +98,7 @@ def open_with_libsndfile(file: BinaryIO, size: int, name: str) -> Iterator[Libsn
             return
         is_wav = form in ("WAV", "WAVEX", "RF64", "W64")
         if not (is_wav and subtype in _UNCOMPRESSED and sound.endian != "BIG"):
-            raise RowError(
-                "load",
-                f"{name}: its header promises {stale.stated:,} bytes of audio, and {stale.there - stale.stated:,} more "
-                "follow: write it anew (ffmpeg -i, or sox)",
-            )
+            raise Unfit
         # The samples are read on to the file's end, as FFmpeg does where the size is 0.
         rest = soundfile.SoundFile(
             _FromOffset(file, stale), samplerate=sound.samplerate, channels=sound.channels, format="RAW",
@@ -163,8 +170,7 @@ def _mp3_knows_its_length(file: BinaryIO, size: int) -> bool:
     return flags & 3 == 3 and size - start <= 1.01 * audio_bytes + 4096
 
 
-def _looks_like_mpeg(file: BinaryIO) -> bool:
-    head = read_at(file, 0, 22)
+def _looks_like_mpeg(head: bytes) -> bool:
     if len(head) < 22 or head[:3] == b"ID3":
         return len(head) == 22
     return (head[0] == 0xFF and head[1] & 0xE0 == 0xE0) or (head[:4] == b"RIFF" and head[20:22] in _MPEG_TAGS)
@@ -201,7 +207,8 @@ def _seekable_end(file: BinaryIO, size: int, frames: int) -> int:
 
 def _cause(error: soundfile.LibsndfileError) -> str:
     """What libsndfile has to say, in a few words."""
-    return cast(str, error.error_string).removeprefix("Error : ").rstrip(".")
+    words = cast(str, error.error_string).removeprefix("Error : ").rstrip(".")
+    return words.replace("Unspecified internal error", "its header contradicts itself")
 
 
 _quiet_lock = threading.Lock()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import threading
@@ -133,6 +134,9 @@ class _KeptReader(threading.local):
 
 
 _kept = _KeptReader()
+
+# While modules still are what their readers need.
+atexit.register(lambda: _kept.closing and _kept.closing.close())
 
 
 @contextmanager

@@ -173,7 +173,8 @@ class AudioReader(ABC):
         """Samples of each channel that decoding yields. Decodes all of the file unless the header is exact."""
         if self.header.exact and self.header.frames is not None:
             return self.header.frames
-        return max((position + block.shape[1] for position, block in self._blocks(0, None)), default=0)
+        first = self._recent[0][0] if self._recent else 0
+        return max((position + block.shape[1] for position, block in self._blocks(first, None)), default=0)
 
     def length_up_to(self, most: int) -> int | None:
         """The length where it is at most ``most``; None where the file is longer.
@@ -185,6 +186,8 @@ class AudioReader(ABC):
             length = self.header.frames
         elif self.seeks and (self.header.frames or 0) > 2 * most:
             length = None  # no header is that wrong
+        elif self._recent and self._recent[0][0] > 0:
+            length = None  # so much was passed already
         else:
             length = 0
             for position, block in self._blocks(0, most + 1):

@@ -65,11 +65,12 @@ _HEAD = 4096
 @dataclass(frozen=True, slots=True)
 class SampleBytes:
     """Samples whose size in the header is wrong: they begin at byte ``offset``, and ``stated`` bytes are promised of
-    ``there``."""
+    ``there``. FFmpeg reads a wav whose size is 0 on to its end."""
 
     offset: int
     stated: int
     there: int
+    is_wav: bool
 
 
 def find_stale_size(file: BinaryIO, size: int, name: str) -> SampleBytes | None:
@@ -85,10 +86,11 @@ def find_stale_size(file: BinaryIO, size: int, name: str) -> SampleBytes | None:
     if head[:4] == b".snd" and len(head) >= 12:
         offset, stated = struct.unpack(">II", head[4:12])
         there = size - offset
-        return None if stated == 2**32 - 1 or stated >= there else SampleBytes(offset, stated, there)
+        return None if stated == 2**32 - 1 or stated >= there else SampleBytes(offset, stated, there, False)
     layout = _LAYOUTS.get(head[:4])
     if layout is None:
         return None
+    is_wav = layout.samples == b"data" and layout.size == "<I"
     begin, long_size = layout.first, None
     for _ in range(_MOST_CHUNKS):
         chunk = _parse_chunk(head[begin : begin + 24], begin, layout)
@@ -102,6 +104,8 @@ def find_stale_size(file: BinaryIO, size: int, name: str) -> SampleBytes | None:
         if identity == layout.samples:
             break
         begin = _aligned(content + length, layout)
+        if not content <= begin < size:
+            return None
     else:
         return None
     if length == 2**32 - 1 and long_size is not None:
@@ -111,11 +115,11 @@ def find_stale_size(file: BinaryIO, size: int, name: str) -> SampleBytes | None:
         # Promising too much is a habit of programs that write to a pipe, and decoders take what is there. But a size
         # of 32 bits is also all that they take.
         is_beyond = layout.size.endswith("I") and long_size is None and there >= 2**32 - 1
-        return SampleBytes(offset, stated, there) if is_beyond else None
+        return SampleBytes(offset, stated, there, is_wav) if is_beyond else None
     end = content + length
     if any(_is_chunks(file, place, size, layout, name) for place in dict.fromkeys((_aligned(end, layout), end))):
         return None
-    return SampleBytes(offset, max(0, stated), there)
+    return SampleBytes(offset, max(0, stated), there, is_wav)
 
 
 def _is_chunks(file: BinaryIO, begin: int, size: int, layout: _Layout, name: str) -> bool:
