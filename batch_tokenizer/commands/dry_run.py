@@ -37,7 +37,7 @@ from batch_tokenizer.runtime.ledger import RowStatus, read_ledger
 from batch_tokenizer.runtime.processes import ProcessGroup
 from batch_tokenizer.runtime.run_settings import read_settings, setting_differences
 from batch_tokenizer.sources.listing import local_manifest
-from batch_tokenizer.storage.names import is_url, spoken
+from batch_tokenizer.storage.names import display_name, is_url
 from batch_tokenizer.writers.open import output_bytes, run_settings
 
 #: Rows of which the input is opened, and of these, rows that are decoded.
@@ -95,7 +95,7 @@ def dry_run(context: RunContext) -> int:
     with tempfile.TemporaryDirectory(prefix="batch_tokenizer-") as scratch:
         path = local_manifest(str(config.data_list), Path(scratch), settings_of(config), idle)
         manifest = Manifest.open(path, config.task, scratch, sink=config.sink, progress=lambda done, total: idle())
-        trouble += _describe_manifest(manifest, spoken(str(config.data_list)))
+        trouble += _describe_manifest(manifest, display_name(str(config.data_list)))
         limit = context.limit
         settings = run_settings(config, num_quantizers, {**info, **limit.settings})
         status, troubles = _earlier_run(config, run_dir, manifest, settings)

@@ -23,9 +23,9 @@ import orjson
 
 from batch_tokenizer.codecs.base import CodecInfo
 from batch_tokenizer.records import RowError
-from batch_tokenizer.storage.names import parse_member, spoken
-from batch_tokenizer.storage.opening import opened
-from batch_tokenizer.storage.parquet_rows import parse_row_location, read_row
+from batch_tokenizer.storage.files import open_file
+from batch_tokenizer.storage.names import display_name, parse_member, parse_row_location
+from batch_tokenizer.storage.parquet_rows import read_row
 
 #: Largest token file that is read; a day of audio at 20 codebooks takes about 200 MB.
 _MOST_BYTES = 1 << 30
@@ -75,7 +75,7 @@ def read_tokens(
             have codes that this one does not have.
     """
     raw, origin = _open(location)
-    name = spoken(location)
+    name = display_name(location)
     if not origin and beside is not None and parse_member(location) is not None:
         origin = beside
     # Before the codes, as another codec's are out of range as well.
@@ -111,7 +111,7 @@ def read_any_tokens(location: str) -> tuple[npt.NDArray[np.uint16], Mapping[str,
         RowError: they cannot be read, or are not of such a form.
     """
     raw, origin = _open(location)
-    return raw.check(spoken(location), ANY_CODEBOOKS), origin if isinstance(origin, Mapping) else {}
+    return raw.check(display_name(location), ANY_CODEBOOKS), origin if isinstance(origin, Mapping) else {}
 
 
 def _open(location: str) -> tuple[_Lists | _Array, object]:
@@ -119,19 +119,18 @@ def _open(location: str) -> tuple[_Lists | _Array, object]:
     if row is not None:
         values, about = read_row(*row)
         return _Array(values), about
-    return parse_token_file(_read(location), spoken(location))
+    return parse_token_file(_read(location), display_name(location))
 
 
 def _read(location: str) -> bytes:
     """A token file's bytes. Not a pipe's or a device's, which might never end."""
-    with opened(location, "a token file") as (descriptor, size):
+    with open_file(location, "a token file") as (file, size):
         if size > _MOST_BYTES:
-            raise RowError("load", f"{spoken(location)}: {size:,} bytes, too large for a token file")
+            raise RowError("load", f"{display_name(location)}: {size:,} bytes, too large for a token file")
         try:
-            with open(descriptor, "rb", closefd=False) as file:
-                return file.read()
+            return file.read()
         except OSError as error:
-            raise RowError("load", f"{spoken(location)}: cannot be read: {error.strerror}") from error
+            raise RowError("load", f"{display_name(location)}: cannot be read: {error.strerror}") from error
 
 
 def parse_token_file(content: bytes, name: str) -> tuple[_Lists | _Array, object]:

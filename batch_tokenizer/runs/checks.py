@@ -12,7 +12,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +21,8 @@ from batch_tokenizer.codecs.base import CodecInfo
 from batch_tokenizer.config import OUTPUT_SETTINGS
 from batch_tokenizer.data.token_files import ANY_CODEBOOKS, parse_token_file
 from batch_tokenizer.records import RowError
+from batch_tokenizer.storage.files import open_file
 from batch_tokenizer.storage.names import is_url
-from batch_tokenizer.storage.opening import opened
 
 #: Bytes of an audio file's beginning that the checks want.
 AUDIO_HEADER_BYTES = 4096
@@ -80,15 +80,15 @@ class OutputForm:
 
 
 @contextmanager
-def regular_file(path: str) -> Iterator[tuple[int, int]]:
-    """A descriptor and the size in bytes of a regular file, which may be behind a URL.
+def regular_file(path: str) -> Iterator[tuple[BinaryIO, int]]:
+    """A regular file, opened, and its size in bytes; it may be behind a URL.
 
     Raises:
         CheckFailed: it is missing, is no regular file, or cannot be read.
     """
     if is_url(path):
         try:
-            with opened(path, "an output") as place:
+            with open_file(path, "an output") as place:
                 yield place
         except RowError as error:
             raise CheckFailed("missing" if "no such file" in error.reason else "unreadable", error.reason) from error
@@ -96,13 +96,11 @@ def regular_file(path: str) -> Iterator[tuple[int, int]]:
     try:
         # Without waiting for a writer, should it be a pipe.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise CheckFailed("unreadable", "is not a regular file")
-            yield descriptor, status.st_size
-        finally:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
+            raise CheckFailed("unreadable", "is not a regular file")
+        with open(descriptor, "rb", buffering=0) as file:
+            yield cast(BinaryIO, file), os.fstat(descriptor).st_size
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckFailed("missing", "no such file") from error
     except OSError as error:
@@ -115,8 +113,8 @@ def check_audio_file(path: str, form: OutputForm, num_samples: int) -> None:
     Raises:
         CheckFailed: it is not.
     """
-    with regular_file(path) as (descriptor, size):
-        head = os.pread(descriptor, AUDIO_HEADER_BYTES, 0)
+    with regular_file(path) as (file, size):
+        head = file.read(AUDIO_HEADER_BYTES)
     check_audio(form.audio_format, head, size, sample_rate=form.output_sample_rate, num_samples=num_samples)
 
 
@@ -126,8 +124,8 @@ def check_token_file(path: str, form: OutputForm, *, key: str, num_samples: int,
     Raises:
         CheckFailed: it is not.
     """
-    with regular_file(path) as (descriptor, size), open(descriptor, "rb", closefd=False) as stream:
-        content = stream.read()
+    with regular_file(path) as (file, size):
+        content = file.read()
     try:
         unchecked_codes, info = parse_token_file(content, "")
     except RowError as error:

@@ -18,8 +18,7 @@ from batch_tokenizer.records import OUTPUT_FIELDS, RowError, RunError
 from batch_tokenizer.runs.finished_run import FinishedRun
 from batch_tokenizer.runtime.ledger_lines import read_shard_lines
 from batch_tokenizer.sources.tar_rows import tar_rows
-from batch_tokenizer.storage.names import spoken
-from batch_tokenizer.storage.parquet_rows import row_location
+from batch_tokenizer.storage.names import display_name, row_location
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +79,7 @@ def _in_tar(
     shard: str, outputs: tuple[str, ...], wanted: dict[int, dict[str, Any]]
 ) -> Iterator[tuple[str, StoredPlace | RowError]]:
     inputs = ["wav" if name == "reconstructed_wav" else name for name in outputs]
-    trouble = f"{spoken(shard)}: ends before this row: batch_tokenizer verify says what is wrong"
+    trouble = f"{display_name(shard)}: ends before this row: batch_tokenizer verify says what is wrong"
     for number, parts in enumerate(zip(*(tar_rows(shard, name, lambda *_: None) for name in inputs), strict=False)):
         refused = [part[REFUSED] for part in parts if REFUSED in part]
         trouble = refused[0] if refused else trouble
@@ -90,7 +89,7 @@ def _in_tar(
         if refused:
             yield entry["digest"], RowError("load", trouble)
         elif any(part["key"] != entry["key"] for part in parts):
-            what = f"{spoken(shard)}: has another row in its place: batch_tokenizer verify says what is wrong"
+            what = f"{display_name(shard)}: has another row in its place: batch_tokenizer verify says what is wrong"
             yield entry["digest"], RowError("load", what)
         else:
             locations = {name: part[field] for name, field, part in zip(outputs, inputs, parts, strict=True)}

@@ -23,11 +23,11 @@ from batch_tokenizer.runtime.ledger import RowStatus, read_ledger
 from batch_tokenizer.runtime.run_files import parse_shard_name
 from batch_tokenizer.sources.listing import lines_of
 from batch_tokenizer.sources.patterns import find_sources
+from batch_tokenizer.storage.files import open_file
 from batch_tokenizer.storage.json_lines import json_lines_reader
-from batch_tokenizer.storage.names import member_name, spoken
-from batch_tokenizer.storage.opening import opened
+from batch_tokenizer.storage.names import display_name, member_name, split_member_name
 from batch_tokenizer.storage.parquet_rows import TokenParquet, row_info
-from batch_tokenizer.storage.tar import TornTar, file_tape, walk
+from batch_tokenizer.storage.tar import SeekableByteStream, TornTar, walk
 
 #: Bytes that one member of a row may have.
 _MOST_MEMBER = 1 << 32
@@ -73,15 +73,13 @@ class _Group:
 
 
 def _tar_rows(path: str) -> Iterator[StoredRow]:
-    name = spoken(path)
+    name = display_name(path)
     group = _Group("")
-    with opened(path, "a tar") as (descriptor, _):
-        tape = file_tape(descriptor)
+    with open_file(path, "a tar") as (file, _):
+        stream = SeekableByteStream.of_file(file)
         try:
-            for member in walk(tape, lambda kind, name: None):
-                folder, slash, file = member.name.rpartition("/")
-                stem, _, ending = file.partition(".")
-                base = folder + slash + stem
+            for member in walk(stream, lambda kind, name: None):
+                base, ending = split_member_name(member.name) or (member.name, "")
                 if base != group.base:
                     if group.members:
                         yield _tar_row(name, group)
@@ -90,7 +88,7 @@ def _tar_rows(path: str) -> Iterator[StoredRow]:
                     raise RowError("load", f"{name}: member {member.name!a} of {member.size:,} bytes is too large")
                 if ending in group.members:
                     raise RowError("load", f"{name}: member {member.name!a} is there twice")
-                group.members[ending] = tape.read(member.size)
+                group.members[ending] = stream.read(member.size)
         except TornTar as error:
             raise RowError("load", f"{name}: {error}") from error
         except OSError as error:
@@ -281,5 +279,5 @@ def _manifest_rows(rows: Iterator[dict[str, Any]], key: str | None) -> Iterator[
 
 
 def _read(path: str) -> bytes:
-    with opened(path) as (descriptor, _), open(descriptor, "rb", closefd=False) as stream:
-        return stream.read()
+    with open_file(path) as (file, _):
+        return file.read()

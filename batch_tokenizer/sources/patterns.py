@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
 
-from braceexpand import UnbalancedBracesError, braceexpand
+import braceexpand
 
 from batch_tokenizer.records import RunError
 from batch_tokenizer.storage import remote
@@ -59,11 +59,11 @@ def expand_braces(pattern: str) -> Iterator[str]:
         if max(len(first), len(last)) > 18 or abs(int(last) - int(first)) >= MOST_LOCATIONS:
             raise too_many
     try:
-        for number, word in enumerate(braceexpand(pattern, escape=False)):
+        for number, word in enumerate(braceexpand.braceexpand(pattern, escape=False)):
             if number >= MOST_LOCATIONS:
                 raise too_many
             yield word
-    except UnbalancedBracesError:
+    except braceexpand.UnbalancedBracesError:
         yield pattern
 
 
