@@ -34,9 +34,8 @@ def recording(samples: int, rate: int, channels: int = 1, seed: int = 0) -> np.n
 
 
 def ffmpeg(*arguments: object) -> None:
-    subprocess.run(
-        ["ffmpeg", "-v", "error", "-nostdin", "-y", *map(str, arguments)], check=True, timeout=60, stdin=subprocess.DEVNULL
-    )  # fmt: skip
+    command = ["ffmpeg", "-v", "error", "-nostdin", "-y", *map(str, arguments)]
+    subprocess.run(command, check=True, timeout=60, stdin=subprocess.DEVNULL)
 
 
 # --- the files themselves
