@@ -229,8 +229,11 @@ class Codec(ABC):
         """A new stream, where ``spec.streams``."""
         raise NotImplementedError(f"{self.info.family} has no streams")
 
-    def release(self) -> None:  # noqa: B027 - most codecs hold nothing
-        """Let go of cached device memory, after a batch that did not fit."""
+    def release(self) -> None:
+        """Gives cached device memory back, after a batch that did not fit."""
+        from accelerate.utils.memory import clear_device_cache  # imported here, as loader processes need it never
+
+        clear_device_cache()
 
 
 def fitted(samples: npt.NDArray[np.float32], length: int) -> npt.NDArray[np.float32]:

@@ -105,6 +105,15 @@ def _downloaded(model_path: str, repository: str, inner: str, revision: str | No
         ) from error
 
 
+@contextmanager
+def empty_weights() -> Iterator[None]:
+    """Builds models on the meta device, so that parameters and buffers take no memory until they are loaded."""
+    from accelerate import init_empty_weights  # imported here, as loader processes build no models
+
+    with init_empty_weights(include_buffers=True):
+        yield
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint folder that has a readable ``config.json``, or graphs, beside which it may be absent.

@@ -101,8 +101,8 @@ class PaddedCodec(Codec):
         return to_host(self._run(compute, tensors, _length), torch.float32)
 
     def release(self) -> None:
+        super().release()
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()
             self._run.shrink()
 
     def _check(self, code: Codes, name: str) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from batch_tokenizer.audio.mel import whisper_log_mel
 from batch_tokenizer.codecs.base import Codec, CodecInfo, CodecSpec
-from batch_tokenizer.codecs.checkpoint import GRAPHS_KEY, Checkpoint
+from batch_tokenizer.codecs.checkpoint import GRAPHS_KEY, Checkpoint, empty_weights
 from batch_tokenizer.codecs.execution import BatchRunner, to_host
 from batch_tokenizer.codecs.s3tokenizer.config import SAMPLE_RATE, VERSIONS, S3Config
 from batch_tokenizer.codecs.s3tokenizer.model import DEFAULT_CAPACITY, S3Tokenizer
@@ -104,7 +104,7 @@ def load_codec(
     except BackendUnavailable as error:
         raise RunError(f"--attention {attention}: {error}") from error
     log.info("attention %s (%s)", backend, reason)
-    with torch.device("meta"):
+    with empty_weights():
         model = S3Tokenizer(config, spec.window_merge)
     opened.load(model, model, device=device, dtype=dtype)
     model.encoder.attention = attention
@@ -141,10 +141,6 @@ class S3Codec(Codec):
         self._frame_budget = max(1, frames)
         if self.model.device.type == "cuda":
             self.model.capacity = self._frame_budget
-
-    def release(self) -> None:
-        if self.model.device.type == "cuda":
-            torch.cuda.empty_cache()
 
 
 def _opened(checkpoint: Checkpoint) -> tuple[Checkpoint, S3Config]:
