@@ -13,6 +13,7 @@ import torch
 
 from batch_tokenizer.config import Device, Dtype
 from batch_tokenizer.records import RunError, first_line
+from batch_tokenizer.runtime.affinity import bind_to_numa_node
 from batch_tokenizer.runtime.processes import num_cores
 
 log = logging.getLogger(__name__)
@@ -99,7 +100,10 @@ def choose_device(
         number_format = _DTYPES[cuda_dtype] if on_cuda else torch.float32
     else:
         number_format = _DTYPES[dtype]
-    cores = _share_of_cores()
+    num_ranks = _ranks_of_machine()
+    cores = max(1, num_cores() // num_ranks)
+    if on_cuda:
+        bind_to_numa_node(chosen, num_ranks)
     name = str(number_format).removeprefix("torch.")
     return ComputeDevice(chosen, number_format, cores, f"device {what}, {name}, {cores} cores a rank")
 
@@ -144,7 +148,7 @@ def _compute_in_float32() -> None:
         log.warning("NVIDIA_TF32_OVERRIDE=1 computes float32 in TF32, which changes codes: unset it")
 
 
-def _share_of_cores() -> int:
-    """The cores this process may use, divided among the ranks that the launcher put on this machine."""
+def _ranks_of_machine() -> int:
+    """Ranks that the launcher put on this machine."""
     ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    return max(1, num_cores() // (int(ranks) if ranks.isdecimal() else 1))
+    return max(1, int(ranks)) if ranks.isdecimal() else 1
