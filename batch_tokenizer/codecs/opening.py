@@ -82,11 +82,12 @@ class CodecSetup:
 
         Args:
             family: where it is known.
+            options: settings of the family, as ``CodecSpec.with_options`` takes them.
             options: settings of the codec's family (``CodecSpec.options``).
             local_rank: of the processes on this machine, which go to its GPUs in turn.
             threads: None takes one for each core of this process, and lets torch compute an operation on one thread:
                 faster for short utterances, and results do not depend on how many cores there are. With a number,
-                torch stays as it is set.
+                torch keeps its own number of threads.
 
         Raises:
             RunError: the checkpoint or the device cannot be used; the message names what is wrong.
@@ -94,9 +95,10 @@ class CodecSetup:
         family = family or find_family(checkpoint)
         spec = family.open_spec(checkpoint).with_options(options)
         compute = choose_device(device, dtype, local_rank, spec.cuda_dtype)
-        if threads is None and compute.device.type == "cpu":
-            torch.set_num_threads(1)
-        spec = _with_front_end(spec, front_end, compute)
+        if threads is None:
+            # On CUDA the processor only joins arrays, for which eight ranks must not take all cores.
+            torch.set_num_threads(1 if compute.device.type == "cpu" else min(4, compute.cores))
+        spec = with_front_end(spec, front_end, compute)
         return cls(checkpoint, family, spec, compute, attention, threads or compute.cores)
 
     def load(self, task: Task = "wav2token2wav", frame_budget: int | None = None) -> Codec:
@@ -118,7 +120,7 @@ class CodecSetup:
         return codec
 
 
-def _with_front_end(spec: CodecSpec, wanted: FrontEnd, compute: ComputeDevice) -> CodecSpec:
+def with_front_end(spec: CodecSpec, wanted: FrontEnd, compute: ComputeDevice) -> CodecSpec:
     """The spec whose features are made where ``wanted``; ``auto`` is on the device on CUDA, where the codec can.
 
     Raises:

@@ -23,7 +23,7 @@ from batch_tokenizer.codecs.checkpoint import Checkpoint
 from batch_tokenizer.codecs.mimo.codec import MiMoSpec, check_attention, prepare_codec
 from batch_tokenizer.codecs.mimo.config import MiMoConfig
 from batch_tokenizer.codecs.mimo.sized import random_model
-from batch_tokenizer.records import RunError, Task
+from batch_tokenizer.records import ManifestRow, RunError, Task
 
 #: Lengths in seconds, by name; ``uniform:A-B`` and ``constant:S`` are understood beside these. ``seed-tts`` is a
 #: log-normal like that test set's prompts and sentences: half below 4.5 s, few above 10 s.
@@ -114,6 +114,15 @@ def write_manifest(path: Path, wavs: Sequence[str | Path], tokens: Path, audio: 
             }
             file.write(json.dumps(row) + "\n")
     return path
+
+
+def manifest_rows(manifest: Path) -> list[ManifestRow]:
+    """The rows of a manifest that ``write_manifest`` wrote."""
+    return [
+        ManifestRow(line, f"{line:016x}", row["key"], row["wav"], row["quantized_tokens"],
+                    row["reconstructed_wav"], row)
+        for line, row in enumerate(map(json.loads, manifest.read_text(encoding="utf-8").splitlines()))
+    ]  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------- random weights

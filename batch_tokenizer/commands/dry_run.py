@@ -90,7 +90,7 @@ def dry_run(context: RunContext) -> int:
         "dry run",
         f"batch_tokenizer {__version__}, {config.task}, {num_quantizers} of {spec.info.num_codebooks} codebooks",
     )
-    _print("model", f"{context.checkpoint.folder} ({spec.info.family}, fingerprint {spec.info.fingerprint})")
+    _print("model", f"{context.codec.checkpoint.folder} ({spec.info.family}, fingerprint {spec.info.fingerprint})")
     _print("device", compute.reason.removeprefix("device "))
     with tempfile.TemporaryDirectory(prefix="batch_tokenizer-") as scratch:
         path = local_manifest(str(config.data_list), Path(scratch), settings_of(config), idle)

@@ -12,13 +12,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from batch_tokenizer import __version__
 from batch_tokenizer.codecs.base import Codec, CodecSpec
 from batch_tokenizer.codecs.checkpoint import Checkpoint
-from batch_tokenizer.codecs.registry import Family, find_family
-from batch_tokenizer.config import FrontEnd, RunConfig
+from batch_tokenizer.codecs.opening import CodecSetup
+from batch_tokenizer.config import RunConfig
 from batch_tokenizer.data.loader import Loader
 from batch_tokenizer.data.loading import RowLoader
 from batch_tokenizer.data.pieces import PassLimit
@@ -26,7 +25,7 @@ from batch_tokenizer.manifest.manifest import Manifest
 from batch_tokenizer.quality.live import LiveQuality
 from batch_tokenizer.records import RunError
 from batch_tokenizer.runs.source import allow_pipes, prepare
-from batch_tokenizer.runtime.devices import ComputeDevice, choose_device
+from batch_tokenizer.runtime.devices import ComputeDevice
 from batch_tokenizer.runtime.ledger import LedgerState, read_ledger
 from batch_tokenizer.runtime.processes import ProcessGroup
 from batch_tokenizer.runtime.run_folder import RunFolder
@@ -70,48 +69,56 @@ class RunContext:
 
     config: RunConfig
     processes: ProcessGroup
-    compute: ComputeDevice
-    checkpoint: Checkpoint
-    family: Family
-    spec: CodecSpec
+    codec: CodecSetup
     num_quantizers: int
     stop: StopRequest
     started: float
 
     @classmethod
-    def prepare(cls, config: RunConfig, processes: ProcessGroup, stop: StopRequest, started: float) -> RunContext:
+    def prepare(
+        cls,
+        config: RunConfig,
+        processes: ProcessGroup,
+        stop: StopRequest,
+        started: float,
+        codec: CodecSetup | None = None,
+    ) -> RunContext:
         """Opens the checkpoint, chooses the device, and logs both.
+
+        Args:
+            codec: where it is open already.
 
         Raises:
             RunError: the checkpoint or the device is not what was asked for.
         """
-        checkpoint = Checkpoint.open(config.model_path)
-        family = find_family(checkpoint)
-        spec = family.open_spec(checkpoint).with_options(config.codec_options)
-        compute = choose_device(config.device, config.dtype, processes.local_rank, spec.cuda_dtype)
-        spec = with_front_end(spec, config.front_end, compute)
-        if compute.device.type == "cpu":
-            # One thread an operation, several utterances at a time: faster for short ones, and results do not depend
-            # on how many cores a process was given.
-            torch.set_num_threads(1)
-        else:
-            # What is left for the processor is joining arrays; eight ranks must not take all cores for it.
-            torch.set_num_threads(min(4, compute.cores))
-        most = spec.info.num_codebooks
+        codec = codec or CodecSetup.open(
+            Checkpoint.open(config.model_path), device=config.device, dtype=config.dtype, front_end=config.front_end,
+            attention=config.attention, options=config.codec_options, local_rank=processes.local_rank,
+        )  # fmt: skip
+        info = codec.spec.info
+        most = info.num_codebooks
         if config.num_quantizers is not None and config.num_quantizers > most:
             raise RunError(f"--num_quantizers {config.num_quantizers}: this checkpoint has {most} codebooks")
-        context = cls(
-            config, processes, compute, checkpoint, family, spec, config.num_quantizers or most, stop, started
-        )
+        context = cls(config, processes, codec, config.num_quantizers or most, stop, started)
         limit = context.limit
         log.info("batch_tokenizer %s: %s, rank 0 of %d (%s)",
                  __version__, config.task, processes.world_size, processes.launcher)  # fmt: skip
-        log.info("%s", compute.reason)
-        log.info("model %s (%s, fingerprint %s), %d of %d codebooks", checkpoint.folder, spec.info.family,
-                 spec.info.fingerprint, context.num_quantizers, most)  # fmt: skip
+        log.info("%s", codec.compute.reason)
+        log.info("model %s (%s, fingerprint %s), %d of %d codebooks", codec.checkpoint.folder, info.family,
+                 info.fingerprint, context.num_quantizers, most)  # fmt: skip
         if limit.policy != "native" and limit.samples is not None:
-            log.info("audio longer than %g s: %s", limit.samples / spec.info.sample_rate, limit.policy)
+            log.info("audio longer than %g s: %s", limit.samples / info.sample_rate, limit.policy)
         return context
+
+    @property
+    def compute(self) -> ComputeDevice:
+        """The device that the rank computes on."""
+        return self.codec.compute
+
+    @property
+    def spec(self) -> CodecSpec:
+        """The spec that loader processes and the codec share."""
+        return self.codec.spec
 
     @property
     def num_workers(self) -> int:
@@ -166,29 +173,8 @@ class RunContext:
         )
 
     def load_codec(self) -> Codec:
-        """The weights that the task needs."""
-        codec = self.family.load_codec(
-            self.checkpoint, self.spec, task=self.config.task, device=self.compute.device, dtype=self.compute.dtype,
-            attention=self.config.attention, threads=self.compute.cores,
-        )  # fmt: skip
-        if self.config.frame_budget is not None:
-            codec.frame_budget = self.config.frame_budget
-        return codec
-
-
-def with_front_end(spec: CodecSpec, asked: FrontEnd, compute: ComputeDevice) -> CodecSpec:
-    """The spec that loader and codec share: features are made where ``asked``, or where it is faster.
-
-    Raises:
-        RunError: this codec cannot make them on a device.
-    """
-    if asked == "host" or (asked == "auto" and compute.device.type == "cpu"):
-        return spec
-    on_device = spec.with_device_front_end()
-    if on_device is None and asked == "device":
-        raise RunError(f"--front_end device: {spec.info.family} makes its features in loader processes; leave it out")
-    log.info("features are made %s", "in loader processes" if on_device is None else f"on {compute.device}")
-    return on_device or spec
+        """The codec with the weights that the task needs."""
+        return self.codec.load(self.config.task, self.config.frame_budget)
 
 
 def open_live_quality(config: RunConfig, spec: CodecSpec) -> AbstractContextManager[LiveQuality | None]:

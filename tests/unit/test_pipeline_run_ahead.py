@@ -17,10 +17,11 @@ import torch
 
 from batch_tokenizer.codecs.base import Codec, Computed
 from batch_tokenizer.codecs.checkpoint import Checkpoint
+from batch_tokenizer.codecs.opening import CodecSetup, with_front_end
 from batch_tokenizer.commands.bench_workload import FreeSpec, write_manifest
 from batch_tokenizer.config import RunConfig
 from batch_tokenizer.pipeline.run import run_job
-from batch_tokenizer.pipeline.setup import RunContext, with_front_end
+from batch_tokenizer.pipeline.setup import RunContext
 from batch_tokenizer.records import RunError
 from batch_tokenizer.runtime.devices import ComputeDevice, choose_device
 from batch_tokenizer.runtime.processes import ProcessGroup
@@ -110,11 +111,9 @@ def run_rows(folder: Path, device: Device, count: int, **settings: Any) -> tuple
     manifest = write_manifest(folder / "data.jsonl", wavs, folder / "out", folder / "out")
     config = RunConfig(data_list=manifest, task="wav2token2wav", num_workers=0, **{"batch_size": 4, **settings})
     family = AheadFamily(device)
-    spec = family.open_spec(Checkpoint(folder=folder, name="free", config={}))
+    codec = CodecSetup.open(Checkpoint(folder=folder, name="free", config={}), family, device="cpu")
     with StopRequest() as stop:
-        context = RunContext(config, ProcessGroup.from_environment({}), choose_device("cpu", "auto", 0),
-                             Checkpoint(folder=folder, name="free", config={}), family, spec, 8, stop,
-                             time.monotonic())  # fmt: skip
+        context = RunContext(config, ProcessGroup.from_environment({}), codec, 8, stop, time.monotonic())
         status = run_job(context)
     return status, json.loads((config.default_run_dir() / "summary.json").read_text())
 
