@@ -3,8 +3,8 @@ should be.
 
 It reads the manifest, the run's ledger and the outputs, prints a verdict, and writes ``verify.jsonl`` into the run
 folder, a line for everything that is wrong. Nothing is believed because the run says so: the lengths that outputs must
-have are computed again from the codec's frame arithmetic. Codes are checked to be possible, not recomputed, and of
-audio only the header and the size are read.
+have are computed again from the codec's frame arithmetic. Codes are checked to be possible, and of audio only the
+header and the size are read. ``--recompute N`` tokenizes a sample of rows again.
 
 With ``--repair``, rows whose outputs are wrong are taken back in the ledger, so that the next run does just those.
 Files are checked by processes that import neither torch nor a codec; the memory used depends on the number of output
@@ -25,7 +25,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import jsonlines
 import orjson
@@ -54,7 +54,7 @@ from batch_tokenizer.commands.verify_shards import (
     shards_to_check,
     take_back,
 )
-from batch_tokenizer.config import RunConfig, add_options
+from batch_tokenizer.config import Dtype, RunConfig, add_options
 from batch_tokenizer.manifest.manifest import Manifest
 from batch_tokenizer.records import TASKS, LedgerEntry, RunError, Task
 from batch_tokenizer.runs.checks import OutputForm
@@ -68,6 +68,9 @@ from batch_tokenizer.storage.json_lines import json_lines_writer
 from batch_tokenizer.writers.shard_folder import shard_folder
 from batch_tokenizer.writers.shard_recovery import recover
 
+if TYPE_CHECKING:
+    from batch_tokenizer.commands.verify_recompute import Recomputation
+
 log = logging.getLogger(__name__)
 
 #: What may be wrong, in the order in which it is printed.
@@ -79,13 +82,14 @@ KINDS: Mapping[str, str] = {
     "length": "outputs of another length than their row's audio",
     "content": "outputs with content that this run does not write",
     "twice": "rows in more than one place",
+    "recomputed": "rows whose codes are not those that this device computes with the run's settings",
     "orphan": "files in the folder of shards that no ledger file names",
     "stray": "temporary files in output folders",
     DURATION: "rows with another duration in the manifest (not held against the run)",
 }
 
 #: Kinds that taking rows back does not mend.
-_NOT_REPAIRED = {"pending", "stray", "orphan", DURATION}
+_NOT_REPAIRED = {"pending", "stray", "orphan", "recomputed", DURATION}
 
 #: A manifest of fewer lines is checked by this process alone.
 _LEAST_LINES_FOR_PROCESSES = 4 * CHUNK_LINES
@@ -100,6 +104,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--run_dir", type=Path, help="the run folder; looked for beside the manifest when absent")
     add("--workers", type=int, help="processes that check files; one a core when absent, more help on network disks")
     add("--repair", action="store_true", help="take rows with wrong outputs back, for the next run to do again")
+    add("--recompute", type=int, metavar="N", help="tokenize N rows again, alone and in another order, and compare")
+    add_options(parser, "device")
+    add("--dtype", choices=get_args(Dtype), help="with --recompute: also compare with this number format")
     add("--show", type=int, default=10, help="examples printed of each kind of problem (%(default)s)")
 
 
@@ -109,13 +116,23 @@ def main(arguments: argparse.Namespace) -> int:
     Raises:
         RunError: there is nothing that could be verified, or not with these arguments.
     """
-    for flag, value, least in (("workers", arguments.workers, 1), ("show", arguments.show, 0)):
+    for flag, least in (("workers", 1), ("show", 0), ("recompute", 1)):
+        value = getattr(arguments, flag)
         if value is not None and value < least:
             raise RunError(f"--{flag} {value}: must be at least {least}")
+    if arguments.dtype is not None and arguments.recompute is None:
+        raise RunError("--dtype needs --recompute N, the number of rows to tokenize again")
     run = FinishedRun.open(find_run_dir(arguments.data_list, arguments.task, arguments.run_dir))
     if arguments.task not in (None, run.task):
         raise RunError(f"--task {arguments.task}: run folder {run.path} is of a {run.task} run")
     spec = _open_spec(arguments.model_path, run)
+    recomputation = None
+    if arguments.recompute is not None:
+        # Imported here, as this imports torch, which the processes that check files do not need.
+        from batch_tokenizer.commands.verify_recompute import Recomputation
+
+        recomputation = Recomputation(arguments.recompute, arguments.model_path, arguments.device, arguments.dtype)
+        recomputation.check(run)
     with ExitStack() as stack:
         folder = ledger = None
         if arguments.repair:
@@ -125,7 +142,8 @@ def main(arguments: argparse.Namespace) -> int:
             ledger = stack.enter_context(LedgerWriter(folder.ledger_path))
         elif seems_at_work(run.path):
             log.warning("a job seems to be at work on %s: what it has not done yet will be reported", run.path)
-        verification = Verification(run, run.manifest(arguments.data_list), spec, folder, ledger)
+        manifest = run.manifest(arguments.data_list)
+        verification = Verification(run, manifest, spec, folder, ledger, recomputation)
         return verification.run_checks(workers=arguments.workers, show=arguments.show)
 
 
@@ -196,6 +214,7 @@ class Verification:
 
     Attributes:
         folder, ledger: open for repairing; None to look only.
+        recomputation: of a sample of rows, if that was asked for.
     """
 
     run: FinishedRun
@@ -203,6 +222,7 @@ class Verification:
     spec: CodecSpec
     folder: RunFolder | None
     ledger: LedgerWriter | None
+    recomputation: Recomputation | None
     num_checked: int = 0
     num_taken_back: int = 0
 
@@ -231,6 +251,12 @@ class Verification:
                 # 3. The shards.
                 if self.run.has_shards:
                     self._check_shards(processes, wrong_lines, findings)
+                # 4. Rows tokenized again.
+                if self.recomputation is not None:
+                    for comparison in self.recomputation.compare(self.run, self.manifest, state):
+                        if comparison.held_against:
+                            for problem in comparison.problems:
+                                findings.add(problem)
         except OSError as error:
             raise RunError(f"{path} cannot be written: {error.strerror}", exit_code=1) from error
 

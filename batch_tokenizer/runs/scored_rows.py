@@ -65,30 +65,42 @@ class Source:
         Raises:
             RunError: a shard's ledger file or storage cannot be read.
         """
-        if self.run is None or not self.run.has_shards:
-            for line in lines:
-                row = self._row(line)
-                yield row, row.fields if isinstance(row, ManifestRow) else {}
-            return
-        left = {self.digest(line): line for line in lines}
-        for digest, place in find_places(self.run, left):
-            if digest not in left:  # a second place, which ``verify`` reports
-                continue
-            row = self._row(left.pop(digest))
-            if isinstance(row, RowFailure):
-                yield row, {}
-            elif isinstance(place, RowError):
-                yield RowFailure.of(row, place.stage, place.reason), {}
-            else:
-                known = row.fields if place.tokens is None else place.info
-                tokens, audio = place.tokens or row.quantized_tokens, place.audio or row.reconstructed_wav
-                yield replace(row, quantized_tokens=tokens, reconstructed_wav=audio), known
-        for digest, line in left.items():
-            yield RowFailure(line, digest, None, "load", "no shard of the run has this row any more"), {}
+        return rows_with_outputs(self.run, self.manifest, lines)
 
-    def _row(self, line: int) -> ManifestRow | RowFailure:
-        (row,) = self.manifest.read(line, line + 1)
-        return row
+
+def rows_with_outputs(
+    run: FinishedRun | None, manifest: Manifest, lines: Sequence[int]
+) -> Iterator[tuple[ManifestRow | RowFailure, Mapping[str, Any]]]:
+    """Rows that name where their outputs lie, as ``Source.rows`` has them.
+
+    Raises:
+        RunError: a shard's ledger file or storage cannot be read.
+    """
+    if run is None or not run.has_shards:
+        for line in lines:
+            row = _row(manifest, line)
+            yield row, row.fields if isinstance(row, ManifestRow) else {}
+        return
+    left = {f"{int(manifest.digests[line]):016x}": line for line in lines}
+    for digest, place in find_places(run, left):
+        if digest not in left:  # a second place, which ``verify`` reports
+            continue
+        row = _row(manifest, left.pop(digest))
+        if isinstance(row, RowFailure):
+            yield row, {}
+        elif isinstance(place, RowError):
+            yield RowFailure.of(row, place.stage, place.reason), {}
+        else:
+            known = row.fields if place.tokens is None else place.info
+            tokens, audio = place.tokens or row.quantized_tokens, place.audio or row.reconstructed_wav
+            yield replace(row, quantized_tokens=tokens, reconstructed_wav=audio), known
+    for digest, line in left.items():
+        yield RowFailure(line, digest, None, "load", "no shard of the run has this row any more"), {}
+
+
+def _row(manifest: Manifest, line: int) -> ManifestRow | RowFailure:
+    (row,) = manifest.read(line, line + 1)
+    return row
 
 
 def open_source(

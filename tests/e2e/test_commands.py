@@ -159,3 +159,25 @@ def test_dry_run_under_torchrun_prints_once_and_leaves_nothing(corpus, tmp_path)
     assert f"{NUM_ROWS} rows in" in done.stdout
     assert "for 2 ranks (torchrun)" in done.stdout
     assert files_of(workspace.folder) == before
+
+
+def test_rows_tokenized_again_have_the_codes_that_stand(finished, tmp_path, here):
+    code, said = here(finished, *verification(finished, "--recompute", 12, "--dtype", "bfloat16", "--device", "cpu"))
+    assert code == 0, said
+    assert re.search(r"recomputed 12 rows, [\d,]+ codes, on cpu, float32", said)
+    assert re.search(r"alone +100\.0000 % +0\n", said)
+    assert re.search(r"together, shuffled +100\.0000 % +0\n", said)
+    assert "in bfloat16" in said
+
+    # A code that is possible, and not the one that the audio has.
+    workspace = Workspace(finished.corpus, shutil.copytree(finished.folder, tmp_path / "work", symlinks=True))
+    key = workspace.corpus.keys[5]
+    path = workspace.folder / "out" / f"{key}.json"
+    document = json.loads(path.read_text())
+    document["quantized_tokens"][1][0] = (document["quantized_tokens"][1][0] + 1) % 16
+    path.write_text(json.dumps(document))
+    assert here(workspace, *verification(workspace))[0] == 0
+    code, said = here(workspace, *verification(workspace, "--recompute", NUM_ROWS, "--device", "cpu"))
+    assert code == 1
+    assert "alone: 1 of" in said
+    assert findings(workspace) == Counter({(key, "recomputed"): 2})
