@@ -25,7 +25,7 @@ from typing import NoReturn, TextIO
 
 from batch_tokenizer import __version__
 from batch_tokenizer.config import RunConfig, add_options, shard_of_slurm_array
-from batch_tokenizer.records import RunError
+from batch_tokenizer.records import RunError, printable_lines
 from batch_tokenizer.runtime.processes import ProcessGroup
 from batch_tokenizer.runtime.signals import Stopped
 
@@ -112,9 +112,9 @@ def _reader_is_gone(stream: TextIO) -> bool:
 
 def _main(argv: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_LogFormatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     try:
         if words and words[0] in COMMANDS:
             return _command(words[0], words[1:])
@@ -127,6 +127,13 @@ def _main(argv: Sequence[str] | None) -> int:
     except KeyboardInterrupt:
         log.error("interrupted; start the same command again to resume")
         return 130
+
+
+class _LogFormatter(logging.Formatter):
+    """Keys and reasons in messages come from manifests and files, which may hold what a terminal would obey."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable_lines(super().format(record))
 
 
 def _run(words: Sequence[str]) -> int:

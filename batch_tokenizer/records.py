@@ -117,6 +117,11 @@ def printable(text: str) -> str:
     )
 
 
+def printable_lines(text: str) -> str:
+    """As ``printable`` for each line of a text of several lines."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
 @dataclass(frozen=True, slots=True)
 class AudioCut:
     """Which part of an audio file is the utterance.

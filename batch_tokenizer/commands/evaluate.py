@@ -17,6 +17,7 @@ from shutil import get_terminal_size
 from batch_tokenizer.config import add_options
 from batch_tokenizer.quality.evaluation import Request, evaluate
 from batch_tokenizer.quality.metrics import METRICS
+from batch_tokenizer.records import printable, printable_lines
 from batch_tokenizer.runtime.processes import num_cores
 
 
@@ -60,8 +61,8 @@ def main(arguments: argparse.Namespace) -> int:
         overwrite=arguments.overwrite,
     )
     evaluation = evaluate(request)
-    print(evaluation.table(get_terminal_size().columns))
+    print(printable_lines(evaluation.table(get_terminal_size().columns)))
     for line in evaluation.notes():
-        print(line)
+        print(printable(line))
     print(f"results: {evaluation.folder}")
     return 0 if evaluation.utterances else 1

@@ -24,7 +24,7 @@ from batch_tokenizer.quality.aggregates import heading
 from batch_tokenizer.quality.codebooks import bit_rate
 from batch_tokenizer.quality.metrics import METRICS, Scorer, Scores, mel_db
 from batch_tokenizer.quality.recordings import Recording, align
-from batch_tokenizer.records import ManifestRow, RowError, RunError, TokenizedRow
+from batch_tokenizer.records import ManifestRow, RowError, RunError, TokenizedRow, printable
 from batch_tokenizer.report.figures import draw_mel, token_matrix
 from batch_tokenizer.storage.names import display_name, file_name
 from batch_tokenizer.writers.publish import publish
@@ -79,7 +79,7 @@ def main(arguments: argparse.Namespace) -> int:
     picture = out / f"{name}.png"
     drawn = _draw(picture, original, reconstruction, codes, info)
     for line in summary(display_name(location), info, codes, len(samples), scores):
-        print(line)
+        print(printable(line))
     print(f"tokens: {out / name}.json\nreconstruction: {out / name}.wav")
     print(f"picture: {picture}" if drawn else "picture: not drawn; pip install 'batch_tokenizer[report]'")
     return 0

@@ -25,7 +25,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import orjson
 from tqdm import tqdm
 
 from batch_tokenizer.audio.decoding import probe_audio
@@ -33,9 +32,10 @@ from batch_tokenizer.commands.status import spoken_size
 from batch_tokenizer.config import add_options
 from batch_tokenizer.manifest.manifest import Manifest
 from batch_tokenizer.manifest.row import REFUSED, LineState, cut_of
-from batch_tokenizer.records import ManifestRow, RowError, RunError, Sink
+from batch_tokenizer.records import ManifestRow, RowError, RunError, Sink, first_line, printable
 from batch_tokenizer.sources.finishing import SourceSettings
 from batch_tokenizer.sources.listing import lines_of, local_manifest, ordered
+from batch_tokenizer.storage.json_lines import dump_json, parse_json
 from batch_tokenizer.storage.streams import ALLOW_PIPE
 
 log = logging.getLogger(__name__)
@@ -129,7 +129,7 @@ def make_manifest(source: str, out: Path, settings: SourceSettings, workers: int
                 for part in ordered(_chunk_maker(settings), _chunks(str(listed)), workers):
                     stream.writelines(line + b"\n" for line in part.lines)
                     for row in part.refused:
-                        bad_stream.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
+                        bad_stream.write(dump_json(row) + b"\n")
                     num_rows, num_refused = num_rows + len(part.lines), num_refused + len(part.refused)
                     total.refused += part.refused[: _EXAMPLES - len(total.refused)]
                     total.seconds, total.num_unknown = (
@@ -149,7 +149,7 @@ def make_manifest(source: str, out: Path, settings: SourceSettings, workers: int
     if num_refused:
         print(f"{unreadable}: {num_refused:,} that are not in it, among them")
         for row in total.refused:
-            print(f"  {row['key'] or 'without key'}: {row['reason']}".encode(errors="backslashreplace").decode())
+            print(f"  {printable(row['key'] or 'without key')}: {printable(row['reason'])}")
     return 0 if num_rows else 1
 
 
@@ -177,9 +177,9 @@ def _chunk_maker(settings: SourceSettings) -> Callable[[list[bytes]], _Made]:
 
 def _make_line(text: bytes, settings: SourceSettings, made: _Made) -> None:
     try:
-        row = orjson.loads(text)
-    except orjson.JSONDecodeError as error:
-        row = {REFUSED: f"not valid JSON: {error.msg}"}
+        row = parse_json(text)
+    except ValueError as error:
+        row = {REFUSED: f"not valid JSON: {first_line(error)}"}
     if not isinstance(row, dict):
         row = {REFUSED: "not a JSON object"}
     key = row.get("key") if isinstance(row.get("key"), str) else None
@@ -224,7 +224,7 @@ def _with_header(row: dict[str, Any], text: bytes) -> tuple[bytes, float | None]
             added["duration"] = round(whole, 6)
         elif isinstance(row.get("duration"), (int, float)):
             seconds = float(row["duration"])
-    return orjson.dumps(row | added), seconds
+    return dump_json(row | added), seconds
 
 
 # ---------------------------------------------------------------------------------------------------------------- stats
@@ -264,7 +264,7 @@ def _stats(source: str, model_path: str | None, num_quantizers: int | None, rtf:
         parts = ", ".join(f"{value} ({100 * count / found.total():.0f} %)" for value, count in found.most_common(8))
         print(f"{name:<10} {parts or 'unknown'}" + (f", of a sample of {found.total():,}" if parts else ""))
     for kind, count in sample.troubles.most_common(_EXAMPLES):
-        print(f"           {count:,} of the sample cannot be opened: {kind}".encode(errors="backslashreplace").decode())
+        print(f"           {count:,} of the sample cannot be opened: {printable(kind)}")
     if seconds is not None:
         _print_expectations(seconds, len(rows), model_path, num_quantizers, rtf)
     return 0

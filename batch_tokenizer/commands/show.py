@@ -8,7 +8,7 @@ import json
 import numpy as np
 import numpy.typing as npt
 
-from batch_tokenizer.records import RunError
+from batch_tokenizer.records import RunError, printable
 from batch_tokenizer.runs.stored_rows import StoredRow, stored_rows
 
 #: Frames that are printed at each end.
@@ -39,7 +39,7 @@ def main(arguments: argparse.Namespace) -> int:
         print(json.dumps({"quantized_tokens": tokens, "info": dict(row.info)}))
         return 0
     for line in describe(row):
-        print(line.encode(errors="backslashreplace").decode())
+        print(printable(line))
     return 0
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from shutil import get_terminal_size
 
-from batch_tokenizer.records import RunError
+from batch_tokenizer.records import RunError, printable
 from batch_tokenizer.runtime.progress import JobStatus, RankStatus, read_status
 
 #: Seconds without an update after which a rank that should be at work counts as silent. Ranks of a large job write
@@ -47,14 +47,14 @@ def main(arguments: argparse.Namespace) -> int:
         job = read_status(run_dir)
         lines = report(run_dir, job, time.time())
         if arguments.watch is None:
-            print("\n".join(lines))
+            print("\n".join(map(printable, lines)))
             return 0
         if on_terminal:
             height = get_terminal_size().lines - 1
             if len(lines) > height:
                 lines = [*lines[: height - 1], f"… and {len(lines) - height + 1} more ranks"]
             print(_CLEAR_SCREEN, end="")
-        print("\n".join(lines), flush=True)
+        print("\n".join(map(printable, lines)), flush=True)
         if is_over(job):
             return 0
         try:

@@ -56,7 +56,7 @@ from batch_tokenizer.commands.verify_shards import (
 )
 from batch_tokenizer.config import Dtype, RunConfig, add_options
 from batch_tokenizer.manifest.manifest import Manifest
-from batch_tokenizer.records import TASKS, LedgerEntry, RunError, Task
+from batch_tokenizer.records import TASKS, LedgerEntry, RunError, Task, printable
 from batch_tokenizer.runs.checks import OutputForm
 from batch_tokenizer.runs.finished_run import FinishedRun
 from batch_tokenizer.runtime.ledger import LedgerState, read_ledger
@@ -337,7 +337,7 @@ def _print_findings(findings: Findings) -> None:
         if count := findings.counts[kind]:
             print(f"{about}: {count:,}")
             for problem in findings.examples[kind]:
-                print(f"  {problem}".encode(errors="backslashreplace").decode())
+                print(f"  {printable(problem)}")
             if count > len(findings.examples[kind]):
                 print(f"  … and {count - len(findings.examples[kind]):,} more")
 

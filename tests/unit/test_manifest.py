@@ -392,3 +392,35 @@ def test_states_are_told_apart(tmp_path: Path) -> None:
     manifest = open_lines(tmp_path, [row(1), b"", b"{", row(1)])
     assert list(manifest.states) == [LineState.ROW, LineState.BLANK, LineState.MALFORMED, LineState.DUPLICATE]
     assert not manifest.states.flags.writeable
+
+
+@pytest.mark.parametrize("column", ["offsets", "digests", "key_hashes", "durations", "states", "duplicates"])
+@pytest.mark.parametrize("damage", ["cut", "emptied", "removed", "flipped", "zeros"])
+def test_a_damaged_index_is_built_again(tmp_path: Path, column: str, damage: str) -> None:
+    """An index is a cache, and says nothing that the manifest does not."""
+    path, index = tmp_path / "data.jsonl", tmp_path / "index"
+    path.write_text("\n".join(json.dumps(row(number % 3)) for number in range(5)))
+    before = Manifest.open(path, "wav2token", index)
+    expected = before.read(0, 5)
+    [file] = index.glob(f"*/{column}.npy")
+    content = bytearray(file.read_bytes())
+    if damage == "removed":
+        file.unlink()
+    else:
+        content[-1] ^= 0x40
+        damaged = {"cut": content[:-3], "emptied": b"", "flipped": content, "zeros": bytes(len(content))}
+        file.write_bytes(damaged[damage])
+    again = Manifest.open(path, "wav2token", index)
+    assert again.read(0, 5) == expected
+    assert again.num_lines == 5
+
+
+def test_rows_as_python_writes_them_pass_through(tmp_path: Path) -> None:
+    """NaN and Infinity become null, integers of any length keep their digits."""
+    line = json.dumps(row(1, snr=float("nan"), deep=[{"x": float("-inf")}], big=2**70, small=-(10**30), n=2**63))
+    assert "NaN" in line
+    [item] = open_lines(tmp_path, [line.encode()]).read(0, 1)
+    assert isinstance(item, ManifestRow)
+    fields = dict(item.fields)
+    assert (fields["snr"], fields["deep"]) == (None, [{"x": None}])
+    assert (fields["big"], fields["small"], fields["n"]) == (2**70, -(10**30), 2**63)

@@ -526,3 +526,24 @@ def test_channels(tmp_path: Path) -> None:
     assert [row["quantized_tokens"] for row in split[-2:]] == ["x.y/out-0", "x.y/out-1"]
     assert len({row["quantized_tokens"] for row in split if REFUSED not in row}) == 9
     assert "not audio" in split[-3][REFUSED]
+
+
+def test_keys_of_members_keep_their_case(tmp_path: Path) -> None:
+    names = ["sw02001.A.wav", "sw02001.A.json", "sw02001.B.WAV", "spk.X1.wav", "spk.x1.wav", "a.wav.data", "b.TXT"]
+    (tmp_path / "x.tar").write_bytes(tar_bytes([(name, b'{"n": 1}') for name in names]))
+    rows = rows_of(tmp_path / "x.tar", tmp_path)
+    assert [row["key"] for row in rows] == ["sw02001.A", "sw02001.B", "spk.X1", "spk.x1"]
+    assert [row.get("n") for row in rows] == [1, None, None, None]
+
+
+def test_members_of_other_kinds_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "x.tar").write_bytes(tar_bytes([("a.wav", b"x"), ("x.wav.data", b"x"), ("b.jpg", b"x")]))
+    assert len(rows_of(tmp_path / "x.tar", tmp_path)) == 1
+    assert "left out: 2 members that are neither audio nor text, the first 'x.wav.data'" in caplog.text
+
+
+def test_foreign_rows_with_nan_are_read(tmp_path: Path) -> None:
+    line = json.dumps({**NEMO, "snr": float("nan"), "id": "u", "big": 2**70})
+    (tmp_path / "nemo.json").write_text(line + "\n")
+    [row] = rows_of(tmp_path / "nemo.json", tmp_path)
+    assert (row["key"], row["snr"], row["big"]) == ("u", None, 2**70)
