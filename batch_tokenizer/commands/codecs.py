@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from batch_tokenizer.codecs.base import CodecInfo
+from batch_tokenizer.codecs.base import Batching, CodecInfo
 from batch_tokenizer.codecs.checkpoint import Checkpoint
 from batch_tokenizer.codecs.registry import FAMILIES, find_family
 from batch_tokenizer.records import RunError
@@ -23,6 +23,14 @@ from batch_tokenizer.records import RunError
 LIBRARIES: Mapping[str, tuple[tuple[str, ...], str]] = {
     "transformers": (("transformers",), "transformers"),
     "onnxruntime": (("onnxruntime-gpu", "onnxruntime"), "onnx"),
+}
+
+#: How utterances share a batch, in words.
+BATCHING: Mapping[Batching, str] = {
+    "packed": "any lengths, end to end on one axis",
+    "padded": "any lengths, padded and masked before each layer that looks sideways; on a CPU one by one",
+    "equal lengths": "utterances of one length, as the model has norms or attention over padding; on a CPU one by one",
+    "one by one": "one utterance at a time",
 }
 
 #: Number formats of weights, and bytes per number.
@@ -64,7 +72,8 @@ def describe_checkpoint(checkpoint: Checkpoint) -> list[str]:
     Raises:
         RunError: it cannot be read, or is of no known family.
     """
-    info = find_family(checkpoint).open_spec(checkpoint).info
+    spec = find_family(checkpoint).open_spec(checkpoint)
+    info = spec.info
     rate = f"{info.sample_rate:,} Hz"
     if info.output_sample_rate != info.sample_rate:
         rate += f" in, {info.output_sample_rate:,} Hz out"
@@ -75,6 +84,8 @@ def describe_checkpoint(checkpoint: Checkpoint) -> list[str]:
         "sample rate": rate,
         "frame rate": f"{info.frame_rate:g} Hz ({info.samples_per_frame:,} samples a frame)",
         "codebooks": f"{info.num_codebooks} ({_sizes(info.codebook_sizes)})",
+        **({"columns": "; ".join(info.columns)} if info.columns else {}),
+        "batches": f"{BATCHING[spec.batching]}; tokens are those of each utterance alone",
         "longest audio": longest,
         **_weights(checkpoint),
         "fingerprint": info.fingerprint,

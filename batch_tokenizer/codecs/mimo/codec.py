@@ -48,6 +48,8 @@ class MiMoSpec(CodecSpec):
         front_end: where log-mel spectra are made. Features are these, (n_mels, L), or with ``device`` samples (1, S).
     """
 
+    batching = "packed"
+
     info: CodecInfo
     config: MiMoConfig
     front_end: Literal["host", "device"] = "host"

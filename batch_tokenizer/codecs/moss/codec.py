@@ -54,6 +54,8 @@ class MossSpec(CodecSpec):
 
     options = ("loudness",)
 
+    batching = "packed"
+
     info: CodecInfo
     config: MossConfig
     loudness: Loudness = "none"

@@ -45,6 +45,8 @@ class S3Spec(CodecSpec):
     #: 16 bits change codes, and the published graphs compute in 32.
     cuda_dtype: ClassVar[Literal["float32", "bfloat16"]] = "float32"
 
+    batching = "packed"
+
     info: CodecInfo
     config: S3Config
     window_merge: WindowMerge = "complete"
