@@ -187,6 +187,9 @@ class RunConfig:
     window_merge: WindowMerge = option("complete", "single codecs",
         "S3Tokenizer: merge the windows of audio above 30 s without loss (complete), or as the published code does, "
         "which can lose up to 2 s of tokens before the end (published)")
+    noise_seed: int | None = option(None, "single codecs",
+        "SNAC: decode with noise, as the published code does, drawn from this seed and the utterance's own codes",
+        minimum=0, unset="no noise, which is its mean")
 
     batch_size: int | None = option(None, "speed", "most utterances in a batch", minimum=1,
         unset="64; on CUDA as many as fill the frame budget")

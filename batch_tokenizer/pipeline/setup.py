@@ -146,6 +146,7 @@ class RunContext:
             "codebook_sizes": list(self.spec.info.codebook_sizes[: self.num_quantizers]),
             "dtype": self.compute.dtype_name,
             "resampler": self.config.resampler,
+            **({"columns": list(self.spec.info.columns[: self.num_quantizers])} if self.spec.info.columns else {}),
             **self.spec.settings,
             "version": __version__,
         }

@@ -65,6 +65,8 @@ def random_tensors(name: str, config: dict[str, Any], seed: int = 0) -> dict[str
             value = 1 + 0.1 * value
         elif own.endswith("bias") or "shift" in own:
             value = 0.1 * value
+        elif own.startswith("codebook"):
+            value = 0.3 * value
         elif tensor.ndim > 1 and "codebook" not in own:
             value = value / tensor[0].numel() ** 0.5
         if own.endswith("original0") and ("encoder.post_conv" in own or "encoder.layers.8" in own):

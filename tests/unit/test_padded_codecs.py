@@ -8,13 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 
+from batch_tokenizer.cli import main
 from batch_tokenizer.codecs.checkpoint import Checkpoint
 from batch_tokenizer.codecs.padded_codec import PaddedCodec
 from batch_tokenizer.codecs.registry import find_family
 from batch_tokenizer.codecs.snac.config import column_levels
 from batch_tokenizer.records import RunError
+from tests.support.command import write_manifest
 from tests.support.padded_codecs import CONFIGS, random_tensors, write_checkpoint
 
 
@@ -188,3 +191,15 @@ def test_noise_of_snac_is_an_utterances_own(tmp_path):
     for samples, other, without in zip(codec.decode(codes[::-1])[::-1], alone, plain, strict=True):
         np.testing.assert_allclose(samples, other, rtol=0, atol=1e-4)
         assert np.abs(samples - without).max() > 1e-3
+
+
+def test_order_and_noise_of_snac_are_in_the_token_file(tmp_path):
+    folder = write_checkpoint(tmp_path / "model", "snac")
+    soundfile.write(tmp_path / "a.wav", noise(4000), 16000)
+    row = {"key": "a", "wav": str(tmp_path / "a.wav"), "quantized_tokens": str(tmp_path / "a.json")}
+    manifest = write_manifest(tmp_path / "rows.jsonl", [row])
+    words = ["--model_path", folder, "--data_list", manifest, "--device", "cpu", "--num_workers", 0, "--strict"]
+    assert main([*map(str, words), "--noise_seed", "3"]) == 0
+    info = json.loads((tmp_path / "a.json").read_text())["info"]
+    assert info["columns"][:3] == ["level 0, code 0", "level 1, code 0", "level 2, code 0"]
+    assert info["noise_seed"] == 3

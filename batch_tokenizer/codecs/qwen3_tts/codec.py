@@ -51,6 +51,8 @@ class Qwen3TtsSpec(CodecSpec):
 
     options = ("attention_window", "decoder_chunks")
 
+    batching = "padded"
+
     info: CodecInfo
     config: Qwen3TtsConfig
     attention_window: AttentionWindow = "full"

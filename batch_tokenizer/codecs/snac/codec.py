@@ -31,12 +31,19 @@ def recognises(config: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True)
 class SnacSpec(CodecSpec):
-    """A SNAC checkpoint without its weights. Features are samples (1, L), zero-padded to whole frames and windows."""
+    """A SNAC checkpoint without its weights. Features are samples (1, L), zero-padded to whole frames and windows.
+
+    Attributes:
+        noise_seed: of the decoder's noise, or None for none.
+    """
+
+    options = ("noise_seed",)
 
     batching: ClassVar[Batching] = "padded"
 
     info: CodecInfo
     config: SnacConfig
+    noise_seed: int | None = None
 
     #: The model is small, and published codes are float32's.
     cuda_dtype: ClassVar[Literal["float32", "bfloat16"]] = "float32"
@@ -123,7 +130,7 @@ class SnacCodec(PaddedCodec):
     def __init__(self, spec: SnacSpec, model: Snac, device: torch.device, threads: int = 1) -> None:
         super().__init__(spec, device, threads)
         self.model = model
-        self.noise_seed: int | None = None
+        self.noise_seed = spec.noise_seed
         strides = spec.config.vq_strides
         self._per_frame = [strides[0] // stride for stride in strides]
         columns = column_levels(strides)

@@ -46,6 +46,10 @@ class WavTokenizerSpec(CodecSpec):
             samples = samples * (self.config.target_peak / max(float(np.abs(samples).max()), 1e-10))
         return samples[None]
 
+    @property
+    def needs_whole_utterances(self) -> bool:
+        return self.config.target_peak is not None
+
     def num_frames(self, num_samples: int) -> int:
         return -(-num_samples // self.config.hop)
 
