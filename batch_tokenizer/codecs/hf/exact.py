@@ -16,9 +16,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from batch_tokenizer.codecs.checkpoint import empty_weights
 from batch_tokenizer.codecs.layers.convolution import Conv1d, ConvTranspose1d, Padding
 from batch_tokenizer.codecs.layers.padded import PaddedBatch
 
@@ -105,7 +105,7 @@ def _exact(module: Any) -> Conv1d | ConvTranspose1d | None:
 
 
 def _convolution(conv: nn.Conv1d, padding: Padding) -> Conv1d:
-    with torch.device("meta"):
+    with empty_weights():
         layer = Conv1d(
             conv.in_channels,
             conv.out_channels,
@@ -120,7 +120,7 @@ def _convolution(conv: nn.Conv1d, padding: Padding) -> Conv1d:
 
 
 def _transposed(conv: nn.ConvTranspose1d, trim_left: int, trim_right: int) -> ConvTranspose1d:
-    with torch.device("meta"):
+    with empty_weights():
         layer = ConvTranspose1d(
             conv.in_channels,
             conv.out_channels,

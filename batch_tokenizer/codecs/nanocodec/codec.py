@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from batch_tokenizer.codecs.base import Batching, CodecInfo, CodecSpec
+from batch_tokenizer.codecs.base import CodecInfo, CodecSpec
 from batch_tokenizer.codecs.checkpoint import Checkpoint, empty_weights
 from batch_tokenizer.codecs.layers.convolution import weight_norm_name
 from batch_tokenizer.codecs.layers.padded import PaddedBatch
@@ -33,7 +33,7 @@ def recognises(config: Mapping[str, Any]) -> bool:
 class NanoCodecSpec(CodecSpec):
     """A NanoCodec checkpoint without its weights. Features are samples (1, L), zero-padded to whole frames."""
 
-    batching: ClassVar[Batching] = "padded"
+    batching = "padded"
 
     info: CodecInfo
     config: NanoCodecConfig

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from batch_tokenizer.codecs.base import Batching, CodecInfo, CodecSpec
+from batch_tokenizer.codecs.base import CodecInfo, CodecSpec
 from batch_tokenizer.codecs.checkpoint import Checkpoint, empty_weights
 from batch_tokenizer.codecs.layers.convolution import weight_norm_name
 from batch_tokenizer.codecs.layers.padded import PaddedBatch
@@ -39,7 +39,7 @@ class SnacSpec(CodecSpec):
 
     options = ("noise_seed",)
 
-    batching: ClassVar[Batching] = "padded"
+    batching = "padded"
 
     info: CodecInfo
     config: SnacConfig

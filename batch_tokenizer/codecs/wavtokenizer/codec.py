@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from batch_tokenizer.codecs.base import Batching, CodecInfo, CodecSpec
+from batch_tokenizer.codecs.base import CodecInfo, CodecSpec
 from batch_tokenizer.codecs.checkpoint import Checkpoint, empty_weights
 from batch_tokenizer.codecs.layers.convolution import weight_norm_name
 from batch_tokenizer.codecs.layers.padded import PaddedBatch
@@ -32,7 +32,7 @@ def recognises(config: Mapping[str, Any]) -> bool:
 class WavTokenizerSpec(CodecSpec):
     """A WavTokenizer checkpoint without its weights. Features are samples (1, S), scaled where it says so."""
 
-    batching: ClassVar[Batching] = "padded"
+    batching = "padded"
 
     info: CodecInfo
     config: WavTokenizerConfig
