@@ -9,6 +9,7 @@ conditions, and a last line of JSON with the same.
     end to end     a whole run: manifest, loader processes, codec, writers, ledger; start-up is reported apart
     loader         decoding and resampling as a run does it, against bare soundfile and torchaudio, per core
     writer         token files and wavs, per core
+    profile        the device's time by kind of operator (only when it is named: profiling slows what it watches)
     baseline       the published way, on the same files (MiMo only: ``published_loop``)
 
 Everything is done once to warm up, then ``--repeats`` times, model, end to end and baseline in turns; the table has the
@@ -55,6 +56,9 @@ from batch_tokenizer.runtime.signals import StopRequest
 
 PARTS = ("peak", "model", "end_to_end", "loader", "writer")
 
+#: Measured only when it is asked for by name.
+PROFILE = "profile"
+
 #: Flags that mean what they mean for a run.
 _RUN_OPTIONS = (
     "model_path", "task", "num_quantizers", "device", "dtype", "resampler", "attention", "batch_size", "frame_budget",
@@ -77,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sample_rate", type=int, default=24000, metavar="HZ", help="of generated ones")
     add("--seed", type=int, default=1986, metavar="N", help="of the draw of utterances (%(default)s)")
     add_options(parser, *_RUN_OPTIONS, task="wav2token2wav")
-    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure")
+    add("--parts", nargs="+", choices=(*PARTS, PROFILE), default=list(PARTS), help="what to measure")
     add("--baseline", nargs="+", type=int, default=[], metavar="BATCH_SIZE", help="run the published way as well")
     add("--repeats", type=int, default=3)
     add("--work_dir", type=Path, help="where files are read and written; a temporary folder when absent")

@@ -21,6 +21,7 @@ from batch_tokenizer.audio.loading import load_samples
 from batch_tokenizer.codecs.base import Codec
 from batch_tokenizer.codecs.mimo.codec import MiMoCodec, MiMoSpec
 from batch_tokenizer.codecs.mimo.operations import decoder_operations, encoder_operations
+from batch_tokenizer.commands.bench_profile import profile_kinds
 from batch_tokenizer.commands.bench_timing import InMemory, Spread, TimedCodec, WarmContext, in_turns, peak_rate
 from batch_tokenizer.commands.bench_workload import manifest_rows, write_manifest
 from batch_tokenizer.commands.published_loop import PublishedLoop, load_bare
@@ -35,6 +36,9 @@ from batch_tokenizer.writers.file_sink import FileSink
 #: Rows that the loader's and the writer's rates are measured on, and the least seconds that a repeat of them takes.
 _SAMPLED_ROWS = 128
 _LEAST_SECONDS = 0.2
+
+#: Batches that are profiled: the profiler keeps every operator of them.
+_PROFILED_BATCHES = 4
 
 #: What the folder of a pass is called, before its number.
 PASS = "pass"
@@ -84,6 +88,14 @@ class Bench:
             contenders += [self._end_to_end(codec, seconds)] if "end_to_end" in parts else []
             contenders += [self._baseline(inner, batch_size, seconds) for batch_size in baseline]
             in_turns(contenders)
+        if "profile" in parts:
+            one = codec
+            if codec.batch_limit is not None:  # on a CPU utterances run in threads, which the profiler does not see
+                one = TimedCodec(replace(self.context.codec, threads=1).load(task), self.context.compute.device)
+            some = replace(in_memory, codec=one, batches=in_memory.batches[:_PROFILED_BATCHES])
+            self.report["profile"] = {"batches": len(some.batches)} | profile_kinds(
+                lambda: (some.encode(), some.decode()), self.context.compute.device
+            )
         self.report["peak_memory_gb"] = self._memory()
         self.report["start_seconds"] = self.start_seconds
         return self.report

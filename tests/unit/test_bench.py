@@ -14,6 +14,7 @@ from batch_tokenizer.codecs.mimo.config import MiMoConfig
 from batch_tokenizer.codecs.mimo.operations import decoder_operations, encoder_operations, visible_pairs
 from batch_tokenizer.codecs.mimo.sized import random_model, size_names, sized_config
 from batch_tokenizer.commands import bench
+from batch_tokenizer.commands.bench_profile import by_kind
 from batch_tokenizer.commands.bench_workload import FreeCodec, FreeSpec, draw_lengths, manifest_wavs
 from batch_tokenizer.commands.published_loop import decode_padded, encode_padded
 from batch_tokenizer.kernels.attention import _visible
@@ -53,6 +54,34 @@ def test_all_parts_of_a_model(capsys, tiny):
     stages = report["end_to_end"]["seconds_of_stages_a_second"]
     assert set(stages) == {"load", "encode", "decode", "write"}
     assert any(line.startswith("end to end: rtf") for line in table)
+
+
+def test_operators_are_summed_by_kind():
+    report = by_kind(
+        [
+            ("sm90_xmma_gemm_bf16bf16_bf16f32", 60.0, 200),
+            ("void flash_fwd_kernel<128>", 9.0, 80),
+            ("triton_poi_fused_gelu_0", 20.0, 160),
+            ("Memcpy HtoD (Pinned -> Device)", 2.0, 9),
+            ("aten::addmm", 6.0, 1),
+            ("something new", 0.5, 1),
+        ]
+    )
+    assert report["milliseconds"] == {
+        "matrix products": 66.0, "fused by the compiler": 20.0, "attention": 9.0, "copies": 2.0, "other": 0.5,
+    }  # fmt: skip
+    assert (report["all_milliseconds"], report["operators"]) == (97.5, 451)
+
+
+def test_a_profile_has_the_matrix_products_of_a_model(capsys, tiny):
+    report, _ = run(
+        capsys, "--config", tiny, "--random_weights", "--num_utterances", 2, "--lengths", "constant:0.5",
+        "--repeats", 1, "--num_workers", 0, "--device", "cpu", "--parts", "profile",
+    )  # fmt: skip
+    profile = report["profile"]
+    assert profile["batches"] == 1
+    assert profile["milliseconds"]["matrix products"] > 0
+    assert profile["operators"] > 50
 
 
 @pytest.mark.parametrize("task", ["wav2token", "token2wav"])
