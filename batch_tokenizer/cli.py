@@ -27,7 +27,7 @@ from batch_tokenizer import __version__
 from batch_tokenizer.config import RunConfig, add_options, shard_of_slurm_array
 from batch_tokenizer.records import RunError, printable_lines
 from batch_tokenizer.runtime.processes import ProcessGroup
-from batch_tokenizer.runtime.signals import Stopped
+from batch_tokenizer.runtime.signals import Aborted, Stopped
 
 #: Subcommand to the module that has ``add_arguments(parser)`` and ``main(arguments) -> int``, and a line of help.
 COMMANDS: Mapping[str, tuple[str, str]] = {
@@ -124,9 +124,9 @@ def _main(argv: Sequence[str] | None) -> int:
     except Stopped as stopped:
         log.warning("stopped by %s; start the same command again to go on", stopped.signal.name)
         return 128 + stopped.signal
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         log.error("interrupted; start the same command again to resume")
-        return 130
+        return 128 + (interrupt.signal if isinstance(interrupt, Aborted) else signal.SIGINT)
 
 
 class _LogFormatter(logging.Formatter):

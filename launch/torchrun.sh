@@ -17,5 +17,5 @@ NPROC=${NPROC:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_coun
 
 # Ranks divide the machine's cores among themselves; without this every rank would take all of them.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec "$python" -m torch.distributed.run --standalone --nproc_per_node="$NPROC" --max_restarts="${MAX_RESTARTS:-3}" \
-    --signals_to_handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 -m batch_tokenizer "$@"
+exec "$python" -m batch_tokenizer.runtime.torchrun --standalone --nproc_per_node="$NPROC" \
+    --max_restarts="${MAX_RESTARTS:-3}" -m batch_tokenizer "$@"

@@ -53,7 +53,10 @@ def open_context(config: RunConfig) -> Iterator[RunContext]:
     allow_pipes(config)
     if not processes.is_main:
         logging.getLogger().setLevel(logging.WARNING)
-    with StopRequest() as stop:
+    announcement = (
+        f"finishing the batches in progress, at most {config.grace:g} s (--grace); a second signal leaves at once"
+    )
+    with StopRequest(announcement if processes.is_main else None) as stop:
         yield RunContext.prepare(config, processes, stop, started)
 
 

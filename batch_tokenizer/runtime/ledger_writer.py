@@ -65,8 +65,10 @@ class LedgerWriter:
         return RunError(f"cannot write {self.path} ({error.strerror}): {remedy}", exit_code=1)
 
     def close(self) -> None:
-        """Close the file."""
-        os.close(self._descriptor)
+        """Close the file. A thread that is still at work cannot write to another file that gets its descriptor."""
+        with self._lock:
+            os.close(self._descriptor)
+            self._descriptor = -1
 
     def __enter__(self) -> LedgerWriter:
         return self

@@ -1,19 +1,22 @@
 """Being asked to stop: SIGTERM (Slurm, torchrun), SIGUSR1 (Slurm's warning before the time limit), SIGINT (Ctrl-C).
 
-A signal only leaves a note, which the rank loop reads between batches; what is in flight is finished. A second Ctrl-C
-aborts at once, by KeyboardInterrupt.
+The first signal prints one line and leaves a note, which the rank loop reads between batches; what is in flight is
+finished. A second signal aborts at once, by ``Aborted``.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from types import FrameType, TracebackType
 from typing import Any
 
-#: Ctrl-C under torchrun reaches a rank twice, from the terminal and from the agent. SIGINTs this close, in seconds,
-#: are one.
-_SAME_INTERRUPT_SECONDS = 2.0
+#: Ctrl-C under torchrun reaches a rank twice, from the terminal and from the agent, and a batch system may signal both.
+#: Signals that come within so many seconds of the first are one.
+_SAME_REQUEST_SECONDS = 2.0
+
+_STDERR = 2
 
 
 class Stopped(Exception):
@@ -28,17 +31,32 @@ class Stopped(Exception):
         self.signal = number
 
 
+class Aborted(KeyboardInterrupt):
+    """A second stop signal: whatever the process is doing ends here.
+
+    Attributes:
+        signal: which one.
+    """
+
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__(number.name)
+        self.signal = number
+
+
 class StopRequest:
     """Handlers for the stop signals while the context is open; the handlers before it come back after it.
 
     Must be opened in the main thread. Reading it is safe from any thread.
+
+    Args:
+        announcement: what to print when the first signal comes; nothing when None.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
-    def __init__(self) -> None:
+    def __init__(self, announcement: str | None = None) -> None:
+        self._announcement = announcement
         self._first: tuple[signal.Signals, float] | None = None
-        self._first_interrupt: float | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
     @property
@@ -71,11 +89,12 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
+        received = signal.Signals(number)
         if self._first is None:
-            self._first = (signal.Signals(number), now)
-        if number == signal.SIGINT:
-            if self._first_interrupt is None:
-                self._first_interrupt = now
-            elif now - self._first_interrupt > _SAME_INTERRUPT_SECONDS:
-                raise KeyboardInterrupt
+            self._first = received, time.monotonic()
+            if self._announcement is not None:
+                line = f"{time.strftime('%H:%M:%S')} WARNING {received.name}: {self._announcement}\n"
+                # Not by the log: its stream may be in the middle of a write, which this handler interrupts.
+                os.write(_STDERR, line.encode())
+        elif self.seconds_since > _SAME_REQUEST_SECONDS:
+            raise Aborted(received)

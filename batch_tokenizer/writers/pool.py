@@ -91,6 +91,11 @@ class WriterPool:
         if error is None:
             self.close()
             return
+        if isinstance(error, KeyboardInterrupt):
+            # Somebody wants to leave now: what is not written is done again. The threads do not outlive the process.
+            with self._lock:
+                self._queue.clear()
+            return
         # A fault of a writer that the body has not seen yet must not hide the error that ended the body.
         self._end_threads()
         if self._fault is not None and self._fault is not error:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Mapping
 
 import pytest
 
 from tests.e2e.conftest import Open
+from tests.support.runs import ROOT, Run
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda number: number.name)
@@ -18,6 +20,8 @@ def test_a_process_alone(open_workspace: Open, undisturbed: Mapping[str, bytes],
         run.signal(number)
         assert run.wait() == 128 + number
         done = workspace.rows_done()
+    announcement = f"{number.name}: finishing the batches in progress, at most 20 s (--grace); a second signal leaves"
+    assert run.output().count(announcement) == 1
     assert run.output().splitlines()[-1].endswith(f"stopped by {number.name}; start the same command again to go on")
     assert "Traceback" not in run.output()
     assert 20 <= done < 200
@@ -29,6 +33,29 @@ def test_a_process_alone(open_workspace: Open, undisturbed: Mapping[str, bytes],
         resumed = workspace.finish(1)
         assert f"resuming: {done} rows are done, 0 failed" in resumed.output()
         workspace.check_complete(undisturbed)
+
+
+def test_a_second_signal_leaves_at_once(open_workspace: Open, undisturbed: Mapping[str, bytes]) -> None:
+    """Rows wait for a batch of 1,000 and hours of grace, which the second signal cuts short."""
+    workspace = open_workspace(200)
+    (workspace.folder / "sitecustomize.py").write_text(
+        "import time\n"
+        "import batch_tokenizer.pipeline.rank_loop as rank_loop\n"
+        "rank_loop.RankLoop._finish_batch = lambda self: time.sleep(3600) if self.stop.requested else None\n"
+    )
+    path = f"{workspace.folder}:{ROOT}"
+    with Run.start(workspace.command(1, "--grace", 3600), workspace.folder, {"PYTHONPATH": path}) as run:
+        workspace.await_rows(20, run)
+        run.signal(signal.SIGUSR1)
+        run.wait_until(lambda: "a second signal leaves at once" in run.output(), "the first signal's line")
+        time.sleep(2.5)  # signals that are closer count as one
+        run.signal(signal.SIGTERM)
+        assert run.wait() == 128 + signal.SIGTERM
+    assert "interrupted; start the same command again to resume" in run.output()
+    assert "Traceback" not in run.output()
+    (workspace.folder / "sitecustomize.py").unlink()
+    workspace.finish(1)
+    workspace.check_complete(undisturbed, redone=True)
 
 
 def test_before_the_run_has_begun(open_workspace: Open) -> None:

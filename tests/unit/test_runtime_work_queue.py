@@ -16,6 +16,7 @@ from batch_tokenizer.records import RunError
 from batch_tokenizer.runtime import work_queue
 from batch_tokenizer.runtime.processes import Launcher, ProcessGroup
 from batch_tokenizer.runtime.work_queue import Store, WorkQueue
+from tests.support.runs import HANG_SECONDS
 
 
 def group(launcher: Launcher, rank: int, world_size: int) -> ProcessGroup:
@@ -90,7 +91,7 @@ def test_torchrun_claims_once_and_restarts_as_a_new_attempt(tmp_path: Path) -> N
             "--monitor_interval=0.1", str(program), str(tmp_path),
         ],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=120, check=False,
+        capture_output=True, text=True, timeout=HANG_SECONDS, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     parts = [json.loads((tmp_path / f"2-{rank}.json").read_text()) for rank in range(2)]
