@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from batch_tokenizer.api import load_audio, load_codec, load_model, mel_spectrogram, padding
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = ["__version__", "load_audio", "load_codec", "load_model", "mel_spectrogram", "padding"]
 

@@ -1,6 +1,6 @@
 """The Python interface of the published MiMo tokenizer package, under the same names.
 
-    tokenizer = batch_tokenizer.load_model("MiMo-Audio-Tokenizer").bfloat16().cuda()
+    tokenizer = batch_tokenizer.load_model("XiaomiMiMo/MiMo-Audio-Tokenizer").bfloat16().cuda()
     wav = batch_tokenizer.load_audio("speech.flac", tokenizer.config.sampling_rate)
     mels, mels_lens = batch_tokenizer.padding([batch_tokenizer.mel_spectrogram(wav, tokenizer.config)])
     codes, codes_lens, _ = tokenizer.encode(mels.cuda(), mels_lens.cuda())

@@ -225,3 +225,62 @@ def test_the_quick_start_makes_speech_that_can_be_understood(tmp_path):
             scores.append(stoi(original, made[: len(original)], 24000))
     assert len(scores) >= 10
     assert np.mean(scores) > 0.7  # noise of the same spectrum as speech has about 0.3
+
+
+def test_accelerate_launch_starts_the_ranks_of_a_run(tmp_path):
+    """``--multi_gpu`` is what accelerate chooses by itself where there are several GPUs."""
+    model = write_mimo_checkpoint(tmp_path / "model")
+    rows = []
+    for number in range(4):
+        wav = tmp_path / f"{number}.wav"
+        soundfile.write(wav, np.random.default_rng(number).normal(size=6000) * 0.2, 24000)
+        rows.append(output_row(str(number), wav, tmp_path / "out"))
+    write_manifest(tmp_path / "data.jsonl", rows)
+    launcher = [
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+    ]
+    words = [
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "-m",
+        "batch_tokenizer",
+        "--model_path",
+        str(model),
+        "--task",
+        "wav2token2wav",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, *words, "--num_workers", "0", "--device", "cpu"],
+        capture_output=True, text=True, timeout=600, cwd=tmp_path, env=environment(),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "rank 0 of 2 (torchrun)" in done.stderr
+    assert "4 rows done, 0 failed" in done.stdout
+    started = contents(tmp_path / "out")
+    assert len(started) == 8
+    shutil.rmtree(tmp_path / "out")
+    alone = batch_tokenizer(
+        "--model_path", model, "--task", "wav2token2wav", "--run_dir", "alone", "--num_workers", "0", cwd=tmp_path
+    )
+    assert alone.returncode == 0, alone.stderr
+    assert contents(tmp_path / "out") == started
+
+
+def test_a_start_without_a_manifest_takes_one_line_and_one_entry_of_torchruns_report(tmp_path):
+    done = batch_tokenizer("--task", "wav2token2wav", ranks=2, cwd=tmp_path)
+    assert done.returncode == 1
+    ours = [line for line in done.stderr.splitlines() if " ERROR " in line]
+    assert len(ours) == 1
+    reason = "no data.jsonl in the working directory: name the utterances with --data_list"
+    assert ours[0].endswith(reason)
+    assert f"traceback : {reason}" in done.stderr
+    assert not list(tmp_path.iterdir())
