@@ -243,7 +243,8 @@ class LibsndfileReader(AudioReader):
         self._is_mp3 = self._form == "MP3"
         self._file, self._size = file, size
         exact = self._subtype in _LOSSLESS or self._subtype == "VORBIS"
-        super().__init__(name, AudioHeader(frames, sound.samplerate, sound.channels, exact), exact)
+        header = AudioHeader(frames, sound.samplerate, sound.channels, exact)
+        super().__init__(name, header, exact and sound.seekable())
 
     def decode_all(self, max_seconds: float | None = None) -> Samples:
         """All samples in one read; see ``AudioReader``."""

@@ -230,6 +230,20 @@ ENCODERS: dict[str, tuple[str, list[str]]] = {
     "wma": ("wma", []),
     "flac_mka": ("mka", ["-c:a", "flac"]),
     "pcm_mov": ("mov", ["-c:a", "pcm_s16le"]),
+    "alac_mov": ("mov", ["-c:a", "alac"]),
+    "pcm_mka": ("mka", ["-c:a", "pcm_f32le"]),
+    "flac_ogg": ("oga", ["-c:a", "flac"]),
+    "flac_mp4": ("mp4", ["-c:a", "flac", "-strict", "-2"]),
+    "speex": ("spx", ["-c:a", "libspeex", "-ar", "16000", "-ac", "1"]),
+    "vorbis_webm": ("webm", ["-c:a", "libvorbis"]),
+    "eac3_mp4": ("mp4", ["-c:a", "eac3", "-ar", "48000"]),
+    "mp3_avi": ("avi", ["-c:a", "libmp3lame"]),
+    "ima_aifc": ("aifc", ["-c:a", "adpcm_ima_qt"]),
+    "g722": ("wav", ["-c:a", "adpcm_g722", "-ar", "16000", "-ac", "1"]),
+    "g726": ("wav", ["-c:a", "adpcm_g726", "-ar", "8000", "-ac", "1"]),
+    "tta": ("tta", []),
+    "alaw_w64": ("w64", ["-c:a", "pcm_alaw"]),
+    "rf64": ("wav", ["-rf64", "always"]),
 }
 
 
