@@ -17,7 +17,7 @@ from typing import Any
 from batch_tokenizer.audio.decoding import probe_audio
 from batch_tokenizer.manifest.row import MAX_LINE, REFUSED
 from batch_tokenizer.records import RowError, RowForm, Sink, Task
-from batch_tokenizer.sources.foreign_rows import Refused, convert, is_foreign
+from batch_tokenizer.sources.foreign_rows import Refused, complete
 from batch_tokenizer.storage.json_lines import dump_json, parse_json
 
 #: Bytes of a name without its ending. File systems take 255, and some users add endings of their own.
@@ -102,7 +102,7 @@ class Finisher:
     """Completes the rows of one source.
 
     Attributes:
-        base: folder that paths of NeMo rows are relative to.
+        base: folder that relative paths of inputs lie in; empty for the working directory.
     """
 
     settings: SourceSettings
@@ -118,21 +118,20 @@ class Finisher:
         if not isinstance(row, dict):
             yield text
             return
-        changed = is_foreign(row)
-        if changed:
-            try:
-                row = convert(row, self.base)
-            except Refused as refused:
-                row = {**({"key": refused.key} if refused.key else {}), REFUSED: refused.reason}
         finished = list(self.rows(row))
-        if not changed and len(finished) == 1 and finished[0] is row:
+        if len(finished) == 1 and finished[0] is row:
             yield text
             return
         for item in finished:
             yield self.encode(item)
 
     def rows(self, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """A row of ours to rows with channels and outputs; the same object where there is nothing to add."""
+        """A row to complete rows, with channels and outputs; the same object where there is nothing to change."""
+        if REFUSED not in row:
+            try:
+                row = complete(row, self.settings.input_field, self.base)
+            except Refused as refused:
+                row = {**({"key": refused.key} if refused.key else {}), REFUSED: refused.reason}
         key = row.get("key")
         if REFUSED in row or not isinstance(key, str) or not key:
             yield row

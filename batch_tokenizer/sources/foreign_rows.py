@@ -1,13 +1,17 @@
-"""Rows of other tools' manifests to rows of this one: NeMo's, and Lhotse's cuts and recordings.
+"""Rows of other tools' manifests to rows of this one: NeMo's, Lhotse's cuts and recordings, and rows that name their
+audio otherwise or have no key.
 
-A row of ours passes as it is. ``Refused`` says why one of theirs has no counterpart.
+A complete row passes as it is. ``Refused`` says why one of theirs has no counterpart.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
+
+from batch_tokenizer.storage.names import PIPE, file_name, scheme_of
 
 
 class Refused(Exception):
@@ -19,53 +23,77 @@ class Refused(Exception):
         self.key = key
 
 
-def is_foreign(row: Mapping[str, Any]) -> bool:
-    """Whether ``convert`` has something to do."""
-    if "wav" in row:
-        return False
-    return "audio_filepath" in row or is_lhotse(row)
+#: Other names of the field ``wav``, in the order in which they count.
+AUDIO_FIELDS = ("audio_filepath", "audio", "path", "file", "file_name")
 
 
 def is_lhotse(row: Mapping[str, Any]) -> bool:
     """Whether it is a cut, or a recording."""
-    return (
+    return "wav" not in row and (
         isinstance(row.get("recording"), Mapping)
         or isinstance(row.get("tracks"), list)
         or (isinstance(row.get("sources"), list) and "sampling_rate" in row)
     )
 
 
-def convert(row: Mapping[str, Any], base: str = "") -> dict[str, Any]:
-    """Our row.
+def complete(row: dict[str, Any], field_name: str = "wav", base: str = "") -> dict[str, Any]:
+    """Our row: one with a key and an input; the same object where there is nothing to change.
+
+    A row's key is its own, also as a number, or ``id`` or ``utt_id``, or the path without its ending, with offset and
+    duration where the row is a part of the file. NeMo reads ``duration`` seconds from ``offset`` on, be it 0 or not;
+    without an offset, the whole file.
 
     Args:
-        base: folder that paths of NeMo rows are relative to.
+        field_name: of the input: ``wav`` or ``quantized_tokens``.
+        base: folder that relative paths of inputs lie in; empty for the working directory.
 
     Raises:
-        Refused: there is none.
+        Refused: the row is no utterance that can be read.
     """
-    return _from_nemo(row, base) if "audio_filepath" in row else _from_lhotse(row)
+    if is_lhotse(row):
+        return _from_lhotse(row)
+    changed: dict[str, Any] = {}
+    name = field_name
+    if field_name == "wav" and "wav" not in row:
+        name = next((alias for alias in AUDIO_FIELDS if alias in row), "wav")
+    path = row.get(name)
+    if isinstance(path, Mapping) and name != "wav":  # as data sets write their audio
+        path = path.get("path")
+    key = next((row[name] for name in ("key", "id", "utt_id") if row.get(name) not in (None, "")), None)
+    key = str(key) if type(key) is int else key
+    if name != field_name:
+        if not isinstance(path, str) or not path:
+            raise Refused(f'field "{name}" is not a path', key if isinstance(key, str) else None)
+        if "shard_id" in row:
+            raise Refused("a row of a tarred NeMo manifest: name its tars in --data_list", str(key or path))
+        changed["wav"] = path
+    if isinstance(path, str) and path:
+        if key is None:
+            key = _key_of(path, row)
+        if base and is_relative(path):
+            changed[field_name] = os.path.join(base, path)
+    if isinstance(key, str) and row.get("key") != key and not isinstance(row.get("key"), str):
+        changed["key"] = key
+    if not changed:
+        return row
+    first = {"key": changed.get("key", row.get("key")), field_name: changed.get(field_name, row.get(field_name))}
+    rest = {other: value for other, value in row.items() if other != name or name == field_name}
+    return {**{other: value for other, value in first.items() if value is not None}, **rest, **changed}
 
 
-def _from_nemo(row: Mapping[str, Any], base: str) -> dict[str, Any]:
-    """``audio_filepath``, ``duration``, ``offset``, ``text`` …; the key is the row's own, or the path, with offset and
-    duration where the row is a part of the file.
+def is_relative(path: str) -> bool:
+    """Whether it is a plain path that begins in some folder."""
+    return scheme_of(path) is None and not path.startswith(PIPE) and not os.path.isabs(path)
 
-    NeMo reads ``duration`` seconds from ``offset`` on, be it 0 or not; without an offset, the whole file.
-    """
-    path = row["audio_filepath"]
-    named = next((row[name] for name in ("key", "id", "utt_id") if isinstance(row.get(name), str) and row[name]), None)
-    if not isinstance(path, str) or not path:
-        raise Refused('field "audio_filepath" is not a path', named)
-    if "shard_id" in row:
-        raise Refused("a row of a tarred NeMo manifest: name its tars in --data_list", named or path)
-    key = named
-    if key is None:
-        key = os.path.splitext(path)[0].lstrip("./")
-        if row.get("offset") is not None:
-            key = "-".join(str(part) for part in (key, row["offset"], row.get("duration")) if part is not None)
-    rest = {name: value for name, value in row.items() if name not in ("audio_filepath", "key")}
-    return {"key": key, "wav": os.path.join(base, path) if base and not os.path.isabs(path) else path, **rest}
+
+def _key_of(path: str, row: Mapping[str, Any]) -> str:
+    parts = [re.sub(r"^(\.{0,2}/)+", "", os.path.splitext(file_name(path))[0])]
+    start = next((row[name] for name in ("offset", "start") if row.get(name) is not None), None)
+    if start is not None or row.get("end") is not None:
+        parts += [str(value) for value in (start, row.get("end"), row.get("duration")) if value is not None]
+    if row.get("channel") is not None:
+        parts.append(str(row["channel"]))
+    return "-".join(parts)
 
 
 def _from_lhotse(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,9 +31,10 @@ from batch_tokenizer.manifest.row import MAX_LINE
 from batch_tokenizer.records import RunError, printable
 from batch_tokenizer.sources.finishing import Finisher, SourceSettings
 from batch_tokenizer.sources.folder_rows import folder_row, walk_folder
-from batch_tokenizer.sources.foreign_rows import is_foreign
+from batch_tokenizer.sources.foreign_rows import AUDIO_FIELDS, Refused, complete, is_relative
+from batch_tokenizer.sources.list_rows import path_rows, scp_rows, table_rows
 from batch_tokenizer.sources.parquet_rows import parquet_rows
-from batch_tokenizer.sources.patterns import Source, find_sources
+from batch_tokenizer.sources.patterns import DESCRIPTIONS, Source, find_sources
 from batch_tokenizer.sources.tar_rows import tar_rows
 from batch_tokenizer.storage import remote
 from batch_tokenizer.storage.atomic import atomic_write, exclusive_lock
@@ -44,7 +45,7 @@ from batch_tokenizer.storage.streams import GZIP_MAGIC, StreamReader
 
 log = logging.getLogger(__name__)
 
-_VERSION = 1
+_VERSION = 2
 
 _THREADS = 8
 
@@ -101,7 +102,11 @@ def local_manifest(
     sources = find_sources(data_list)
     if len(sources) == 1 and sources[0].kind == "rows" and _is_ours(sources[0].location, settings):
         return Path(sources[0].location)
-    if settings.output_dir is None and settings.outputs and any(source.kind != "rows" for source in sources):
+    if (
+        settings.output_dir is None
+        and settings.outputs
+        and any(source.kind not in ("rows", "table") for source in sources)
+    ):
         raise RunError(
             f"--data_list {display_name(data_list)}: its rows name no outputs: "
             "give --output_dir, the folder that they go to"
@@ -131,7 +136,13 @@ def _is_ours(location: str, settings: SourceSettings) -> bool:
             head = stream.read(1 << 20)
     except (OSError, ValueError):
         return True
-    return head[:2] != GZIP_MAGIC and not any(is_foreign(row) for row in _rows_of(head))
+    if head[:2] == GZIP_MAGIC:
+        return False
+    base = _base_of(location, _rows_of(head), settings)
+    try:
+        return all(complete(row, settings.input_field, base) is row for row in _rows_of(head))
+    except Refused:
+        return False
 
 
 def _rows_of(head: bytes) -> Iterator[dict[str, Any]]:
@@ -184,7 +195,11 @@ def _state(source: Source, settings: SourceSettings) -> str | None:
         return None
     except OSError as error:
         raise RunError(f"--data_list {display_name(location)}: {error.strerror}") from error
-    return f"{status.st_size} {status.st_mtime_ns}"
+    state = f"{status.st_size} {status.st_mtime_ns}"
+    if source.kind == "scp" and os.path.isfile(segments := _segments_of(location)):
+        status = os.stat(segments)
+        state = f"{state} {status.st_size} {status.st_mtime_ns}"
+    return state
 
 
 class _Lines:
@@ -209,6 +224,9 @@ class _Lines:
 
 def _list(sources: list[Source], path: Path, settings: SourceSettings, idle: Callable[[], None]) -> None:
     left_out = LeftOut()
+    kinds = Counter(DESCRIPTIONS[source.kind] for source in sources)
+    named = (f"{count:,} × {kind}" if count > 1 else kind for kind, count in kinds.items())
+    log.info("--data_list %s: %s", display_name(sources[0].location), ", ".join(named))
     began = last_logged = time.monotonic()
     rows = finished = 0
     # With ``split`` each file is opened, and those in compressed tars in their order.
@@ -248,8 +266,33 @@ def _tasks(source: Source, settings: SourceSettings, left_out: LeftOut) -> Itera
         while part := list(islice(found, _CHUNK)):
             rows = map(partial(folder_row, location, field_name), part)
             yield partial(_finish_rows, rows, Finisher(settings))
-    else:
+    elif source.kind == "rows":
         yield from _line_tasks(location, settings)
+    else:
+        rows_of_list = partial(_rows_of_list, source, field_name)
+        finisher = Finisher(settings, _base_of(location, islice(rows_of_list(), _LOOKED_AT), settings))
+        listed = rows_of_list()
+        while part_of_list := list(islice(listed, _CHUNK)):
+            yield partial(_finish_rows, iter(part_of_list), finisher)
+
+
+def _segments_of(location: str) -> str:
+    """Where Kaldi keeps the parts of a list's recordings."""
+    return os.path.join(os.path.dirname(location), "segments")
+
+
+def _rows_of_list(source: Source, field_name: str) -> Iterator[dict[str, Any]]:
+    """Rows of a source that is a list of audio, or one file of it."""
+    location = source.location
+    if source.kind == "audio":
+        return iter(({field_name: location},))
+    lines = lines_of(location)
+    if source.kind == "scp":
+        segments = _segments_of(location)
+        return scp_rows(location, lines, lines_of(segments) if os.path.isfile(segments) else None)
+    if source.kind == "table":
+        return table_rows(location, lines, "\t" if ".tsv" in location.lower() else ",")
+    return path_rows(location, lines, field_name)
 
 
 def _finish_rows(rows: Iterator[dict[str, Any]], finisher: Finisher) -> _Lines:
@@ -267,7 +310,7 @@ def _line_tasks(location: str, settings: SourceSettings) -> Iterator[Task]:
     while part := list(islice(lines, _CHUNK)):
         if finisher is None:
             part[0] = part[0].removeprefix(b"\xef\xbb\xbf")
-            finisher = Finisher(settings, _base_of(location, part))
+            finisher = Finisher(settings, _base_of(location, _rows_of(b"\n".join(part[:_LOOKED_AT])), settings))
         yield partial(_finish_lines, part, finisher)
 
 
@@ -279,16 +322,16 @@ def _finish_lines(part: list[bytes], finisher: Finisher) -> _Lines:
     return lines
 
 
-def _base_of(location: str, lines: list[bytes]) -> str:
-    """NeMo's paths are relative to the working directory or, where the first is not there, to the manifest's folder."""
+def _base_of(location: str, rows: Iterable[dict[str, Any]], settings: SourceSettings) -> str:
+    """Relative paths lie in the working directory or, where the first is not there, in the folder of the list."""
     folder = os.path.dirname(location)
     if not folder or is_url(location):
         return ""
-    for row in _rows_of(b"\n".join(lines[:_LOOKED_AT])):
-        path = row.get("audio_filepath")
-        if isinstance(path, str) and path:
-            beside = os.path.join(folder, path)
-            return folder if not os.path.exists(path) and os.path.exists(beside) else ""
+    names = (settings.input_field, *(AUDIO_FIELDS if settings.input_field == "wav" else ()))
+    for row in rows:
+        path = next((row[name] for name in names if isinstance(row.get(name), str) and row[name]), None)
+        if path is not None and is_relative(path):
+            return folder if not os.path.exists(path) and os.path.exists(os.path.join(folder, path)) else ""
     return ""
 
 

@@ -2,6 +2,8 @@
 
 shards/{000..999}.tar     a thousand shards        shards/*.tar      those that are there
 data.jsonl, .jsonl.gz     rows                     shards.txt        a list of shards, one a line
+wav.scp                   Kaldi's list             files.txt         a list of audio files, one a line
+x.csv, x.tsv              a table with a header    '*.flac'          audio files
 audio/                    a folder of audio        s3://…, https://… any of these elsewhere
 pipe:COMMAND              the tar that a shell command prints, where ``--allow_pipe`` says so
 """
@@ -11,7 +13,7 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
@@ -19,12 +21,40 @@ from typing import Literal
 import braceexpand
 
 from batch_tokenizer.records import RunError
+from batch_tokenizer.sources.sidecars import AUDIO_ENDINGS, TOKEN_ENDINGS
 from batch_tokenizer.storage import remote
 from batch_tokenizer.storage.names import PIPE, display_name, file_name, is_url
 from batch_tokenizer.storage.remote import StorageError
 from batch_tokenizer.storage.streams import StreamReader
 
-Kind = Literal["rows", "tar", "parquet", "folder", "list"]
+Kind = Literal["rows", "tar", "parquet", "folder", "list", "scp", "table", "paths", "audio"]
+
+#: What each kind is called in the log.
+DESCRIPTIONS: Mapping[Kind, str] = {
+    "rows": "JSON lines",
+    "tar": "tar",
+    "parquet": "parquet",
+    "folder": "folder",
+    "list": "list of shards",
+    "scp": "wav.scp",
+    "table": "table with a header",
+    "paths": "list of paths",
+    "audio": "audio file",
+}
+
+#: What files that are none of these begin with.
+_OTHER_FORMATS: Mapping[bytes, str] = {
+    b"PK\3\4": "a zip archive: unpack it, or pack it as tar",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd: unpack it, or compress it by gzip",
+    b"BZh": "compressed by bzip2: unpack it, or compress it by gzip",
+    b"\xfd7zXZ": "compressed by xz: unpack it, or compress it by gzip",
+    b"\xff\xfe": "text in UTF-16: convert it to UTF-8",
+    b"\xfe\xff": "text in UTF-16: convert it to UTF-8",
+    b"ARROW1": "an Arrow file: save it as parquet or JSON lines",
+    b"SQLite format": "a database: export it as CSV",
+    b"Obj\1": "an Avro file: save it as parquet or JSON lines",
+    b"\x89HDF": "an HDF5 file: export it as CSV or JSON lines",
+}
 
 #: Locations that one pattern may name.
 MOST_LOCATIONS = 1_000_000
@@ -119,22 +149,35 @@ def kind_of(location: str) -> Kind:
     """By its name, and where that says little, by its first line.
 
     Raises:
-        RunError: it cannot be read.
+        RunError: it cannot be read, or is of a format that is not.
     """
     name = file_name(location)
+    ending = name.removesuffix(".gz").rpartition(".")[2].lower()
     if location.startswith(PIPE) or _TAR_NAME.search(name):
         return "tar"
-    if name.lower().endswith(".parquet"):
-        return "parquet"
+    if ending in ("parquet", "csv", "tsv", "scp"):
+        return "parquet" if ending == "parquet" else "scp" if ending == "scp" else "table"
+    if not is_url(location) and os.path.isdir(location):
+        return "folder"
+    if ending in AUDIO_ENDINGS | TOKEN_ENDINGS:
+        return "audio"
     if is_url(location):
         if _LIST_NAME.search(name):
             return "list"
         return "folder" if name.endswith("/") else "rows"
-    if os.path.isdir(location):
-        return "folder"
     first = next(_first_lines(location), "") if os.path.isfile(location) else ""
-    is_list = first.startswith(PIPE) or bool(_TAR_NAME.search(first)) or first.lower().endswith(".parquet")
-    return "list" if is_list and not first.startswith('{"') else "rows"
+    if first.startswith("{"):
+        return "rows"
+    if first == "[" or first.startswith("[{"):
+        raise RunError(f"--data_list {display_name(location)}: is a JSON array: write one object a line")
+    if first.startswith(PIPE) or bool(_TAR_NAME.search(first)) or first.lower().endswith(".parquet"):
+        return "list"
+    if first.rpartition(".")[2].lower() in AUDIO_ENDINGS:
+        # Kaldi's lists have a key before the path; paths may have blanks in them.
+        key, _, path = first.partition(" ")
+        has_key = bool(path.strip()) and "/" not in key and key.rpartition(".")[2].lower() not in AUDIO_ENDINGS
+        return "scp" if has_key else "paths"
+    return "rows"
 
 
 def _first_lines(location: str) -> Iterator[str]:
@@ -143,6 +186,9 @@ def _first_lines(location: str) -> Iterator[str]:
             head = stream.read(1 << 16)
     except OSError:
         return  # whoever reads it will say why not
+    for begin, what in _OTHER_FORMATS.items():
+        if head.startswith(begin):
+            raise RunError(f"--data_list {display_name(location)}: is {what}")
     for line in head.split(b"\n"):
         text = line.decode("utf-8", "replace").strip()
         if text and not text.startswith("#"):

@@ -7,6 +7,7 @@ long recording are asked for one after the other.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import stat
@@ -20,7 +21,7 @@ from typing import BinaryIO, cast
 from batch_tokenizer.records import RowError
 from batch_tokenizer.storage.names import PIPE, StreamedMember, TarMember, display_name, is_url, parse_member, scheme_of
 from batch_tokenizer.storage.remote import BLOCK, StorageError, fetch, read_range
-from batch_tokenizer.storage.streams import read_member
+from batch_tokenizer.storage.streams import StreamReader, read_member
 from batch_tokenizer.storage.tar import HEADER, is_member_header
 
 _IN_MEMORY = 64 * 2**20
@@ -71,6 +72,8 @@ def read_at(file: BinaryIO, offset: int, count: int) -> bytes:
 
 def _open(location: str, name: str, what: str) -> BinaryIO:
     member = parse_member(location)
+    if location.startswith(PIPE):
+        return _cache.open(location) or _cache.keep(location, _read_stream(location), name)
     if member is None and not is_url(location):
         return _open_plain(location, name, what)
     if member is None and scheme_of(location) in ("file", "local"):
@@ -157,6 +160,17 @@ class _ContentCache:
 
 
 _cache = _ContentCache()
+
+
+def _read_stream(location: str) -> Iterator[bytes]:
+    """What a command prints, in pieces.
+
+    Raises:
+        StorageError: commands may not be run, or it fails.
+    """
+    with contextlib.closing(StreamReader(location)) as reader:
+        while piece := reader.read(BLOCK):
+            yield piece
 
 
 def _read_member(member: TarMember | StreamedMember) -> Iterator[bytes]:

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from batch_tokenizer.config import RunConfig, beside
 from batch_tokenizer.manifest.manifest import Manifest
 from batch_tokenizer.manifest.row import MAX_LINE, REFUSED, cut_of
-from batch_tokenizer.records import AudioCut, ManifestRow, RowFailure, RunError
+from batch_tokenizer.records import AudioCut, ManifestRow, RowError, RowFailure, RunError
 from batch_tokenizer.sources.finishing import MOST_NAME, SourceSettings, output_path
-from batch_tokenizer.sources.foreign_rows import Refused, convert
+from batch_tokenizer.sources.foreign_rows import Refused, complete
 from batch_tokenizer.sources.listing import local_manifest
 from batch_tokenizer.sources.patterns import expand_braces, find_sources
 from batch_tokenizer.storage.opening import open_location
@@ -125,7 +125,7 @@ def test_every_line_stays_in_its_place(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     long = b'{"key":"' + b"x" * (MAX_LINE + 5000)
     lines = [b'\xef\xbb\xbf{"key":"a","audio_filepath":"a.wav","duration":1.5}', b"", b"not JSON", b"[1]", long,
-             b"\xff", b'{"key":"b","wav":"b.wav","quantized_tokens":"own/b.json"}', b'{"wav":"c.wav"}']  # fmt: skip
+             b"\xff", b'{"key":"b","wav":"b.wav","quantized_tokens":"own/b.json"}', b'{"wave":"c.wav"}']  # fmt: skip
     path.write_bytes(b"\n".join(lines))
     made = local_manifest(str(path), tmp_path / "index", SourceSettings(output_dir="out"))
     manifest = Manifest.open(made, "wav2token", tmp_path / "index")
@@ -145,20 +145,20 @@ NEMO = {"audio_filepath": "wavs/a.wav", "duration": 2.0, "text": "hello", "lang"
 
 
 def test_nemo_rows() -> None:
-    assert convert(NEMO) == {"key": "wavs/a", "wav": "wavs/a.wav", "duration": 2.0, "text": "hello", "lang": "en"}
-    first = convert({**NEMO, "offset": 0})
+    assert complete(NEMO) == {"key": "wavs/a", "wav": "wavs/a.wav", "duration": 2.0, "text": "hello", "lang": "en"}
+    first = complete({**NEMO, "offset": 0})
     assert (first["key"], first["offset"], first["duration"]) == ("wavs/a-0-2.0", 0, 2.0)
     assert cut_of(first) == AudioCut(0.0, 2.0)
-    assert convert({**NEMO, "offset": 0, "duration": 1.5})["key"] == "wavs/a-0-1.5"
-    assert convert({**NEMO, "offset": 0, "duration": None})["key"] == "wavs/a-0"
-    cut = convert({**NEMO, "offset": 12.5})
+    assert complete({**NEMO, "offset": 0, "duration": 1.5})["key"] == "wavs/a-0-1.5"
+    assert complete({**NEMO, "offset": 0, "duration": None})["key"] == "wavs/a-0"
+    cut = complete({**NEMO, "offset": 12.5})
     assert (cut["key"], cut["offset"], cut["duration"]) == ("wavs/a-12.5-2.0", 12.5, 2.0)
-    assert convert({**NEMO, "id": "u1"})["key"] == "u1"
-    assert convert(NEMO, "base")["wav"] == "base/wavs/a.wav"
-    assert convert({**NEMO, "audio_filepath": "/x/a.wav"}, "base")["wav"] == "/x/a.wav"
+    assert complete({**NEMO, "id": "u1"})["key"] == "u1"
+    assert complete(NEMO, base="base")["wav"] == "base/wavs/a.wav"
+    assert complete({**NEMO, "audio_filepath": "/x/a.wav"}, base="base")["wav"] == "/x/a.wav"
     for row, reason in (({**NEMO, "shard_id": 3}, "name its tars"), ({"audio_filepath": 7}, "not a path")):
         with pytest.raises(Refused, match=reason):
-            convert(row)
+            complete(row)
 
 
 def test_nemo_paths_are_beside_their_manifest_where_they_are_not_here(tmp_path: Path) -> None:
@@ -179,20 +179,20 @@ def lhotse(**more: Any) -> dict[str, Any]:
 
 
 def test_lhotse_cuts_and_recordings() -> None:
-    row = convert(lhotse())
+    row = complete(lhotse())
     assert row == {
         "key": "cut-1", "wav": "rec.flac", "start": 1.25, "duration": 2.5, "text": "hello", "speaker": "sp",
         "language": "en",
     }  # fmt: skip
-    whole = convert(lhotse(start=0, duration=10.0))
+    whole = complete(lhotse(start=0, duration=10.0))
     assert ("start" in whole, whole["duration"]) == (False, 10.0)
-    assert convert(lhotse()["recording"]) == {"key": "rec", "wav": "rec.flac", "duration": 10.0}
+    assert complete(lhotse()["recording"]) == {"key": "rec", "wav": "rec.flac", "duration": 10.0}
     two = lhotse(channel=3)
     two["recording"]["sources"][0]["channels"] = [2, 3]
-    assert convert(two)["channel"] == 1
-    assert convert({**two, "channel": [3]})["channel"] == 1
-    assert "channel" not in convert({**two, "channel": [2, 3]})
-    texts = convert(lhotse(supervisions=[{"text": "a", "speaker": "x"}, {"text": "b", "speaker": "y"}]))
+    assert complete(two)["channel"] == 1
+    assert complete({**two, "channel": [3]})["channel"] == 1
+    assert "channel" not in complete({**two, "channel": [2, 3]})
+    texts = complete(lhotse(supervisions=[{"text": "a", "speaker": "x"}, {"text": "b", "speaker": "y"}]))
     assert (texts["text"], "speaker" in texts, len(texts["supervisions"])) == ("a b", False, 2)
 
 
@@ -547,3 +547,109 @@ def test_foreign_rows_with_nan_are_read(tmp_path: Path) -> None:
     (tmp_path / "nemo.json").write_text(line + "\n")
     [row] = rows_of(tmp_path / "nemo.json", tmp_path)
     assert (row["key"], row["snr"], row["big"]) == ("u", None, 2**70)
+
+
+# --- lists
+
+
+def wavs(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"x")
+
+
+def test_a_wav_scp_is_read_with_paths_beside_it(tmp_path: Path) -> None:
+    wavs(tmp_path, "a/1.wav", "a/2 b.wav")
+    (tmp_path / "wav.scp").write_text("u1 a/1.wav\nu2  a/2 b.wav\n\nu3 sph2pipe -f wav x.sph |\nonly_a_key\n")
+    rows = rows_of(tmp_path / "wav.scp", tmp_path)
+    assert rows[:3] == [
+        {"key": "u1", "wav": f"{tmp_path}/a/1.wav"},
+        {"key": "u2", "wav": f"{tmp_path}/a/2 b.wav"},
+        {"key": "u3", "wav": "pipe:sph2pipe -f wav x.sph"},
+    ]
+    assert "line 5 of" in rows[3][REFUSED]
+    (tmp_path / "segments").write_text("u1-1 u1 0.5 1.25\nu9-1 u9 0 1\nbad\n")
+    rows = rows_of(tmp_path / "wav.scp", tmp_path)
+    assert [row for row in rows if REFUSED not in row] == [
+        {"key": "u1-1", "wav": f"{tmp_path}/a/1.wav", "start": 0.5, "end": 1.25}
+    ]
+    assert len(rows) == 4
+
+
+def test_commands_of_a_wav_scp_need_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BATCH_TOKENIZER_ALLOW_PIPE", raising=False)
+    with pytest.raises(RowError, match="needs --allow_pipe"):
+        read("pipe:printf abc")
+    monkeypatch.setenv("BATCH_TOKENIZER_ALLOW_PIPE", "1")
+    assert read("pipe:printf abc") == b"abc"
+    with pytest.raises(RowError, match="ended with status 3"):
+        read("pipe:printf abc; exit 3")
+
+
+@pytest.mark.parametrize(("ending", "separator"), [("csv", ","), ("tsv", "\t")])
+def test_tables_with_a_header(tmp_path: Path, ending: str, separator: str) -> None:
+    wavs(tmp_path, "1.wav")
+    lines = [["path", "text", "start", "end", "n"], ["1.wav", f'"a{separator}""b"""', "0.5", "2", "007"],
+             ["1.wav", "", "3", "", ""]]  # fmt: skip
+    content = "\n".join(separator.join(cells) for cells in lines)
+    (tmp_path / f"x.{ending}").write_text(f"\ufeff{content}\n")
+    assert rows_of(tmp_path / f"x.{ending}", tmp_path) == [
+        {
+            "key": "1-0.5-2",
+            "wav": f"{tmp_path}/1.wav",
+            "text": f'a{separator}"b"',
+            "start": 0.5,
+            "end": 2,
+            "n": "007",
+        },
+        {"key": "1-3", "wav": f"{tmp_path}/1.wav", "start": 3},
+    ]
+
+
+def test_lists_of_paths_globs_and_single_files(tmp_path: Path) -> None:
+    wavs(tmp_path, "a/1.flac", "a/2 b.flac", "a/3.txt")
+    expected = [f"{tmp_path}/a/1.flac", f"{tmp_path}/a/2 b.flac"]
+    (tmp_path / "files.txt").write_text("a/1.flac\na/2 b.flac\n")
+    assert [row["wav"] for row in rows_of(tmp_path / "files.txt", tmp_path)] == expected
+    rows = rows_of(f"{tmp_path}/a/*.flac", tmp_path)
+    assert [row["wav"] for row in rows] == expected
+    assert rows[1]["key"] == f"{tmp_path}/a/2 b".lstrip("/")
+    assert [row["wav"] for row in rows_of(expected[0], tmp_path)] == expected[:1]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"PK\3\4xxxx", "is a zip archive"),
+        (b"\x28\xb5\x2f\xfdxx", "is compressed by zstd"),
+        ('{"key": 1}'.encode("utf-16"), "is text in UTF-16"),
+        (b'[{"key": "a"}]', "is a JSON array: write one object a line"),
+        (b"[\n  {}\n]", "is a JSON array: write one object a line"),
+    ],
+)
+def test_other_formats_are_named_once(tmp_path: Path, content: bytes, reason: str) -> None:
+    (tmp_path / "data.jsonl").write_bytes(content)
+    with pytest.raises(RunError, match=reason):
+        find_sources(str(tmp_path / "data.jsonl"))
+
+
+def test_rows_get_keys_and_their_input_under_other_names(tmp_path: Path) -> None:
+    wavs(tmp_path, "a/1.wav", "2.wav", "3.wav")
+    lines = [
+        {"audio": "a/1.wav", "text": "t"},
+        {"path": "2.wav", "key": 7},
+        {"audio": {"path": "3.wav", "bytes": None}},
+        {"wav": "2.wav", "offset": 0, "duration": 1},
+        {"wav": "2.wav", "offset": 0, "duration": 2, "channel": 1},
+        {"key": "whole", "wav": "/x/y.wav", "n": 1},
+    ]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    rows = rows_of(tmp_path / "d.jsonl", tmp_path)
+    assert [row["key"] for row in rows] == ["a/1", "7", "3", "2-0-1", "2-0-2-1", "whole"]
+    assert [row["wav"] for row in rows] == [
+        *(f"{tmp_path}/{name}.wav" for name in ("a/1", "2", "3", "2", "2")), "/x/y.wav"
+    ]  # fmt: skip
+    assert rows[0]["text"] == "t"
+    complete_rows = [{"key": str(n), "wav": f"{tmp_path}/2.wav"} for n in range(3)]
+    (tmp_path / "e.jsonl").write_text("\n".join(map(json.dumps, complete_rows)))
+    assert local_manifest(str(tmp_path / "e.jsonl"), tmp_path / "i", NO_OUTPUTS) == tmp_path / "e.jsonl"
