@@ -4,7 +4,8 @@ should be.
 It reads the manifest, the run's ledger and the outputs, prints a verdict, and writes ``verify.jsonl`` into the run
 folder, a line for everything that is wrong. Nothing is believed because the run says so: the lengths that outputs must
 have are computed again from the codec's frame arithmetic. Codes are checked to be possible, and of audio only the
-header and the size are read. ``--recompute N`` tokenizes a sample of rows again.
+header and the size are read. With ``--content`` all bytes are read and compared with the ledger's checksums, so that
+a changed code or a silenced recording is found as well; ``--recompute N`` tokenizes a sample of rows again.
 
 With ``--repair``, rows whose outputs are wrong are taken back in the ledger, so that the next run does just those.
 Files are checked by processes that import neither torch nor a codec; the memory used depends on the number of output
@@ -59,7 +60,7 @@ from batch_tokenizer.manifest.manifest import Manifest
 from batch_tokenizer.records import TASKS, LedgerEntry, RunError, Task, printable
 from batch_tokenizer.runs.checks import OutputForm
 from batch_tokenizer.runs.finished_run import FinishedRun
-from batch_tokenizer.runtime.ledger import LedgerState, read_ledger
+from batch_tokenizer.runtime.ledger import LedgerState, read_checksums, read_ledger
 from batch_tokenizer.runtime.ledger_writer import LedgerWriter
 from batch_tokenizer.runtime.processes import ProcessGroup, num_cores
 from batch_tokenizer.runtime.run_folder import RunFolder
@@ -81,6 +82,7 @@ KINDS: Mapping[str, str] = {
     "unreadable": "outputs that cannot be read",
     "length": "outputs of another length than their row's audio",
     "content": "outputs with content that this run does not write",
+    "changed": "outputs whose content is not the one that was written",
     "twice": "rows in more than one place",
     "recomputed": "rows whose codes are not those that this device computes with the run's settings",
     "orphan": "files in the folder of shards that no ledger file names",
@@ -104,6 +106,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--run_dir", type=Path, help="the run folder; looked for beside the manifest when absent")
     add("--workers", type=int, help="processes that check files; one a core when absent, more help on network disks")
     add("--repair", action="store_true", help="take rows with wrong outputs back, for the next run to do again")
+    add(
+        "--content",
+        action="store_true",
+        help="read all bytes of all outputs and compare their checksums",
+    )
     add("--recompute", type=int, metavar="N", help="tokenize N rows again, alone and in another order, and compare")
     add_options(parser, "device")
     add("--dtype", choices=get_args(Dtype), help="with --recompute: also compare with this number format")
@@ -143,7 +150,7 @@ def main(arguments: argparse.Namespace) -> int:
         elif seems_at_work(run.path):
             log.warning("a job seems to be at work on %s: what it has not done yet will be reported", run.path)
         manifest = run.manifest(arguments.data_list)
-        verification = Verification(run, manifest, spec, folder, ledger, recomputation)
+        verification = Verification(run, manifest, spec, folder, ledger, arguments.content, recomputation)
         return verification.run_checks(workers=arguments.workers, show=arguments.show)
 
 
@@ -214,6 +221,7 @@ class Verification:
 
     Attributes:
         folder, ledger: open for repairing; None to look only.
+        content: whether all bytes are compared with their checksums.
         recomputation: of a sample of rows, if that was asked for.
     """
 
@@ -222,6 +230,7 @@ class Verification:
     spec: CodecSpec
     folder: RunFolder | None
     ledger: LedgerWriter | None
+    content: bool
     recomputation: Recomputation | None
     num_checked: int = 0
     num_taken_back: int = 0
@@ -238,7 +247,7 @@ class Verification:
         audit = audit_ledger(self.run.path, self.manifest, state)
         path = self.run.path / "verify.jsonl"
         form = OutputForm.of(self.spec.info, self.run.settings)
-        checkers = Checkers(RowChecker(self.manifest, form), ShardChecker(self.run.task, form))
+        checkers = Checkers(RowChecker(self.manifest, form), ShardChecker(self.run.task, form, self.content))
         try:
             with (
                 atomic_write(path) as file,
@@ -282,13 +291,16 @@ class Verification:
         self, processes: _CheckingProcesses, state: LedgerState, audit: LedgerAudit, findings: Findings
     ) -> set[int]:
         """Checks the ledger and the rows' own files; returns the lines that are wrong."""
+        # Those of shards are in the shards' own ledger files.
+        wanted = self.content and not self.run.has_shards
+        checksums = read_checksums(self.run.path, self.manifest, state) if wanted else {}
         folders: set[str] = set()
         wrong_lines: set[int] = set()
         # Rows of shards are taken back with their whole shard.
         ledger = None if self.run.has_shards else self.ledger
         with _progress_bar(len(self.manifest)) as bar:
             reports: Iterator[ChunkReport]
-            reports = processes.map(_check_chunk, chunks(self.manifest, self._lengths, state, audit))
+            reports = processes.map(_check_chunk, chunks(self.manifest, self._lengths, state, audit, checksums))
             for report in reports:
                 for problem in report.problems:
                     findings.add(problem)
@@ -337,7 +349,7 @@ def _print_findings(findings: Findings) -> None:
         if count := findings.counts[kind]:
             print(f"{about}: {count:,}")
             for problem in findings.examples[kind]:
-                print(f"  {printable(problem)}")
+                print(f"  {printable(str(problem))}")
             if count > len(findings.examples[kind]):
                 print(f"  … and {count - len(findings.examples[kind]):,} more")
 

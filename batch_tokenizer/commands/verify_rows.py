@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import numpy.typing as npt
 from batch_tokenizer.codecs.base import CodecSpec
 from batch_tokenizer.manifest.manifest import Manifest
 from batch_tokenizer.records import ManifestRow
-from batch_tokenizer.runs.checks import CheckFailed, OutputForm, check_audio_file, check_token_file
+from batch_tokenizer.runs.checks import CheckFailed, OutputForm, check_audio_file, check_file_checksum, check_token_file
 from batch_tokenizer.runtime.ledger import LedgerState, RowStatus, matched_entries
 from batch_tokenizer.writers.publish import is_temporary
 
@@ -150,6 +150,8 @@ class Chunk:
         output_samples: samples of a decoded audio file, likewise.
         disagrees: the ledger's entries of the row disagree.
         impossible: the codec does not make such lengths.
+        checksums: CRC-32 of each output's bytes by the ledger, by the field that names the output; -1 where the ledger
+            has none. Empty if contents are not checked.
     """
 
     first_line: int
@@ -159,10 +161,21 @@ class Chunk:
     output_samples: npt.NDArray[np.int64]
     disagrees: npt.NDArray[np.bool_]
     impossible: npt.NDArray[np.bool_]
+    checksums: Mapping[str, npt.NDArray[np.int64]]
 
 
-def chunks(manifest: Manifest, lengths: ExpectedLengths, state: LedgerState, audit: LedgerAudit) -> Iterator[Chunk]:
-    """The whole manifest."""
+def chunks(
+    manifest: Manifest,
+    lengths: ExpectedLengths,
+    state: LedgerState,
+    audit: LedgerAudit,
+    checksums: Mapping[str, npt.NDArray[np.int64]],
+) -> Iterator[Chunk]:
+    """The whole manifest.
+
+    Args:
+        checksums: as in ``Chunk``, of all lines.
+    """
     for first in range(0, manifest.num_lines, CHUNK_LINES):
         part = slice(first, min(first + CHUNK_LINES, manifest.num_lines))
         status, num_samples = state.status[part], state.num_samples[part]
@@ -173,7 +186,10 @@ def chunks(manifest: Manifest, lengths: ExpectedLengths, state: LedgerState, aud
             samples, counted = int(num_samples[number]), int(state.frames[part][number])
             frames[number], output_samples[number] = lengths(samples, counted)
             impossible[number] = not lengths.possible(samples, counted)
-        yield Chunk(first, status, num_samples, frames, output_samples, audit.contradicts[part], impossible)
+        yield Chunk(
+            first, status, num_samples, frames, output_samples, audit.contradicts[part], impossible,
+            {name: column[part] for name, column in checksums.items()},
+        )  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -243,6 +259,8 @@ class RowChecker:
                 else:
                     num_samples, num_frames = int(chunk.num_samples[number]), int(chunk.frames[number])
                     check_token_file(path, self.form, key=row.key, num_samples=num_samples, num_frames=num_frames)
+                if name in chunk.checksums and chunk.checksums[name][number] >= 0:
+                    check_file_checksum(path, int(chunk.checksums[name][number]))
             except CheckFailed as error:
                 yield Problem(row.line + 1, row.key, error.kind, path, error.reason)
 

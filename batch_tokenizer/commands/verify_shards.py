@@ -24,6 +24,7 @@ from batch_tokenizer.runs.checks import (
     CheckFailed,
     OutputForm,
     check_audio,
+    check_checksums,
     check_codes,
     check_info,
 )
@@ -45,6 +46,7 @@ class Entry:
     Attributes:
         line: of the manifest as it is now, from 0; None where the manifest no longer has the row.
         output_samples: of its audio, at the rate of the output.
+        checksums: CRC-32 of what was stored, by name.
     """
 
     line: int | None
@@ -52,6 +54,7 @@ class Entry:
     num_samples: int
     frames: int
     output_samples: int
+    checksums: Mapping[str, int]
 
     def problem(self, kind: str, path: str, what: str) -> Problem:
         """A finding about this row."""
@@ -116,15 +119,23 @@ def shards_to_check(run: FinishedRun, folder: ShardFolder, lengths: ExpectedLeng
 
 def _entry(item: Mapping[str, Any], lengths: ExpectedLengths, rows: RowLines) -> Entry:
     frames, output_samples = lengths(item["num_samples"], item["frames"])
-    return Entry(rows.line_of(item["digest"]), item["key"], item["num_samples"], frames, output_samples)
+    return Entry(
+        rows.line_of(item["digest"]), item["key"], item["num_samples"], frames, output_samples,
+        item.get("checksums", {}),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class ShardChecker:
-    """Checks shards. Picklable, without a codec."""
+    """Checks shards. Picklable, without a codec.
+
+    Attributes:
+        content: whether checksums are compared.
+    """
 
     task: Task
     form: OutputForm
+    content: bool
 
     def check(self, shard: Shard) -> ShardReport:
         """Read a whole shard."""
@@ -176,6 +187,8 @@ class ShardChecker:
                 form.audio_format, head, size,
                 sample_rate=form.output_sample_rate, num_samples=entry.output_samples,
             )  # fmt: skip
+        if self.content:
+            check_checksums(row, entry.checksums)
 
 
 def orphans(run_dir: Path, folder: ShardFolder, task: Task) -> list[Problem]:

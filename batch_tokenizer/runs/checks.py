@@ -1,7 +1,7 @@
 """What a run's outputs must look like, and the checks of a file or a row of a shard against it.
 
-The checks are cheap: of audio only the header and the size are read, and codes are checked to be possible. Whether the
-content is the very one that was written is for digests to say (``writers/row_encoding.py``).
+Most checks are cheap: of audio only the header and the size are read, and codes are checked to be possible. Whether the
+content is the very one that was written is checked by the ledger's checksums, which takes reading all of it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import stat
 import struct
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,8 +22,10 @@ from batch_tokenizer.codecs.base import CodecInfo
 from batch_tokenizer.config import OUTPUT_SETTINGS
 from batch_tokenizer.data.token_files import ANY_CODEBOOKS, parse_token_file
 from batch_tokenizer.records import RowError
+from batch_tokenizer.runs.stored_rows import StoredRow
 from batch_tokenizer.storage.files import open_file
 from batch_tokenizer.storage.names import is_url
+from batch_tokenizer.writers.row_encoding import codes_checksum
 
 #: Bytes of an audio file's beginning that the checks want.
 AUDIO_HEADER_BYTES = 4096
@@ -31,6 +34,8 @@ AUDIO_HEADER_BYTES = 4096
 _NOT_IN_INFO = ("task", "num_quantizers", "segment_samples", *OUTPUT_SETTINGS)
 
 _STREAM_INFO_BYTES = 34
+
+_BLOCK_BYTES = 1 << 20
 
 
 class CheckFailed(Exception):
@@ -141,7 +146,36 @@ def check_token_file(path: str, form: OutputForm, *, key: str, num_samples: int,
     check_info(info, {**form.info, **own, "num_quantizers": len(form.codebook_sizes)})
 
 
+def check_file_checksum(path: str, checksum: int) -> None:
+    """Whether all bytes of ``path`` have this CRC-32.
+
+    Raises:
+        CheckFailed: they have not, or cannot be read.
+    """
+    found = 0
+    with regular_file(path) as (file, _):
+        while block := file.read(_BLOCK_BYTES):
+            found = zlib.crc32(block, found)
+    if found != checksum:
+        raise CheckFailed("changed", "its bytes are not those that were written")
+
+
 # ------------------------------------------------------------------------------------------------------------- content
+
+
+def check_checksums(row: StoredRow, checksums: Mapping[str, int]) -> None:
+    """Whether a row of a shard has the codes and the bytes that were written, by their CRC-32.
+
+    Raises:
+        CheckFailed: it has not.
+    """
+    for name, checksum in checksums.items():
+        if name == "codes":
+            # In token2wav shards there are none.
+            if row.codes is not None and codes_checksum(row.codes) != checksum:
+                raise CheckFailed("changed", "its codes are not those that were written")
+        elif name not in row.stored or zlib.crc32(row.stored[name]) != checksum:
+            raise CheckFailed("changed", f"its bytes ({name}) are not those that were written")
 
 
 def check_audio(audio_format: str, head: bytes, size: int, *, sample_rate: int, num_samples: int) -> None:

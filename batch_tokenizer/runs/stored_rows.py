@@ -46,6 +46,7 @@ class StoredRow:
         info: what the shard says of it.
         audio: an audio file's bytes; None where the shard has none.
         audio_format: ``wav`` or ``flac``, of those bytes.
+        stored: of a row of a shard, its bytes by the names under which the ledger keeps their checksums.
     """
 
     key: str
@@ -53,6 +54,7 @@ class StoredRow:
     info: Mapping[str, Any]
     audio: bytes | None = None
     audio_format: str = "wav"
+    stored: Mapping[str, bytes] = field(default_factory=dict)
 
 
 def shard_rows(path: str) -> Iterator[StoredRow]:
@@ -118,8 +120,8 @@ def _tar_row(name: str, group: _Group) -> StoredRow:
     if codes is None and audio_format is None:
         raise RowError("load", f"{name}: {group.base} has neither tokens (.tokens.npy) nor audio (.wav, .flac)")
     if audio_format is None:
-        return StoredRow(key, codes, info)
-    return StoredRow(key, codes, info, members[audio_format], audio_format)
+        return StoredRow(key, codes, info, stored=members)
+    return StoredRow(key, codes, info, members[audio_format], audio_format, members)
 
 
 def _parquet_rows(path: str) -> Iterator[StoredRow]:
@@ -150,7 +152,8 @@ def _parquet_row(parquet: TokenParquet, table: Any, number: int) -> StoredRow:
     if not isinstance(audio, dict) or not isinstance(audio.get("bytes"), bytes):
         return StoredRow(key, codes, info)
     ending = os.path.splitext(str(audio.get("path")))[1].removeprefix(".")
-    return StoredRow(key, codes, info, audio["bytes"], ending if ending in _AUDIO else "wav")
+    audio_format = ending if ending in _AUDIO else "wav"
+    return StoredRow(key, codes, info, audio["bytes"], audio_format, {"audio": audio["bytes"]})
 
 
 _SHARD_ENDINGS = (".tar", ".parquet")

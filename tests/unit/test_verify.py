@@ -95,8 +95,8 @@ class FakeRun:
 
     def attempt(self, *, lines=None, fail=(), samples_of=lambda line: 9000 + 1000 * line):
         """An attempt that does ``lines`` (all that are pending when None) and fails those of ``fail``."""
-        sink = FileSink(self.task, self.spec.info.sample_rate, self.info)
         with self.open() as folder, LedgerWriter(folder.ledger_path) as ledger:
+            sink = FileSink(self.task, self.spec.info.sample_rate, self.info, record=ledger.append)
             manifest = self.manifest()
             status = read_ledger(self.run_dir, manifest).status
             for row in manifest.read(0, manifest.num_lines):
@@ -106,7 +106,7 @@ class FakeRun:
                     stage = row.stage if isinstance(row, RowFailure) else "load"
                     ledger.append(LedgerEntry(row.line, row.digest, row.key, "failed", stage=stage, reason="bad"))
                     continue
-                ledger.append(self.do(sink, row, samples_of(row.line)))
+                self.do(sink, row, samples_of(row.line))
         return self
 
     def do(self, sink, row: ManifestRow, num_samples):
@@ -118,7 +118,6 @@ class FakeRun:
         if self.task == "token2wav":
             num_samples = len(samples)
         sink.write(TokenizedRow(row, codes, samples, num_samples))
-        return LedgerEntry(row.line, row.digest, row.key, "done", num_samples=num_samples, frames=frames)
 
     def append(self, *entries, attempt_file="000001-00007.jsonl"):
         """Ledger lines as another process would have left them."""
@@ -318,6 +317,35 @@ class TestWavFiles:
         expected = run.spec.num_output_samples(run.spec.num_frames(14000))
         check_audio_file(str(run.wav(5)), run.form, expected)
         assert sum(read) <= 4096 < run.wav(5).stat().st_size
+
+
+class TestContent:
+    """What only the checksums tell: plain ``verify`` finds nothing wrong with it."""
+
+    def test_a_changed_code(self, run):
+        rewrite(run.tokens(2), lambda d: d["quantized_tokens"][1].__setitem__(0, d["quantized_tokens"][1][0] ^ 1))
+        assert run.finds()
+        assert run.verify("--content") == 1
+        assert run.problems() == [(3, "changed")]
+
+    def test_silenced_audio(self, run):
+        content = run.wav(4).read_bytes()
+        run.wav(4).write_bytes(content[:44] + b"\1" * (len(content) - 44))
+        assert run.finds()
+        assert run.verify("--content", "--workers", 2) == 1
+        assert run.problems() == [(5, "changed")]
+        assert run.verify("--content", "--repair") == 1
+        run.attempt()
+        assert run.verify("--content") == 0
+
+    def test_a_run_that_is_right(self, run):
+        assert run.verify("--content") == 0
+
+    def test_entries_without_checksums_are_let_pass(self, run):
+        [path] = (run.run_dir / "ledger").iterdir()
+        entries = run.entries()
+        path.write_bytes(b"".join(ledger_line({**entry, "checksums": {}}) for entry in entries))
+        assert run.verify("--content") == 0
 
 
 class TestPlaces:
