@@ -24,6 +24,7 @@ AttentionWindow = Literal["full", "published"]
 DecoderChunks = Literal["exact", "published"]
 WindowMerge = Literal["complete", "published"]
 Loudness = Literal["none", "moss_tts"]
+Downmix = Literal["mean", "first"]
 
 TASKS: tuple[Task, ...] = ("wav2token", "token2wav", "wav2token2wav")
 
@@ -247,8 +248,8 @@ class TokenizedRow:
 
     Attributes:
         codes: uint16 (T, K); in ``token2wav`` the ones that were read.
-        samples: float32 (S,) at the codec's sample rate, nominally in [-1, 1]; None in ``wav2token``. Those of a long
-            row are a ``numpy.memmap``, so that they need no memory.
+        samples: float32 (S,), or (channels, S) of a codec with several, at the codec's sample rate, nominally in
+            [-1, 1]; None in ``wav2token``. Those of a long row are a ``numpy.memmap``, so that they need no memory.
         num_samples: as in ``LoadedRow``.
         segments: of a row that was encoded in segments, the first frame and the first sample of each.
     """

@@ -17,15 +17,15 @@ _SUBTYPES = {"wav": "PCM_16", "flac": "PCM_16", "mp3": "MPEG_LAYER_III"}
 
 
 def encoded_bytes(samples: npt.NDArray[np.float32], sample_rate: int, form: str) -> bytes:
-    """Float samples (S,) as ``wav`` or ``flac`` of 16 bits, or ``mp3``; what is beyond full scale is clipped."""
+    """Float samples (S,) or (channels, S) as ``wav`` or ``flac`` of 16 bits, or ``mp3``, clipped at full scale."""
     stream = io.BytesIO()
-    clipped = np.clip(samples, -1.0, 32767 / 32768)
+    clipped = np.clip(samples, -1.0, 32767 / 32768).T
     soundfile.write(stream, clipped, sample_rate, format=form.upper(), subtype=_SUBTYPES[form])
     return stream.getvalue()
 
 
 def flac_bytes(samples: npt.NDArray[np.float32], sample_rate: int) -> bytes:
-    """Float samples (S,) as 16-bit FLAC; what is beyond full scale is clipped, as in a wav file."""
+    """Float samples (S,) or (channels, S) as 16-bit FLAC; what is beyond full scale is clipped, as in a wav file."""
     return encoded_bytes(samples, sample_rate, "flac")
 
 
@@ -35,9 +35,10 @@ def write_flac(file: BinaryIO, samples: npt.NDArray[np.float32], sample_rate: in
     Raises:
         RowError: a sample is NaN or infinite.
     """
-    with soundfile.SoundFile(file, "w", sample_rate, 1, "PCM_16", format="FLAC") as flac:
-        for start in range(0, len(samples), _PIECE_SAMPLES):
-            piece = samples[start : start + _PIECE_SAMPLES]
+    channels, length = (1, len(samples)) if samples.ndim == 1 else samples.shape
+    with soundfile.SoundFile(file, "w", sample_rate, channels, "PCM_16", format="FLAC") as flac:
+        for start in range(0, length, _PIECE_SAMPLES):
+            piece = samples[..., start : start + _PIECE_SAMPLES]
             if not np.isfinite(piece).all():
-                raise RowError("decode", f"the codec made some of {len(samples)} samples NaN or infinite")
-            flac.write(np.clip(piece, -1.0, 32767 / 32768))
+                raise RowError("decode", f"the codec made some of {samples.size} samples NaN or infinite")
+            flac.write(np.clip(piece, -1.0, 32767 / 32768).T)

@@ -1,4 +1,4 @@
-"""Utterances: mono float32 samples (S,) at a codec's sample rate, from files or parts of files."""
+"""Utterances from files or parts of files, at a codec's sample rate: samples (S,), or (channels, S) for several."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import atexit
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +17,10 @@ import torch
 from batch_tokenizer.audio.decoding import decode_audio, open_audio
 from batch_tokenizer.audio.reader import AlreadyPassed, AudioReader, AudioTooLong
 from batch_tokenizer.audio.resampling import SHORT_SAMPLES, Piece, Resampler, resample, resampled_length
-from batch_tokenizer.records import AudioCut, RowError
+from batch_tokenizer.records import AudioCut, Downmix, RowError
 from batch_tokenizer.storage.names import display_name, is_url, parse_member
+
+Samples = npt.NDArray[np.float32]
 
 #: Seconds by which a cut may end behind its file: manifests round, and encoders count their padding or do not.
 END_TOLERANCE = 0.1
@@ -33,8 +36,10 @@ def load_samples(
     *,
     cut: AudioCut | None = None,
     max_samples: int | None = None,
+    channels: int = 1,
+    downmix: Downmix = "mean",
 ) -> npt.NDArray[np.float32]:
-    """One utterance: decoded, resampled to ``sample_rate`` Hz, and averaged over channels.
+    """One utterance: decoded, resampled to ``sample_rate`` Hz, with as many channels as a codec has.
 
     ``reference`` resamples each channel and then averages, the order in which published tokens were made. The same file
     gives the same bits, whatever process and however many threads load it.
@@ -45,26 +50,27 @@ def load_samples(
 
     Args:
         max_samples: the most samples that may be returned.
+        channels: 1, or as many as the codec has; the file's first ones, or copies of a single one.
+        downmix: what the one channel is of a file with several: their mean, or the first.
 
     Returns:
-        Samples (S,), 1 <= S <= ``max_samples``, contiguous, finite, nominally in [-1, 1].
+        Samples (S,), or (``channels``, S) of more than one, 1 <= S <= ``max_samples``, contiguous, finite, nominally in
+        [-1, 1].
 
     Raises:
         RowError: the file cannot be decoded (the reason says why), is too long, or ends before the cut does.
     """
+    mix = _Mix(channels, downmix, resampler)
     if cut is not None and (cut.start > 0 or cut.end is not None or cut.channel is not None):
-        samples, computed = _load_cut(path, sample_rate, resampler, cut, max_samples), True
+        samples, computed = _load_cut(path, sample_rate, mix, cut, max_samples), True
     else:
         max_seconds = None if max_samples is None else max_samples / sample_rate
         stream = None if cut is None else cut.stream
-        channels, file_rate = decode_audio(path, max_seconds=max_seconds, stream=stream)
-        if resampler == "reference":
-            samples = _mean(resample(channels, file_rate, sample_rate, resampler))
-        else:
-            samples = resample(_mean(channels)[None], file_rate, sample_rate, resampler)[0]
-        computed = file_rate != sample_rate or len(channels) > 1
-    if max_samples is not None and len(samples) > max_samples:
-        raise _too_long(path, len(samples), sample_rate, max_samples)
+        recorded, file_rate = decode_audio(path, max_seconds=max_seconds, stream=stream)
+        samples = mix(recorded, lambda part: resample(part, file_rate, sample_rate, resampler))
+        computed = file_rate != sample_rate or len(recorded) > 1
+    if max_samples is not None and samples.shape[-1] > max_samples:
+        raise _too_long(path, samples.shape[-1], sample_rate, max_samples)
     # Finite samples near the end of float32's range overflow in a sum.
     if computed and not np.isfinite(samples).all():
         raise RowError("load", f"{display_name(path)}: its samples are too large to resample or average")
@@ -90,9 +96,26 @@ def measure_samples(
         return (last if cut.end is None else min(last, round(cut.end * sample_rate))) - round(cut.start * sample_rate)
 
 
-def _load_cut(
-    path: str, sample_rate: int, resampler: Resampler, cut: AudioCut, max_samples: int | None
-) -> npt.NDArray[np.float32]:
+@dataclass(frozen=True)
+class _Mix:
+    """How the channels of a file become those of a codec."""
+
+    channels: int
+    downmix: Downmix
+    resampler: Resampler
+
+    def __call__(self, recorded: Samples, to_rate: Callable[[Samples], Samples]) -> Samples:
+        """Recorded samples (channels, n) to (S,), or to (``channels``, S); ``to_rate`` resamples each channel."""
+        if self.channels > 1:
+            made = to_rate(np.ascontiguousarray(recorded[: self.channels]))
+            return np.repeat(made, self.channels, axis=0) if len(made) == 1 else made
+        if self.resampler == "reference":
+            made = to_rate(recorded)
+            return made[0] if self.downmix == "first" else _mean(made)
+        return to_rate(recorded[:1] if self.downmix == "first" else _mean(recorded)[None])[0]
+
+
+def _load_cut(path: str, sample_rate: int, mix: _Mix, cut: AudioCut, max_samples: int | None) -> Samples:
     name = display_name(path)
     first = round(cut.start * sample_rate)
     last = None if cut.end is None else round(cut.end * sample_rate)
@@ -108,19 +131,17 @@ def _load_cut(
                 _check_cut(name, cut, audio.header.frames / file_rate)
             # Short recordings are resampled in one piece, which gives other last bits than blocks do.
             length = None if file_rate == sample_rate else audio.length_up_to(SHORT_SAMPLES)
-            piece = Piece.plan(first, asked, length, file_rate, sample_rate, resampler)
-            channels = audio.read(piece.start, piece.stop, cut.channel)
+            piece = Piece.plan(first, asked, length, file_rate, sample_rate, mix.resampler)
+            recorded = audio.read(piece.start, piece.stop, cut.channel)
     except AlreadyPassed:  # of a file that was kept open, and now is not
-        return _load_cut(path, sample_rate, resampler, cut, max_samples)
-    if not channels.shape[1]:
+        return _load_cut(path, sample_rate, mix, cut, max_samples)
+    if not recorded.shape[1]:
         raise RowError("load", f"{name}: ends before {cut.start:g} s, where the segment starts")
-    if resampler == "reference":
-        samples = _mean(piece.resample(channels))
-    else:
-        samples = piece.resample(_mean(channels)[None])[0]
-    if len(samples) < asked - first:  # the file ends here
-        _check_cut(name, cut, (first + len(samples)) / sample_rate)
-    if not len(samples):
+    samples = mix(recorded, piece.resample)
+    length = samples.shape[-1]
+    if length < asked - first:  # the file ends here
+        _check_cut(name, cut, (first + length) / sample_rate)
+    if not length:
         raise RowError("load", f"{name}: ends before {cut.start:g} s, where the segment starts")
     return samples
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from batch_tokenizer.records import RunError, Stage, Task
+from batch_tokenizer.records import Downmix, RunError, Stage, Task
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -92,6 +92,9 @@ class CodecSpec(ABC):
 
     #: Where features are made: in loader processes, or in the codec (``with_device_front_end``).
     front_end: Literal["host", "device"] = "host"
+
+    #: What the one channel is of a file with several, where the codec has one and the row names none.
+    downmix: ClassVar[Downmix] = "mean"
 
     #: Whether the codec has streams, whose results are those of one pass.
     streams: ClassVar[bool] = False
@@ -238,4 +241,5 @@ class Codec(ABC):
 
 def fitted(samples: npt.NDArray[np.float32], length: int) -> npt.NDArray[np.float32]:
     """A segment's decoded samples, cut or filled up with zeros to the ``length`` that it has in its row."""
-    return np.pad(samples[:length], (0, max(0, length - len(samples))))
+    missing = max(0, length - samples.shape[-1])
+    return np.pad(samples[..., :length], [(0, 0)] * (samples.ndim - 1) + [(0, missing)])

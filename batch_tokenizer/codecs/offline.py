@@ -34,9 +34,9 @@ def check_num_quantizers(wanted: Sequence[int], most: int) -> tuple[int, ...]:
 
 
 def encode(codec: Codec, samples: Sequence[Samples], num_quantizers: int) -> list[Codes | RowError]:
-    """Samples (S_i,) at the codec's rate to codes (T_i, ``num_quantizers``) each, or why there are none."""
+    """Samples (S_i,) or (channels, S_i) at the codec's rate to codes (T_i, ``num_quantizers``) each, or why not."""
     features = [codec.spec.features(one) for one in samples]
-    frames = [codec.spec.num_frames(len(one)) for one in samples]
+    frames = [codec.spec.num_frames(one.shape[-1]) for one in samples]
     results: list[Codes | RowError] = []
     for first, last in _chunks(frames, codec.frame_budget):
         results += _with_care(codec, lambda part: codec.encode(part, num_quantizers), features[first:last], "encode")
@@ -77,12 +77,13 @@ def _joined(info: CodecInfo, parts: Sequence[Samples | RowError], segments: Piec
         if isinstance(part, RowError):
             return part
         samples.append(fitted(part, end - begin))
-    return np.concatenate(samples)
+    return np.concatenate(samples, axis=-1)
 
 
 def at_input_rate(info: CodecInfo, samples: Samples) -> Samples:
-    """Decoded samples (S,) at the rate of what was encoded, where the two are compared."""
-    return resample(samples[None], info.output_sample_rate, info.sample_rate, "soxr")[0]
+    """Decoded samples as they are compared with the original: (S,), the mean of channels, at the original's rate."""
+    mono = samples if samples.ndim == 1 else samples.mean(axis=0)
+    return resample(mono[None], info.output_sample_rate, info.sample_rate, "soxr")[0]
 
 
 def _chunks(frames: Sequence[int], budget: int) -> Iterator[tuple[int, int]]:

@@ -60,16 +60,17 @@ def main(arguments: argparse.Namespace) -> int:
     (num_quantizers,) = check_num_quantizers(wanted, info.num_codebooks)
     out: Path = arguments.out or Path(f"{name}.inspect")
     try:
-        samples = load_samples(location, info.sample_rate, max_samples=info.max_samples)
+        samples = load_samples(location, info.sample_rate, max_samples=info.max_samples, channels=info.channels)
         codes = _result(encode(codec, [samples], num_quantizers))
         made = _result(decode(codec, [codes]))
-        original, (reconstruction,) = align(samples, [at_input_rate(info, made)], info.sample_rate)
+        mono = samples if samples.ndim == 1 else samples.mean(axis=0)
+        original, (reconstruction,) = align(mono, [at_input_rate(info, made)], info.sample_rate)
         row = ManifestRow(0, "", name, location, None, None, {"key": name, "wav": location})
         about = {
             "codec": info.family, "fingerprint": info.fingerprint, "sample_rate": info.sample_rate,
             "frame_rate": info.frame_rate, "resampler": "reference", "version": __version__,
         }  # fmt: skip
-        publish(str(out / f"{name}.json"), token_json(TokenizedRow(row, codes, made, len(samples)), about))
+        publish(str(out / f"{name}.json"), token_json(TokenizedRow(row, codes, made, len(mono)), about))
         publish(str(out / f"{name}.wav"), wav_bytes(made, info.output_sample_rate))
     except RowError as error:
         raise RunError(error.reason) from error
@@ -78,7 +79,7 @@ def main(arguments: argparse.Namespace) -> int:
     )
     picture = out / f"{name}.png"
     drawn = _draw(picture, original, reconstruction, codes, info)
-    for line in summary(display_name(location), info, codes, len(samples), scores):
+    for line in summary(display_name(location), info, codes, len(mono), scores):
         print(printable(line))
     print(f"tokens: {out / name}.json\nreconstruction: {out / name}.wav")
     print(f"picture: {picture}" if drawn else "picture: not drawn; pip install 'batch_tokenizer[report]'")

@@ -185,7 +185,7 @@ class ShardChecker:
             head, size = row.audio[:AUDIO_HEADER_BYTES], len(row.audio)
             check_audio(
                 form.audio_format, head, size,
-                sample_rate=form.output_sample_rate, num_samples=entry.output_samples,
+                sample_rate=form.output_sample_rate, num_samples=entry.output_samples, channels=form.channels,
             )  # fmt: skip
         if self.content:
             check_checksums(row, entry.checksums)

@@ -52,13 +52,17 @@ class RowLoader:
             raise RowError("load", "the row has no wav")
         rate = self.spec.info.sample_rate
         try:
-            samples = load_samples(row.wav, rate, self.resampler, cut=row.cut, max_samples=limit.samples)
+            samples = load_samples(
+                row.wav, rate, self.resampler, cut=row.cut, max_samples=limit.samples,
+                channels=self.spec.info.channels, downmix=self.spec.downmix,
+            )  # fmt: skip
         except AudioTooLong as error:
             if limit.policy == "native":
                 raise RowError("load", f"{error.reason}; {limit.remedy(self.spec)}") from error
             pieces = limit.of_audio(measure_samples(row.wav, rate, self.resampler, cut=row.cut))
             return LoadedRow(row, None, None, pieces.samples[-1], 0, pieces=pieces)
-        return LoadedRow(row, self.spec.features(samples), None, len(samples), self.spec.num_frames(len(samples)))
+        length = samples.shape[-1]
+        return LoadedRow(row, self.spec.features(samples), None, length, self.spec.num_frames(length))
 
     def _load_codes(self, row: ManifestRow, limit: PassLimit) -> LoadedRow:
         if row.quantized_tokens is None:

@@ -145,7 +145,7 @@ class _LongRow:
         self._whole = loaded
         self._pieces = loaded.pieces
         self._info = codec.info
-        self._samples = _SampleFile(folder)
+        self._samples = _SampleFile(folder, codec.info.channels)
         self._codes: dict[int, Codes] = {}
         self._requested = 0
         self._waiting: dict[int, LoadedRow] = {}
@@ -239,12 +239,12 @@ def fade(samples: Samples, begin: int, end: int | None, width: int) -> tuple[int
     Neighbours' fades add up to one. ``begin`` 0 and ``end`` None are the ends of the audio and are not faded.
 
     Returns:
-        where the used samples begin in the window, and the samples, float32 (S,).
+        where the used samples begin in the window, and the samples, float32 (S,) or (channels, S).
     """
     first = begin - width // 2 if begin else 0
-    last = len(samples) if end is None else end + width // 2
-    used = samples[first:last].copy()
-    middles = np.arange(first, first + len(used), dtype=np.float32) + 0.5
+    last = samples.shape[-1] if end is None else end + width // 2
+    used = samples[..., first:last].copy()
+    middles = np.arange(first, first + used.shape[-1], dtype=np.float32) + 0.5
     if begin:
         used *= np.clip((middles - begin) / width + 0.5, 0, 1)
     if end is not None:
@@ -253,24 +253,30 @@ def fade(samples: Samples, begin: int, end: int | None, width: int) -> tuple[int
 
 
 class _SampleFile:
-    """Float32 samples in a file without a name, each added to what is at its place."""
+    """Float32 samples in a file without a name, each added to what is at its place; channels take turns."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, channels: int) -> None:
         self._folder = folder
+        self._channels = channels
         self._file: IO[bytes] | None = None
 
     def add(self, place: int, samples: Samples) -> None:
         if self._file is None:
             self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 - lives as long as the row
-        self._file.seek(_SAMPLE_BYTES * place)
+        samples = np.ascontiguousarray(samples.T).reshape(-1)
+        self._file.seek(_SAMPLE_BYTES * self._channels * place)
         there = np.frombuffer(self._file.read(samples.nbytes), np.float32)
         if len(there):
             samples = samples.copy()
             samples[: len(there)] += there
-        self._file.seek(_SAMPLE_BYTES * place)
+        self._file.seek(_SAMPLE_BYTES * self._channels * place)
         self._file.write(samples.tobytes())
         self._file.flush()
 
     def map(self) -> Samples | None:
-        """All of them, in the file's pages and not in memory of this process; None if there are none."""
-        return None if self._file is None else np.memmap(self._file, np.float32, mode="r")
+        """All of them, (S,) or (channels, S), in the file's pages and not in memory of this process; None if there are
+        none."""
+        if self._file is None:
+            return None
+        samples = np.memmap(self._file, np.float32, mode="r")
+        return samples if self._channels == 1 else samples.reshape(-1, self._channels).T

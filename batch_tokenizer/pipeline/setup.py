@@ -150,6 +150,7 @@ class RunContext:
             "dtype": self.compute.dtype_name,
             "resampler": self.config.resampler,
             **({"columns": list(self.spec.info.columns[: self.num_quantizers])} if self.spec.info.columns else {}),
+            **({"channels": self.spec.info.channels} if self.spec.info.channels > 1 else {}),
             **self.spec.settings,
             "version": __version__,
         }

@@ -109,12 +109,13 @@ class LiveQuality:
         assert result.row.wav is not None
         assert result.samples is not None
         cut, samples = result.row.cut, result.samples
-        if len(samples) > MOST_SECONDS * self._output_rate:  # hours, perhaps
+        if samples.shape[-1] > MOST_SECONDS * self._output_rate:  # hours, perhaps
             cut = cut or AudioCut()
             cut = replace(cut, end=cut.start + MOST_SECONDS)
-            samples = np.array(samples[: round(MOST_SECONDS * self._output_rate)])
+            samples = np.array(samples[..., : round(MOST_SECONDS * self._output_rate)])
         original = load_samples(result.row.wav, self._sample_rate, self._resampler, cut=cut)
-        made = resample(samples[None], self._output_rate, self._sample_rate, "soxr")[0]
+        mono = samples if samples.ndim == 1 else samples.mean(axis=0)
+        made = resample(mono[None], self._output_rate, self._sample_rate, "soxr")[0]
         reference, (reconstruction,) = align(original, [made], self._sample_rate)
         scores = scorer.score(reference, reconstruction)
         log.info("quality of row %s: %s", result.row.key, in_words(scores))

@@ -58,6 +58,7 @@ class OutputForm:
 
     Attributes:
         sample_rate, output_sample_rate: Hz, of the audio that was encoded, and of what was decoded.
+        channels: of the audio.
         audio_format: ``wav`` or ``flac``.
         codebook_sizes: of the codebooks that the run used.
         info: what the ``info`` of every row says of the run.
@@ -65,6 +66,7 @@ class OutputForm:
 
     sample_rate: int
     output_sample_rate: int
+    channels: int
     audio_format: str
     codebook_sizes: tuple[int, ...]
     info: Mapping[str, Any]
@@ -75,6 +77,7 @@ class OutputForm:
         return cls(
             codec.sample_rate,
             codec.output_sample_rate,
+            codec.channels,
             settings.get("audio_format", "wav"),
             codec.codebook_sizes[: settings["num_quantizers"]],
             {name: value for name, value in settings.items() if name not in _NOT_IN_INFO},
@@ -120,7 +123,10 @@ def check_audio_file(path: str, form: OutputForm, num_samples: int) -> None:
     """
     with regular_file(path) as (file, size):
         head = file.read(AUDIO_HEADER_BYTES)
-    check_audio(form.audio_format, head, size, sample_rate=form.output_sample_rate, num_samples=num_samples)
+    check_audio(
+        form.audio_format, head, size,
+        sample_rate=form.output_sample_rate, num_samples=num_samples, channels=form.channels,
+    )  # fmt: skip
 
 
 def check_token_file(path: str, form: OutputForm, *, key: str, num_samples: int, num_frames: int) -> None:
@@ -178,8 +184,10 @@ def check_checksums(row: StoredRow, checksums: Mapping[str, int]) -> None:
             raise CheckFailed("changed", f"its bytes ({name}) are not those that were written")
 
 
-def check_audio(audio_format: str, head: bytes, size: int, *, sample_rate: int, num_samples: int) -> None:
-    """Whether ``wav`` or ``flac`` content is mono, of 16 bits and of ``num_samples`` samples, by its header.
+def check_audio(
+    audio_format: str, head: bytes, size: int, *, sample_rate: int, num_samples: int, channels: int = 1
+) -> None:
+    """Whether ``wav`` or ``flac`` content has ``channels`` of 16 bits and ``num_samples`` samples, by its header.
 
     Args:
         head: its first ``AUDIO_HEADER_BYTES``.
@@ -189,10 +197,10 @@ def check_audio(audio_format: str, head: bytes, size: int, *, sample_rate: int, 
         CheckFailed: it is not.
     """
     check = _check_wav if audio_format == "wav" else _check_flac
-    check(head, size, sample_rate, num_samples)
+    check(head, size, sample_rate, num_samples, channels)
 
 
-def _check_wav(head: bytes, size: int, sample_rate: int, num_samples: int) -> None:
+def _check_wav(head: bytes, size: int, sample_rate: int, num_samples: int, due: int) -> None:
     if head[:4] != b"RIFF" or head[8:12] != b"WAVE":
         raise CheckFailed("unreadable", f"not a wav file ({size} bytes)")
     chunks: dict[bytes, tuple[int, int]] = {}
@@ -204,21 +212,27 @@ def _check_wav(head: bytes, size: int, sample_rate: int, num_samples: int) -> No
     if b"data" not in chunks or b"fmt " not in chunks or chunks[b"fmt "][0] + 16 > len(head):
         raise CheckFailed("unreadable", f"not a wav file that can be read: its header is damaged ({size} bytes)")
     tag, channels, rate, _, _, bits = struct.unpack_from("<HHIIHH", head, chunks[b"fmt "][0])
-    if (tag, channels, bits) != (1, 1, 16):
-        raise CheckFailed("content", f"format {tag}, {channels} channels, {bits} bits, and not PCM, 1 channel, 16 bits")
+    if (tag, channels, bits) != (1, due, 16):
+        raise CheckFailed(
+            "content", f"format {tag}, {channels} channels, {bits} bits, and not PCM, {_channels(due)}, 16 bits"
+        )
     if rate != sample_rate:
         raise CheckFailed("content", f"{rate} Hz, not {sample_rate} Hz")
     begin, length = chunks[b"data"]
     if begin + length > size:
         raise CheckFailed("length", f"cut short: {size - begin} of {length} bytes of audio are there")
-    if length != 2 * num_samples:
-        raise CheckFailed("length", f"{length / 2:.16g} samples where {num_samples} are expected")
+    if length != 2 * num_samples * channels:
+        raise CheckFailed("length", f"{length / 2 / channels:.16g} samples where {num_samples} are expected")
     (promised,) = struct.unpack_from("<I", head, 4)
     if begin + length != size or promised + 8 != size:
         raise CheckFailed("content", f"{size} bytes, and not the {begin + length} that its header implies")
 
 
-def _check_flac(head: bytes, size: int, sample_rate: int, num_samples: int) -> None:
+def _channels(count: int) -> str:
+    return f"{count} channel" + "s" * (count != 1)
+
+
+def _check_flac(head: bytes, size: int, sample_rate: int, num_samples: int, due: int) -> None:
     """By the first metadata block, which states the stream's length. The frames after it are not looked at."""
     if head[:4] != b"fLaC":
         raise CheckFailed("unreadable", f"not a flac file ({size} bytes)")
@@ -227,8 +241,8 @@ def _check_flac(head: bytes, size: int, sample_rate: int, num_samples: int) -> N
         raise CheckFailed("unreadable", f"not a flac file that can be read: its header is damaged ({size} bytes)")
     fields = int.from_bytes(info[10:18], "big")
     rate, channels, bits = fields >> 44, (fields >> 41 & 7) + 1, (fields >> 36 & 31) + 1
-    if (channels, bits) != (1, 16):
-        raise CheckFailed("content", f"{channels} channels, {bits} bits, and not 1 channel, 16 bits")
+    if (channels, bits) != (due, 16):
+        raise CheckFailed("content", f"{channels} channels, {bits} bits, and not {_channels(due)}, 16 bits")
     if rate != sample_rate:
         raise CheckFailed("content", f"{rate} Hz, not {sample_rate} Hz")
     length = fields & (1 << 36) - 1

@@ -186,8 +186,11 @@ def load_input(source: Source, row: ManifestRow, known: Mapping[str, Any]) -> tu
         raise RowError("load", "the row has no wav to compare with")
     if source.run is None:
         assert source.info is not None
-        most = source.info.max_samples
-        return load_samples(row.wav, source.sample_rate, source.resampler, cut=row.cut, max_samples=most), None
+        samples = load_samples(
+            row.wav, source.sample_rate, source.resampler, cut=row.cut, max_samples=source.info.max_samples,
+            channels=source.info.channels,
+        )  # fmt: skip
+        return samples, None
     if row.quantized_tokens is None:
         raise RowError("load", "the row has no quantized_tokens")
     if source.info is None:

@@ -66,7 +66,7 @@ def audio_encoder(audio_format: str) -> AudioEncoder:
 def _flac(samples: npt.NDArray[np.float32], sample_rate: int) -> bytes:
     if not np.isfinite(samples).all():
         count = int((~np.isfinite(samples)).sum())
-        raise RowError("decode", f"the codec made {count} of {len(samples)} samples NaN or infinite")
+        raise RowError("decode", f"the codec made {count} of {samples.size} samples NaN or infinite")
     return flac_bytes(samples, sample_rate)
 
 

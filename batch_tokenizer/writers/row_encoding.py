@@ -63,7 +63,7 @@ _PIECE_SAMPLES = 1 << 20
 
 
 def wav_bytes(samples: npt.NDArray[np.float32], sample_rate: int) -> bytes:
-    """A wav file of ``samples`` (S,), S >= 0, at ``sample_rate`` Hz.
+    """A wav file of ``samples`` (S,) or (channels, S), S >= 0, at ``sample_rate`` Hz.
 
     A sample x becomes x * 32768, rounded to the nearest integer (of two, the even one) and clipped to [-32768, 32767],
     as ffmpeg does it. Reading divides by 32768, so PCM-16 audio survives a round trip bit for bit.
@@ -82,26 +82,30 @@ def wav_pieces(samples: npt.NDArray[np.float32], sample_rate: int) -> Iterator[b
         RowError: as ``wav_bytes``, from the piece on where it shows.
     """
     if samples.nbytes // 2 > _MOST_DATA_BYTES:
-        hours = len(samples) / sample_rate / 3600
+        hours = samples.shape[-1] / sample_rate / 3600
         raise RowError("write", f"{hours:.1f} hours of audio at {sample_rate} Hz do not fit into a wav file (4 GiB)")
-    data_bytes = 2 * len(samples)
+    channels, length = (1, len(samples)) if samples.ndim == 1 else samples.shape
+    data_bytes = 2 * samples.size
     riff = struct.pack("<4sI4s", b"RIFF", _HEADER_BYTES - 8 + data_bytes, b"WAVE")
-    layout = struct.pack("<4sIHHIIHH", b"fmt ", 16, 1, 1, sample_rate, sample_rate * 2, 2, 16)
+    frame_bytes = 2 * channels
+    layout = struct.pack(
+        "<4sIHHIIHH", b"fmt ", 16, 1, channels, sample_rate, sample_rate * frame_bytes, frame_bytes, 16
+    )
     yield b"".join((riff, layout, struct.pack("<4sI", b"data", data_bytes)))
-    for start in range(0, len(samples), _PIECE_SAMPLES):
-        piece = samples[start : start + _PIECE_SAMPLES]
+    for start in range(0, length, _PIECE_SAMPLES):
+        piece = samples[..., start : start + _PIECE_SAMPLES]
         if not np.isfinite(piece).all():
             count = sum(
-                int((~np.isfinite(samples[place : place + _PIECE_SAMPLES])).sum())
-                for place in range(start, len(samples), _PIECE_SAMPLES)
+                int((~np.isfinite(samples[..., place : place + _PIECE_SAMPLES])).sum())
+                for place in range(start, length, _PIECE_SAMPLES)
             )
-            raise RowError("decode", f"the codec made {count} of {len(samples)} samples NaN or infinite")
+            raise RowError("decode", f"the codec made {count} of {samples.size} samples NaN or infinite")
         scaled = np.clip(piece, -1, 1)
         scaled *= 32768
-        yield np.rint(scaled).clip(max=32767).astype("<i2").tobytes()
+        yield np.rint(scaled).clip(max=32767).astype("<i2").T.tobytes()  # channels take turns
 
 
-#: Float samples (S,) and their rate in Hz to the bytes of an audio file; raises ``RowError``.
+#: Float samples (S,) or (channels, S) and their rate in Hz to the bytes of an audio file; raises ``RowError``.
 AudioEncoder = Callable[[npt.NDArray[np.float32], int], bytes | memoryview]
 
 

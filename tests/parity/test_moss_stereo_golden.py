@@ -66,6 +66,15 @@ def test_streams(answers, codec, chunk):
         np.testing.assert_allclose(np.concatenate(audio, axis=1), expected, rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("flags", [(), ("--long_audio", "stream", "--max_seconds", "0.3")], ids=["whole", "streamed"])
+def test_command_line(answers, tmp_path, flags):
+    tokens, audio = answers.run(tmp_path, "--batch_size", 3, *flags)
+    books = answers.open().info.num_codebooks
+    for utterance, code, samples in zip(answers.utterances, tokens, audio, strict=True):
+        np.testing.assert_array_equal(code, answers.codes(utterance))
+        np.testing.assert_allclose(samples, answers.expected[f"{utterance}.recon_nq{books}"], rtol=0, atol=1e-4)
+
+
 def test_loudness_of_moss_tts(golden_root):
     expected = load_file(golden_root / "moss_loudness" / "expected.safetensors")
     for name in (name for name in expected if name.endswith(".wav")):

@@ -19,7 +19,7 @@ from batch_tokenizer.codecs.s3tokenizer.config import SAMPLE_RATE, VERSIONS, S3C
 from batch_tokenizer.codecs.s3tokenizer.model import DEFAULT_CAPACITY, S3Tokenizer
 from batch_tokenizer.codecs.s3tokenizer.published import is_published_graph, open_graph
 from batch_tokenizer.kernels.attention import BackendUnavailable, choose_backend
-from batch_tokenizer.records import RowError, RunError, Task, WindowMerge
+from batch_tokenizer.records import Downmix, RowError, RunError, Task, WindowMerge
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +41,9 @@ class S3Spec(CodecSpec):
     """
 
     options = ("window_merge",)
+
+    #: As the published code takes it.
+    downmix: ClassVar[Downmix] = "first"
 
     #: 16 bits change codes, and the published graphs compute in 32.
     cuda_dtype: ClassVar[Literal["float32", "bfloat16"]] = "float32"
