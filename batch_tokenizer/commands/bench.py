@@ -36,6 +36,7 @@ from batch_tokenizer import __version__
 from batch_tokenizer.codecs.checkpoint import Checkpoint
 from batch_tokenizer.codecs.mimo.sized import size_names, sized_config
 from batch_tokenizer.codecs.opening import CodecSetup
+from batch_tokenizer.codecs.published_sizes import published_sizes, write_random_checkpoint
 from batch_tokenizer.codecs.registry import Family
 from batch_tokenizer.commands.bench_parts import PASS, Bench
 from batch_tokenizer.commands.bench_workload import (
@@ -71,7 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--config",
-        help=f"in place of a checkpoint: {', '.join(size_names())}, a MiMo config.json, or free (costs nothing)",
+        help=f"in place of a checkpoint: {', '.join((*size_names(), *published_sizes()))}, a MiMo config.json, or free "
+        "(costs nothing)",
     )
     add("--random_weights", action="store_true", help="what --config needs, as a configuration has no weights")
     add("--data_list", type=Path, metavar="MANIFEST", help="its utterances; generated ones when absent")
@@ -131,8 +133,11 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> Bench:
         source = f"generated, lengths {arguments.lengths}, {arguments.format}, {arguments.sample_rate} Hz"
     manifest = write_manifest(folder / "bench.jsonl", wavs, folder / "out", folder / "out")
     shared = {name: getattr(arguments, name) for name in _RUN_OPTIONS}
+    size = arguments.config
+    if size in published_sizes() and arguments.random_weights and arguments.model_path is None:
+        shared["model_path"], size = str(write_random_checkpoint(size, folder / size)), None
     config = RunConfig(data_list=manifest, run_dir=folder / "run", overwrite=True, **shared)
-    context = open_context(config, arguments.config, arguments.random_weights)
+    context = open_context(config, size, arguments.random_weights and size is not None)
     for earlier in folder.glob(f"{PASS}*"):
         shutil.rmtree(earlier, ignore_errors=True)
     bench = Bench(context, folder, [str(wav) for wav in wavs], manifest_rows(manifest), arguments.repeats)

@@ -14,6 +14,8 @@ import torch
 from batch_tokenizer.cli import main
 from batch_tokenizer.codecs.checkpoint import Checkpoint
 from batch_tokenizer.codecs.padded_codec import PaddedCodec
+from batch_tokenizer.codecs.published_sizes import _FOLDER as SIZES
+from batch_tokenizer.codecs.published_sizes import published_sizes
 from batch_tokenizer.codecs.registry import find_family
 from batch_tokenizer.codecs.snac.config import column_levels
 from batch_tokenizer.records import RunError
@@ -203,3 +205,13 @@ def test_order_and_noise_of_snac_are_in_the_token_file(tmp_path):
     info = json.loads((tmp_path / "a.json").read_text())["info"]
     assert info["columns"][:3] == ["level 0, code 0", "level 1, code 0", "level 2, code 0"]
     assert info["noise_seed"] == 3
+
+
+@pytest.mark.parametrize("name", published_sizes())
+def test_published_sizes_are_configurations_of_a_family(tmp_path, name):
+    if name in ("mimi", "encodec-24khz", "dac-44khz"):
+        pytest.importorskip("transformers")
+    config = json.loads((SIZES / f"{name}.json").read_text())
+    with torch.device("meta"):
+        model = find_family(Checkpoint(tmp_path, name, config)).blank_model(config)
+    assert sum(parameter.numel() for parameter in model.parameters()) > 10_000_000

@@ -132,6 +132,13 @@ def open_spec(checkpoint: Checkpoint) -> HfSpec:
     return HfSpec(info=info, kind=kind_name, lengths=lengths, channels=channels, batching=batching)
 
 
+def blank_model(config: Mapping[str, Any]) -> Any:
+    """The library's model of a configuration, whose tensors have no trained values."""
+    model_class = getattr(importlib.import_module("transformers"), KINDS[config["model_type"]].model_class)
+    settings = {name: value for name, value in config.items() if name != "model_type"}
+    return model_class(model_class.config_class(**settings))
+
+
 def load_codec(
     checkpoint: Checkpoint,
     spec: HfSpec,

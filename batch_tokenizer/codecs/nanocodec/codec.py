@@ -73,6 +73,11 @@ def open_spec(checkpoint: Checkpoint) -> NanoCodecSpec:
     return NanoCodecSpec(info=info, config=config)
 
 
+def blank_model(config: Mapping[str, Any]) -> NanoCodec:
+    """The whole model of a configuration, whose tensors have no trained values."""
+    return NanoCodec(NanoCodecConfig.from_json(config))
+
+
 def load_codec(
     checkpoint: Checkpoint,
     spec: CodecSpec,

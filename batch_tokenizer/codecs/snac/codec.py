@@ -79,6 +79,11 @@ def open_spec(checkpoint: Checkpoint) -> SnacSpec:
     return SnacSpec(info=info, config=config)
 
 
+def blank_model(config: Mapping[str, Any]) -> Snac:
+    """The whole model of a configuration, whose tensors have no trained values."""
+    return Snac(SnacConfig.from_json(config))
+
+
 def load_codec(
     checkpoint: Checkpoint,
     spec: CodecSpec,

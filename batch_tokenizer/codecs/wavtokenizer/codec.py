@@ -81,6 +81,11 @@ def open_spec(checkpoint: Checkpoint) -> WavTokenizerSpec:
     return WavTokenizerSpec(info=info, config=config)
 
 
+def blank_model(config: Mapping[str, Any]) -> WavTokenizer:
+    """The whole model of a configuration, whose tensors have no trained values."""
+    return WavTokenizer(WavTokenizerConfig.from_json(config, {}))
+
+
 def load_codec(
     checkpoint: Checkpoint,
     spec: CodecSpec,
