@@ -22,8 +22,9 @@ from batch_tokenizer.data.loader import Loader
 from batch_tokenizer.data.loading import RowLoader
 from batch_tokenizer.data.pieces import PassLimit
 from batch_tokenizer.manifest.manifest import Manifest
+from batch_tokenizer.pipeline.other_outputs import warn_of_other_outputs
 from batch_tokenizer.quality.live import LiveQuality
-from batch_tokenizer.records import RunError
+from batch_tokenizer.records import SHARD_SINKS, RunError
 from batch_tokenizer.runs.source import allow_pipes, prepare
 from batch_tokenizer.runtime.devices import ComputeDevice
 from batch_tokenizer.runtime.ledger import LedgerState, read_ledger
@@ -222,6 +223,8 @@ def open_manifest(context: RunContext, folder: RunFolder) -> tuple[Manifest, npt
         recover_shards(config, folder)
         state = read_ledger(folder.path, manifest, idle=idle)
     _report_state(state)
+    if config.sink not in SHARD_SINKS:
+        warn_of_other_outputs(manifest, state.status, context.info)
     folder.share_status(state.status, path)
     return manifest, state.status
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 from batch_tokenizer.records import LedgerEntry, RunError
@@ -74,4 +75,6 @@ class LedgerWriter:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.close()
+        # A network file system may report a failed write only here. Lines that are not there are rows done again.
+        with suppress(OSError):
+            self.close()

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -266,11 +267,13 @@ class ProgressReporter:
     def _show(self) -> None:
         job = read_status(self._run_dir, self._fixed["attempt"])
         ended = job.rows_done + job.rows_failed
-        if self._bar is not None:
-            self._bar.n = ended
-            self._bar.set_postfix_str(job.line(), refresh=True)
-        else:
-            print(f"{ended}/{job.rows_total} rows, {job.line()}", file=self._stream, flush=True)
+        # Whoever read the stream may have gone away, which is no reason to stop.
+        with suppress(OSError):
+            if self._bar is not None:
+                self._bar.n = ended
+                self._bar.set_postfix_str(job.line(), refresh=True)
+            else:
+                print(f"{ended}/{job.rows_total} rows, {job.line()}", file=self._stream, flush=True)
 
     def _report(self) -> None:
         shown = time.monotonic()
@@ -301,4 +304,5 @@ class ProgressReporter:
         if self._is_main:
             self._show()
         if self._bar is not None:
-            self._bar.close()
+            with suppress(OSError):
+                self._bar.close()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 
 import psutil
+import pytest
 
 from tests.e2e.conftest import Open
 from tests.support.runs import Killer, lingering
@@ -49,3 +51,16 @@ def test_processes_killed_one_by_one(open_workspace: Open, undisturbed: Mapping[
     workspace.check_complete(undisturbed, redone=True)
     psutil.wait_procs(list(lingering(workspace.folder)), 10)
     assert not list(lingering(workspace.folder))
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.5, 2.0, 5.0])
+def test_ranks_end_with_their_agent(open_workspace: Open, seconds: float) -> None:
+    """However early torchrun's agent is killed: while its ranks load libraries, or meet at its store."""
+    workspace = open_workspace(300)
+    with workspace.start(2, "--num_workers", 1) as run:
+        run.wait_until(lambda: len(run.ranks()) == 2, "two ranks")
+        time.sleep(seconds)
+        others = [process for process in run.tree() if process.pid != run.process.pid]
+        run.process.kill()
+        _, alive = psutil.wait_procs(others, 60)
+        assert not alive

@@ -115,7 +115,7 @@ def run_rows(folder: Path, device: Device, count: int, **settings: Any) -> tuple
     with StopRequest() as stop:
         context = RunContext(config, ProcessGroup.from_environment({}), codec, 8, stop, time.monotonic())
         status = run_job(context)
-    return status, json.loads((config.default_run_dir() / "summary.json").read_text())
+    return status, json.loads(((config.run_dir or config.default_run_dir()) / "summary.json").read_text())
 
 
 def check_rows(folder: Path, count: int) -> None:
@@ -204,3 +204,11 @@ def test_batches_of_short_utterances_fill_a_pack_on_cuda(device: str, asked: int
 ])  # fmt: skip
 def test_loader_processes_follow_the_cores_of_a_rank(device: str, cores: int, asked: int | None, expected: int) -> None:
     assert ComputeDevice(torch.device(device), torch.float32, cores, "").loaders(asked) == expected
+
+
+def test_files_of_a_run_with_other_settings_are_named(tmp_path: Path, caplog) -> None:
+    assert run_rows(tmp_path, Device(), 6, run_dir=tmp_path / "first")[0] == 0
+    assert run_rows(tmp_path, Device(), 6, run_dir=tmp_path / "second")[0] == 0
+    assert "other settings" not in caplog.text
+    assert run_rows(tmp_path, Device(), 6, run_dir=tmp_path / "third", resampler="soxr")[0] == 0
+    assert "000000.json is of a run with other settings (resampler reference there, soxr here)" in caplog.text
