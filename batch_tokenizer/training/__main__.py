@@ -29,6 +29,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--out", type=Path, required=True, help="folder of the run")
     flags.add_argument("--held_out", type=Path, help="manifest of audio to watch but not to learn from")
     flags.add_argument("--config", type=Path, help="config.json of the model; the bundled default's shape if not given")
+    flags.add_argument("--start_from", help="checkpoint folder whose weights training begins with; random if not given")
     flags.add_argument("--steps", type=int, default=40000, help="end after this many steps")
     flags.add_argument("--minutes", type=float, default=math.inf, help="or after this long, whichever comes first")
     flags.add_argument("--batch_size", type=int, default=4, help="crops a step")

@@ -9,7 +9,9 @@ from __future__ import annotations
 import bisect
 import json
 import logging
+import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
@@ -19,28 +21,34 @@ from torch.utils.data import Dataset
 
 from batch_tokenizer.audio.loading import load_samples
 from batch_tokenizer.audio.mel import log_mel
-from batch_tokenizer.audio.resampling import resample
 from batch_tokenizer.codecs.mimo.config import MiMoConfig
 from batch_tokenizer.records import RowError, RunError
+from batch_tokenizer.training.augmentation import Augmentation, Samples, augment
 
 log = logging.getLogger(__name__)
 
-Samples = npt.NDArray[np.float32]
+@dataclass(frozen=True, slots=True)
+class AudioFile:
+    """One row of a training manifest.
 
-#: A crop is played this much slower or faster, which moves its pitch as well: more voices than the data has speakers.
-SLOWEST, FASTEST = 0.8, 1.25
+    Attributes:
+        path: of the audio.
+        seconds: its length.
+        speaker: whose voice it is, or empty.
+    """
 
-#: Decibels by which a crop's level is changed, at most, up or down.
-GAIN = 6.0
+    path: str
+    seconds: float = 1.0
+    speaker: str = ""
 
 
-def read_manifest(path: Path) -> list[tuple[str, float]]:
-    """Path and seconds of every file in a JSON-lines manifest; rows need ``wav``, and ``duration`` if they have it.
+def read_manifest(path: Path) -> list[AudioFile]:
+    """Every file of a JSON-lines manifest; rows need ``wav``, and have ``duration`` and ``speaker`` where known.
 
     Raises:
         RunError: the manifest cannot be read, a line is no object with a ``wav``, or there is none.
     """
-    files: list[tuple[str, float]] = []
+    files: list[AudioFile] = []
     try:
         with path.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
@@ -49,7 +57,7 @@ def read_manifest(path: Path) -> list[tuple[str, float]]:
                 row = json.loads(line)
                 if not isinstance(row, dict) or not isinstance(row.get("wav"), str):
                     raise RunError(f"{path}, line {number}: must be an object with a path in wav")
-                files.append((row["wav"], float(row.get("duration", 1.0))))
+                files.append(AudioFile(row["wav"], float(row.get("duration", 1.0)), str(row.get("speaker", ""))))
     except OSError as error:
         raise RunError(f"{path}: cannot be read: {error}") from error
     except ValueError as error:
@@ -60,14 +68,20 @@ def read_manifest(path: Path) -> list[tuple[str, float]]:
 
 
 class Audio:
-    """Files of a manifest as float32 samples at one rate, the first ones kept in memory up to ``cache_bytes``."""
+    """Files of a manifest as samples at one rate, the first ones kept in memory as 16-bit up to ``cache_bytes``."""
 
-    def __init__(self, files: Sequence[tuple[str, float]], sample_rate: int, cache_bytes: int) -> None:
-        self.paths = [path for path, _ in files]
+    def __init__(self, files: Sequence[AudioFile], sample_rate: int, cache_bytes: int) -> None:
+        self.paths = [file.path for file in files]
         self.sample_rate = sample_rate
-        self._cumulative = list(accumulate(max(seconds, 1e-3) for _, seconds in files))
+        seconds: dict[str, float] = {}
+        for file in files:
+            seconds[file.speaker] = seconds.get(file.speaker, 0.0) + max(file.seconds, 1e-3)
+        # A voice is drawn in proportion to the square root of its hours: between by length and each voice alike.
+        self._cumulative = list(
+            accumulate(max(file.seconds, 1e-3) / math.sqrt(seconds[file.speaker]) for file in files)
+        )
         self._room = cache_bytes
-        self._cache: dict[int, Samples] = {}
+        self._cache: dict[int, npt.NDArray[np.int16]] = {}
         self._bad: set[int] = set()
 
     def __len__(self) -> int:
@@ -77,9 +91,9 @@ class Audio:
         """Samples (S,) of file ``index``; None if it cannot be read, which is logged once."""
         if index in self._bad:
             return None
-        samples = self._cache.get(index)
-        if samples is not None:
-            return samples
+        kept = self._cache.get(index)
+        if kept is not None:
+            return kept.astype(np.float32) / 32767
         try:
             samples = load_samples(self.paths[index], self.sample_rate)
         except RowError as error:
@@ -88,17 +102,17 @@ class Audio:
             if len(self._bad) == len(self.paths):
                 raise RunError("no file of the training manifest can be read") from error
             return None
-        if samples.nbytes <= self._room:
-            self._room -= samples.nbytes
-            self._cache[index] = samples
+        if 2 * len(samples) <= self._room:
+            self._room -= 2 * len(samples)
+            self._cache[index] = np.rint(samples.clip(-1, 1) * 32767).astype(np.int16)
         return samples
 
     def draw(self, rng: np.random.Generator) -> Samples:
-        """A file, with a chance in proportion to its length."""
+        """A file: its voice with a chance in proportion to the root of its hours, then in proportion to its length."""
         while True:
             index = bisect.bisect(self._cumulative, rng.random() * self._cumulative[-1])
             samples = self[min(index, len(self.paths) - 1)]
-            if samples is not None:
+            if samples is not None and len(samples):
                 return samples
 
 
@@ -114,20 +128,6 @@ def crop(audio: Audio, length: int, rng: np.random.Generator) -> Samples:
     return np.concatenate(pieces)
 
 
-def augmented(audio: Audio, length: int, rng: np.random.Generator) -> Samples:
-    """A crop of ``length`` samples, every other one at another speed, all at another level, never clipped."""
-    if rng.random() < 0.5:
-        rate = int(audio.sample_rate * np.exp(rng.uniform(np.log(SLOWEST), np.log(FASTEST))))
-        source = crop(audio, length * rate // audio.sample_rate + 64, rng)
-        samples = resample(source[None], rate, audio.sample_rate, "soxr")[0, :length]
-        samples = np.pad(samples, (0, length - len(samples)))
-    else:
-        samples = crop(audio, length, rng)
-    gain = 10 ** (rng.uniform(-GAIN, GAIN) / 20)
-    peak = float(np.abs(samples).max())
-    return (samples * min(gain, 0.99 / max(peak, 1e-5))).astype(np.float32)
-
-
 class Crops(Dataset[tuple[Samples, Samples, Samples]]):
     """Crop number i: samples (S,), their log-mel (n_mels, L), and the log-mel that the vocoder should be given.
 
@@ -141,7 +141,10 @@ class Crops(Dataset[tuple[Samples, Samples, Samples]]):
         self.seed = seed
 
     def __getitem__(self, index: int) -> tuple[Samples, Samples, Samples]:
-        samples = augmented(self.audio, self.length, np.random.default_rng((self.seed, index)))
+        rng = np.random.default_rng((self.seed, index))
+        samples = augment(
+            lambda length: crop(self.audio, length, rng), self.length, self.config.sampling_rate, rng, Augmentation()
+        )
         late = self.config.hop_length // 2 if self.config.vocoder_padding == "same" else 0
         return samples, mel_of(samples, self.config), mel_of(np.pad(samples[late:], (0, late)), self.config)
 

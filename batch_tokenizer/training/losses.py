@@ -1,6 +1,7 @@
-"""How far a reconstruction is from the original: waveforms enter, one number leaves.
+"""How far a reconstruction is from the original: waveforms in, one number out.
 
-They are compared by their spectra at several resolutions.
+Both are compared at the original's level: each example is divided by the original's root mean square first, so a quiet
+example counts as much as a loud one, and its floor of silence is as far below it.
 """
 
 from __future__ import annotations
@@ -13,15 +14,28 @@ from torch.nn.functional import l1_loss
 
 from batch_tokenizer.audio.mel import transforms
 
-#: Window in samples and mel bands of each resolution. Short windows see when, long ones see which harmonic.
+#: Window in samples and mel bands of each resolution. Short windows resolve time, long ones harmonics.
 RESOLUTIONS: Sequence[tuple[int, int]] = ((512, 40), (1024, 80), (2048, 128))
 
-#: Amplitudes below this count as silence, -80 dB of full scale.
-FLOOR = 1e-4
+#: Magnitudes below this share of the original's root mean square count as silence (-60 dB).
+FLOOR = 1e-3
+
+#: Root mean square below which an original counts as silent and is no longer amplified (-80 dB of full scale).
+LEAST_LEVEL = 1e-4
+
+#: Hz. The front end ends here, so what is above cannot be known from it.
+MEL_TOP = 8000.0
+
+#: Frames of 13 ms over which envelopes are correlated, as in STOI: 384 ms.
+ENVELOPE_FRAMES = 29
+
+
+#: Of each distance in the loss.
+WEIGHTS = {"mel": 1.0, "magnitude": 1.0, "envelope": 1.0, "loudness": 0.5, "level": 0.3}
 
 
 class Spectrum(nn.Module):
-    """Short-time magnitudes at one resolution, scaled so that a full-scale sine has magnitude 1."""
+    """Short-time magnitudes at one resolution, scaled so that a sine of amplitude 1 has magnitude 1."""
 
     window: Tensor
     filters: Tensor
@@ -29,9 +43,12 @@ class Spectrum(nn.Module):
     def __init__(self, size: int, bands: int, sample_rate: int) -> None:
         super().__init__()
         window = torch.hann_window(size)
+        top = min(MEL_TOP, sample_rate / 2)
         self.size = size
         self.register_buffer("window", window * (2 / window.sum()))
-        self.register_buffer("filters", transforms.MelScale(bands, sample_rate, n_stft=size // 2 + 1).fb)
+        self.register_buffer(
+            "filters", transforms.MelScale(bands, sample_rate, f_min=0.0, f_max=top, n_stft=size // 2 + 1).fb
+        )
 
     def forward(self, samples: Tensor) -> Tensor:
         """float32 (B, S) to float32 (B, frames, size / 2 + 1), at least ``FLOOR``."""
@@ -39,23 +56,124 @@ class Spectrum(nn.Module):
         return (spectrum.real.square() + spectrum.imag.square() + FLOOR**2).sqrt().transpose(1, 2)
 
 
+class EnvelopeLoss(nn.Module):
+    """One minus the mean correlation of band envelopes over 384 ms, in third-octave bands from 150 Hz.
+
+    It is the differentiable core of STOI (Taal et al., 2011), without its removal of silent frames and its clipping,
+    in windows of 27 ms every 13 ms.
+    """
+
+    window: Tensor
+    bands: Tensor
+
+    def __init__(self, sample_rate: int, bands: int = 16) -> None:
+        super().__init__()
+        self.size = 2 * round(sample_rate / 75)
+        frequencies = torch.arange(self.size // 2 + 1) * (sample_rate / self.size)
+        centres = 150 * 2 ** (torch.arange(bands) / 3)
+        low, high = centres * 2 ** (-1 / 6), centres * 2 ** (1 / 6)
+        # A bin's share in a band is the overlap of both, so that narrow low bands have a part of a bin at least.
+        half = sample_rate / self.size / 2
+        overlap = torch.minimum(frequencies + half, high[:, None]) - torch.maximum(frequencies - half, low[:, None])
+        self.register_buffer("window", torch.hann_window(self.size))
+        self.register_buffer("bands", (overlap.clamp(min=0) / (2 * half)).t().contiguous())
+
+    def envelopes(self, samples: Tensor) -> Tensor:
+        """float32 (B, S) to band amplitudes (B, frames, bands)."""
+        hop = self.size // 2
+        spectrum = torch.stft(samples, self.size, hop, window=self.window, return_complex=True)
+        power = (spectrum.real.square() + spectrum.imag.square()).transpose(1, 2)
+        return (power @ self.bands + 1e-4).sqrt()
+
+    def forward(self, made: Tensor, original: Tensor) -> Tensor:
+        """Samples float32 (B, S) each, to a scalar. Segments more than 30 dB below the example's level count less."""
+        ours, theirs = (
+            self.envelopes(samples).unfold(1, ENVELOPE_FRAMES, ENVELOPE_FRAMES // 4) for samples in (made, original)
+        )
+        weight = theirs.square().mean(-1)
+        weight = weight / (weight + 1e-3 * weight.mean(dim=(1, 2), keepdim=True))
+        ours = ours - ours.mean(-1, keepdim=True)
+        theirs = theirs - theirs.mean(-1, keepdim=True)
+        norms = (ours.square().sum(-1) + 1e-4).sqrt() * (theirs.square().sum(-1) + 1e-4).sqrt()
+        correlation = (ours * theirs).sum(-1) / norms
+        return ((1 - correlation) * weight).sum() / weight.sum()
+
+
+class LoudnessLoss(nn.Module):
+    """Difference of loudness in 42 Bark bands, relative to the original's, what is added counting more than what lacks.
+
+    After the perceptual model of ITU-T P.862: windows of 32 ms, loudness as a power law of exponent 0.23 above the
+    threshold of hearing, differences below a quarter of the lesser loudness masked, and an asymmetry factor
+    ((added + c) / (original + c))^1.2. The original is taken to be heard at 79 dB.
+    """
+
+    window: Tensor
+    bands: Tensor
+    threshold: Tensor
+
+    def __init__(self, sample_rate: int, bands: int = 42) -> None:
+        super().__init__()
+        self.size = 2 * round(sample_rate * 0.016)
+        frequencies = torch.arange(self.size // 2 + 1) * (sample_rate / self.size)
+        # Traunmüller's Bark scale turned round gives the edges; a bin's share of a band is the overlap of both.
+        bark = torch.linspace(0.5, 21.2, bands + 1)
+        edges = 1960 * (bark + 0.53) / (26.28 - bark)
+        half = sample_rate / self.size / 2
+        overlap = torch.minimum(frequencies + half, edges[1:, None]) - torch.maximum(
+            frequencies - half, edges[:-1, None]
+        )
+        window = torch.hann_window(self.size)
+        centres = (edges[1:] + edges[:-1]) / 2000  # kHz
+        quiet = 3.64 * centres**-0.8 - 6.5 * torch.exp(-0.6 * (centres - 3.3) ** 2) + 1e-3 * centres**4  # Terhardt, dB
+        self.register_buffer("window", window * (2 / window.square().sum()).sqrt() / self.size**0.5)
+        self.register_buffer("bands", (overlap.clamp(min=0) / (2 * half)).t().contiguous())
+        self.register_buffer("threshold", 10 ** ((quiet.clamp(0, 40) - 79) / 10))
+
+    def powers(self, samples: Tensor) -> Tensor:
+        """float32 (B, S) to power in each band (B, frames, bands); all bands of noise of unit power add up to 1."""
+        spectrum = torch.stft(samples, self.size, self.size // 2, window=self.window, return_complex=True)
+        return (spectrum.real.square() + spectrum.imag.square()).transpose(1, 2) @ self.bands
+
+    def loudness(self, power: Tensor) -> Tensor:
+        """Band powers to sones, up to a factor."""
+        return (0.5 + 0.5 * power / self.threshold).pow(0.23) - 1
+
+    def forward(self, made: Tensor, original: Tensor) -> Tensor:
+        """Samples float32 (B, S) each, the original at unit root mean square, to a scalar."""
+        ours, theirs = self.powers(made), self.powers(original)
+        loud, target = self.loudness(ours).clamp(min=0), self.loudness(theirs).clamp(min=0)
+        apart = (loud - target).abs() - 0.25 * torch.minimum(loud, target)
+        apart = apart.clamp(min=0)
+        factor = ((ours.detach() + 3e-5) / (theirs + 3e-5)).pow(1.2)
+        factor = torch.where(factor < 3, 0.0, factor.clamp(max=12))
+        frames = (apart.square().mean(-1) + 1e-8).sqrt() + 0.309 * (apart * factor).mean(-1)
+        return frames.mean() / target.mean().clamp(min=1e-3)
+
+
 class SpectralLoss(nn.Module):
-    """Two distances between spectra, added, and averaged over all resolutions.
+    """The weighted sum of five distances, the first two averaged over resolutions.
 
-    That of log-mel hears each band, the quiet ones too; that of square roots of magnitudes, bin by bin, the harmonics.
+    ``mel``: mean absolute difference of log-mel spectra, in which quiet bands count as much as loud ones. ``magnitude``:
+    that of square roots of magnitudes, bin by bin, which sees harmonics. ``envelope`` and ``loudness``: see the classes.
+    ``level``: that of the logarithms of root mean squares; the others alone leave sounds some decibels too quiet, as
+    the median of an uncertain magnitude is below its mean.
 
-    Phases are left to the model: what a mel front end keeps of them does not suffice to foretell them.
+    Phases are left to the model: a mel front end keeps too little of them to compare waveforms.
     """
 
     def __init__(self, sample_rate: int) -> None:
         super().__init__()
         self.spectra = nn.ModuleList(Spectrum(size, bands, sample_rate) for size, bands in RESOLUTIONS)
+        self.envelope = EnvelopeLoss(sample_rate)
+        self.loudness = LoudnessLoss(sample_rate)
 
     def forward(self, made: Tensor, original: Tensor, number: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Samples float32 (B, S) each to the loss, and its parts by name for the log.
 
-        ``number`` takes two of the resolutions in turn, which costs half as much and is the same on average.
+        ``number`` takes two of the resolutions in turn, which costs less and is the same on average.
         """
+        level = original.square().mean(dim=1, keepdim=True).sqrt().clamp(min=LEAST_LEVEL)
+        made, original = made / level, original / level
         count = len(self.spectra)
         chosen = (
             range(count) if number is None else {number % count, (number + 1 + number // count % (count - 1)) % count}
@@ -73,4 +191,7 @@ class SpectralLoss(nn.Module):
             apart = l1_loss(our_magnitude.sqrt(), their_root)
             parts["magnitude"] = parts["magnitude"] + apart / their_root.mean()
         parts = {name: part / len(chosen) for name, part in parts.items()}
-        return parts["mel"] + parts["magnitude"], parts
+        parts["envelope"] = self.envelope(made, original)
+        parts["loudness"] = self.loudness(made, original)
+        parts["level"] = (0.5 * (made.square().mean(dim=1) + FLOOR**2).log()).abs().mean()
+        return torch.stack([WEIGHTS[name] * part for name, part in parts.items()]).sum(), parts

@@ -33,13 +33,14 @@ from torch.utils.data import DataLoader
 
 from batch_tokenizer.audio.loading import load_samples
 from batch_tokenizer.codecs.mimo.config import MiMoConfig
-from batch_tokenizer.codecs.mimo.decoder import SpectrumHead
 from batch_tokenizer.codecs.mimo.encoder import EncoderLayout
 from batch_tokenizer.codecs.mimo.model import MiMoAudioTokenizer
 from batch_tokenizer.records import RowError, RunError
 from batch_tokenizer.training.codebooks import CodebookTrainer, Quantized, perplexity
 from batch_tokenizer.training.crops import Audio, Crops, Numbers, crop_length, mel_of, read_manifest
+from batch_tokenizer.training.discriminators import Adversary
 from batch_tokenizer.training.losses import SpectralLoss
+from batch_tokenizer.training.starting import MEL_DEVIATION, MEL_MEAN, make_model, start_from
 
 log = logging.getLogger(__name__)
 
@@ -85,12 +86,8 @@ SMALL: Mapping[str, Any] = {
     "max_audio_seconds": 1800,
 }
 
-#: The decoder's two GroupNorms span a whole utterance. A bias of this size up and down the channels outweighs the
-#: signal in their statistics, so that what they do depends neither on an utterance's length nor on its loudness.
-GROUP_NORM_OFFSET = 3.0
-
-#: Mean and deviation of log-mel values of speech, to within what a start needs.
-MEL_MEAN, MEL_DEVIATION = -6.0, 4.0
+#: Of the discriminators, and the steps over which their part of the loss grows.
+ADVERSARY_LEARNING_RATE, ADVERSARY_WARMUP = 4e-4, 600
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +117,8 @@ class Recipe:
     out: Path
     held_out: Path | None = None
     config: Mapping[str, Any]
+    start_from: str | None = None
+    average_over: int = 1000
     steps: int = 40000
     minutes: float = math.inf
     batch_size: int = 4
@@ -129,49 +128,15 @@ class Recipe:
     quantize_from: int = 300
     coarse_weight: float = 2.0
     commitment_weight: float = 0.5
+    adversarial_from: float = 0.4
+    adversarial_weight: float = 0.1
+    feature_weight: float = 1.0
     seed: int = 1986
     device: str = "cpu"
     num_workers: int = 1
     cache_gib: float = 4.0
     log_every: int = 50
     save_every: float = 300.0
-
-
-def make_model(config: MiMoConfig, seed: int) -> MiMoAudioTokenizer:
-    """A model to train, with random weights and empty codebooks."""
-    torch.manual_seed(seed)
-    model = MiMoAudioTokenizer(config)
-    conv1 = model.encoder.conv1
-    with torch.no_grad():
-        conv1.weight.div_(MEL_DEVIATION)
-        conv1.bias.sub_(MEL_MEAN * conv1.weight.sum(dim=(1, 2)))  # type: ignore[union-attr]
-    assert model.decoder is not None
-    for module in (getattr(model.decoder, "dconv1", None), model.decoder.dconv2):
-        if module is not None:
-            bias = module.conv.bias
-            assert bias is not None
-            offset = torch.full_like(bias, GROUP_NORM_OFFSET)
-            offset[1::2] *= -1
-            with torch.no_grad():
-                bias.copy_(offset)
-                module.norm.weight.fill_(GROUP_NORM_OFFSET)
-                module.norm.bias.copy_(-offset)
-    _start_phase(model.decoder.vocoder.head)
-    return model
-
-
-@torch.no_grad()
-def _start_phase(head: SpectrumHead) -> None:
-    """Lets every frame's waveform be symmetric about the frame's centre, where the window is widest.
-
-    From the usual start, phases near zero put it at the frame's edges. The original magnitudes with these phases reach
-    a STOI of 0.91 at a window of 960 and a hop of 480, against 0.84 with random ones; training goes on from there.
-    """
-    magnitude, phase = head.out.weight.chunk(2)
-    magnitude.mul_(0.5)
-    phase.mul_(0.1)
-    bins = torch.arange(len(phase), dtype=torch.float32)
-    head.out.bias.copy_(torch.cat((torch.full_like(bins, -1.0), math.pi * (bins % 2))))
 
 
 class Trainer:
@@ -186,6 +151,7 @@ class Trainer:
         self.model = make_model(self.config, recipe.seed).to(self.device)
         self.codebooks = CodebookTrainer(self.model.encoder.quantizer).to(self.device)
         self.loss = SpectralLoss(self.config.sampling_rate).to(self.device)
+        self.adversary = Adversary(ADVERSARY_LEARNING_RATE).to(self.device)
         decayed = [p for p in self.model.parameters() if p.ndim > 1]
         others = [p for p in self.model.parameters() if p.ndim <= 1]
         self.optimizer = torch.optim.AdamW(
@@ -194,10 +160,17 @@ class Trainer:
         )  # fmt: skip
         self.step = 0
         self.seconds = 0.0
+        self.average = [p.detach().clone() for p in self.model.parameters()]
         self._hidden: list[Tensor] = []
         self._coarse: list[Tensor] = []
         assert self.model.decoder is not None
         self.model.decoder.dconv2.register_forward_hook(self._keep_coarse)
+
+    def start_from(self, folder: str, utterances: Sequence[Tensor]) -> None:
+        """Begins with the weights of a checkpoint; ``utterances`` are samples (S,) to measure statistics on."""
+        mels = [torch.from_numpy(mel_of(samples.numpy(), self.config)).to(self.device) for samples in utterances]
+        start_from(self.model, self.config, folder, mels)
+        torch._foreach_copy_(self.average, [p.detach() for p in self.model.parameters()])
 
     @property
     def progress(self) -> float:
@@ -246,14 +219,47 @@ class Trainer:
         parts["coarse"] = l1_loss(coarse, (targets - MEL_MEAN) / MEL_DEVIATION)
         loss = loss + self.recipe.coarse_weight * parts["coarse"]
         loss = loss + self.recipe.commitment_weight * quantized.commitment
+        if self.progress >= self.recipe.adversarial_from:
+            loss = loss + self._adversarial(made[:, : samples.shape[1]], samples, parts)
         self.optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         if torch.isfinite(norm):
             self.optimizer.step()
         self.step += 1
+        self._average()
         named = {"loss": loss, **parts, "commitment": quantized.commitment, "gradient": norm}
         return {name: float(value.detach()) for name, value in named.items()}
+
+    def _adversarial(self, made: Tensor, samples: Tensor, parts: dict[str, Tensor]) -> Tensor:
+        """One step of the discriminators, and what they hold against ``made``, growing over the stage's first steps."""
+        made, samples = self.adversary.excerpts(made, samples)
+        parts["discriminators"], features = self.adversary.learn(made, samples, self.step)
+        parts["adversarial"], parts["features"] = self.adversary.judge(made, features, self.step)
+        self.adversary.steps += 1
+        growth = min(1.0, float(self.adversary.steps) / ADVERSARY_WARMUP)
+        return growth * (
+            self.recipe.adversarial_weight * parts["adversarial"] + self.recipe.feature_weight * parts["features"]
+        )
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """Moves the average of the weights towards them, every tenth step for all ten."""
+        if self.step % 10 == 0:
+            share = 1 - (1 - 1 / min(self.recipe.average_over, max(10, self.step / 4))) ** 10
+            torch._foreach_lerp_(self.average, [p.detach() for p in self.model.parameters()], share)
+
+    @contextmanager
+    @torch.no_grad()
+    def averaged(self) -> Iterator[None]:
+        """Within it, the model has the averages of its weights."""
+        parameters = list(self.model.parameters())
+        current = [p.detach().clone() for p in parameters]
+        torch._foreach_copy_(parameters, self.average)
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(parameters, current)
 
     def _draw_used(self, batch: int) -> Tensor:
         """Codebooks to decode each example from: all of them, or for every other one any number."""
@@ -267,6 +273,10 @@ class Trainer:
     def watch(self, utterances: Sequence[Tensor], numbers: Sequence[int]) -> dict[str, Any]:
         """The loss on whole held-out utterances, samples (S,) each, by number of codebooks, and codebook use."""
         self.model.eval()
+        with self.averaged():
+            return self._watch(utterances, numbers)
+
+    def _watch(self, utterances: Sequence[Tensor], numbers: Sequence[int]) -> dict[str, Any]:
         result: dict[str, Any] = {}
         codes = []
         for utterance in utterances:
@@ -291,12 +301,16 @@ class Trainer:
             "model": self.model.state_dict(),
             "codebooks": self.codebooks.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "average": self.average,
+            "adversary": self.adversary.state_dict(),
+            "adversary_optimizer": self.adversary.optimizer.state_dict(),
             "step": self.step,
             "seconds": self.seconds,
             "random": torch.get_rng_state(),
         }
         _publish(self.recipe.out / "state.pt", lambda path: torch.save(state, path))
-        export(self.model, self.recipe.config, self.recipe.out / "checkpoint")
+        with self.averaged():
+            export(self.model, self.recipe.config, self.recipe.out / "checkpoint")
 
     def resume(self) -> bool:
         """Takes up the state in the run's folder, if there is one.
@@ -313,6 +327,10 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.codebooks.load_state_dict(state["codebooks"])
         self.optimizer.load_state_dict(state["optimizer"])
+        torch._foreach_copy_(self.average, state["average"])
+        if "adversary" in state:
+            self.adversary.load_state_dict(state["adversary"])
+            self.adversary.optimizer.load_state_dict(state["adversary_optimizer"])
         self.step, self.seconds = state["step"], state["seconds"]
         torch.set_rng_state(state["random"])
         return True
@@ -345,7 +363,7 @@ def load_held_out(path: Path, config: MiMoConfig, most: int = 8) -> list[Tensor]
     Raises:
         RunError: the manifest cannot be read, or none of those files can.
     """
-    files = [name for name, seconds in read_manifest(path) if seconds >= 0.5]
+    files = [file.path for file in read_manifest(path) if file.seconds >= 0.5]
     utterances = []
     for name in files[:: max(1, len(files) // most)][:most]:
         try:
@@ -373,6 +391,8 @@ def train(recipe: Recipe, stop: Callable[[], bool] = lambda: False) -> Trainer:
     numbers = sorted({min(n, config.num_quantizers) for n in (4, 8, config.num_quantizers)})
     if trainer.resume():
         log.info("goes on at step %d, after %.1f minutes", trainer.step, trainer.seconds / 60)
+    elif recipe.start_from is not None:
+        trainer.start_from(recipe.start_from, load_held_out(recipe.data, config, 16))
     count = sum(parameter.numel() for parameter in trainer.model.parameters())
     log.info("%.2f M parameters, %d files, %s", count / 1e6, len(audio), trainer.device)
     loader = DataLoader(
