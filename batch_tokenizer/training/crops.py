@@ -93,7 +93,7 @@ class Audio:
             return None
         kept = self._cache.get(index)
         if kept is not None:
-            return kept.astype(np.float32) / 32767
+            return kept.astype(np.float32) / 32767  # 16 bits halve the memory
         try:
             samples = load_samples(self.paths[index], self.sample_rate)
         except RowError as error:
@@ -102,10 +102,11 @@ class Audio:
             if len(self._bad) == len(self.paths):
                 raise RunError("no file of the training manifest can be read") from error
             return None
-        if 2 * len(samples) <= self._room:
-            self._room -= 2 * len(samples)
-            self._cache[index] = np.rint(samples.clip(-1, 1) * 32767).astype(np.int16)
-        return samples
+        kept = np.rint(samples.clip(-1, 1) * 32767).astype(np.int16)
+        if kept.nbytes <= self._room:
+            self._room -= kept.nbytes
+            self._cache[index] = kept
+        return kept.astype(np.float32) / 32767
 
     def draw(self, rng: np.random.Generator) -> Samples:
         """A file: its voice with a chance in proportion to the root of its hours, then in proportion to its length."""
@@ -134,8 +135,11 @@ class Crops(Dataset[tuple[Samples, Samples, Samples]]):
     The latter has its frames where the inverse transform puts them, half a hop later. All are float32.
     """
 
-    def __init__(self, audio: Audio, config: MiMoConfig, token_frames: int, seed: int) -> None:
+    def __init__(
+        self, audio: Audio, config: MiMoConfig, token_frames: int, seed: int, how: Augmentation | None = None
+    ) -> None:
         self.audio = audio
+        self.how = how or Augmentation()
         self.config = config
         self.length = crop_length(config, token_frames)
         self.seed = seed
@@ -143,7 +147,7 @@ class Crops(Dataset[tuple[Samples, Samples, Samples]]):
     def __getitem__(self, index: int) -> tuple[Samples, Samples, Samples]:
         rng = np.random.default_rng((self.seed, index))
         samples = augment(
-            lambda length: crop(self.audio, length, rng), self.length, self.config.sampling_rate, rng, Augmentation()
+            lambda length: crop(self.audio, length, rng), self.length, self.config.sampling_rate, rng, self.how
         )
         late = self.config.hop_length // 2 if self.config.vocoder_padding == "same" else 0
         return samples, mel_of(samples, self.config), mel_of(np.pad(samples[late:], (0, late)), self.config)

@@ -87,15 +87,15 @@ class EnvelopeLoss(nn.Module):
 
     def forward(self, made: Tensor, original: Tensor) -> Tensor:
         """Samples float32 (B, S) each, to a scalar. Segments more than 30 dB below the example's level count less."""
-        ours, theirs = (
-            self.envelopes(samples).unfold(1, ENVELOPE_FRAMES, ENVELOPE_FRAMES // 4) for samples in (made, original)
-        )
+        ours, theirs = self.envelopes(made), self.envelopes(original)
+        segment = min(ENVELOPE_FRAMES, ours.shape[1])
+        ours, theirs = (envelopes.unfold(1, segment, max(1, segment // 4)) for envelopes in (ours, theirs))
         weight = theirs.square().mean(-1)
         weight = weight / (weight + 1e-3 * weight.mean(dim=(1, 2), keepdim=True))
         ours = ours - ours.mean(-1, keepdim=True)
         theirs = theirs - theirs.mean(-1, keepdim=True)
         norms = (ours.square().sum(-1) + 1e-4).sqrt() * (theirs.square().sum(-1) + 1e-4).sqrt()
-        correlation = (ours * theirs).sum(-1) / norms
+        correlation = ((ours * theirs).sum(-1) + 1e-4) / norms
         return ((1 - correlation) * weight).sum() / weight.sum()
 
 
@@ -146,7 +146,7 @@ class LoudnessLoss(nn.Module):
         apart = apart.clamp(min=0)
         factor = ((ours.detach() + 3e-5) / (theirs + 3e-5)).pow(1.2)
         factor = torch.where(factor < 3, 0.0, factor.clamp(max=12))
-        frames = (apart.square().mean(-1) + 1e-8).sqrt() + 0.309 * (apart * factor).mean(-1)
+        frames = (apart.square().mean(-1) + 1e-8).sqrt() - 1e-4 + 0.309 * (apart * factor).mean(-1)
         return frames.mean() / target.mean().clamp(min=1e-3)
 
 
@@ -193,5 +193,6 @@ class SpectralLoss(nn.Module):
         parts = {name: part / len(chosen) for name, part in parts.items()}
         parts["envelope"] = self.envelope(made, original)
         parts["loudness"] = self.loudness(made, original)
-        parts["level"] = (0.5 * (made.square().mean(dim=1) + FLOOR**2).log()).abs().mean()
+        ours, theirs = (0.5 * (samples.square().mean(dim=1) + FLOOR**2).log() for samples in (made, original))
+        parts["level"] = l1_loss(ours, theirs)
         return torch.stack([WEIGHTS[name] * part for name, part in parts.items()]).sum(), parts

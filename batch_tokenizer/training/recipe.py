@@ -36,6 +36,7 @@ from batch_tokenizer.codecs.mimo.config import MiMoConfig
 from batch_tokenizer.codecs.mimo.encoder import EncoderLayout
 from batch_tokenizer.codecs.mimo.model import MiMoAudioTokenizer
 from batch_tokenizer.records import RowError, RunError
+from batch_tokenizer.training.augmentation import Augmentation
 from batch_tokenizer.training.codebooks import CodebookTrainer, Quantized, perplexity
 from batch_tokenizer.training.crops import Audio, Crops, Numbers, crop_length, mel_of, read_manifest
 from batch_tokenizer.training.discriminators import Adversary
@@ -125,12 +126,13 @@ class Recipe:
     token_frames: int = 32
     learning_rate: float = 1.2e-3
     warmup: int = 200
-    quantize_from: int = 300
+    quantize_from: int = 130
     coarse_weight: float = 2.0
     commitment_weight: float = 0.5
-    adversarial_from: float = 0.4
+    adversarial_from: float = 0.6
     adversarial_weight: float = 0.1
     feature_weight: float = 1.0
+    augmentation: Augmentation = Augmentation()
     seed: int = 1986
     device: str = "cpu"
     num_workers: int = 1
@@ -396,7 +398,7 @@ def train(recipe: Recipe, stop: Callable[[], bool] = lambda: False) -> Trainer:
     count = sum(parameter.numel() for parameter in trainer.model.parameters())
     log.info("%.2f M parameters, %d files, %s", count / 1e6, len(audio), trainer.device)
     loader = DataLoader(
-        Crops(audio, config, recipe.token_frames, recipe.seed),
+        Crops(audio, config, recipe.token_frames, recipe.seed, recipe.augmentation),
         batch_sampler=Numbers(trainer.step, recipe.batch_size), num_workers=recipe.num_workers,
         prefetch_factor=4 if recipe.num_workers else None, worker_init_fn=_leave_signals_to_the_parent,
     )  # fmt: skip

@@ -38,8 +38,10 @@ def make_model(config: MiMoConfig, seed: int) -> MiMoAudioTokenizer:
         conv1.weight.div_(MEL_DEVIATION)
         conv1.bias.sub_(MEL_MEAN * conv1.weight.sum(dim=(1, 2)))  # type: ignore[union-attr]
     for module in up_samplings(model):
-        channels = len(module.norm.weight)
-        protect_level(module, torch.zeros(channels), torch.tensor(0.0), torch.tensor(1.0), torch.tensor(1.0))
+        nought, one = torch.tensor(0.0), torch.tensor(1.0)
+        with torch.no_grad():
+            module.conv.get_parameter("bias").zero_()
+        protect_level(module, torch.zeros(len(module.norm.weight)), nought, one, one)
     assert model.decoder is not None
     _start_phase(model.decoder.vocoder.head)
     return model
@@ -105,8 +107,10 @@ def start_from(model: MiMoAudioTokenizer, config: MiMoConfig, folder: str, mels:
 
 
 def _protects_level(module: UpSampling) -> bool:
-    sign = 1.0 - 2.0 * (torch.arange(len(module.norm.weight)) % 2)
-    return bool((module.norm.weight * sign > 0).float().mean() > 0.9)
+    """Whether the constant offsets are there."""
+    bias = module.conv.get_parameter("bias")
+    pattern = 1.0 - 2.0 * (torch.arange(len(bias)) // 2 % 2)
+    return float(bias @ pattern) > 0.7 * float(bias.norm() * pattern.norm())
 
 
 def _statistics(
