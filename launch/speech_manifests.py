@@ -66,7 +66,7 @@ PACKAGES = {
     "asterisk-prompt-it-menardi-wav": Package(r"\.wav$", "CC-BY-SA-3.0-IT", "paola_dal_zot", "it"),
     "klettres-data": Package(r"/share/klettres/(?P<lang>\w+)/(alpha|syllab)/.*\.ogg$", "GPL-2+", "klettres_{lang}"),
     "ktuberling-data": Package(r"/sounds/(?P<lang>[a-z]+)(@\w+)?/.*\.(wav|ogg)$", "GPL-2+", "ktuberling_{lang}"),
-    "tuxpaint-stamps-default": Package(r"_desc_?(?P<lang>[a-z]{2}(_[A-Z]{2})?)?\.(ogg|wav)$", "GPL-2", "tuxpaint_{lang}"),
+    "tuxpaint-stamps-default": Package(r"_desc_?(?P<lang>[a-z]{2}(_[A-Z]{2})?)?\.(ogg|wav)$", "GPL-2", "tuxpaint_{lang}"),  # noqa: E501
     "gcin-voice": Package(r"/5\.ogg$", "CC-BY-3.0", "chu_lo", "zh"),
     "asterisk-moh-opsound-g722": Package(r"\.g722$", "CC-BY-SA-3.0", "music_opsound", "music"),
     "fillets-ng-data": Package(r"/music/.*\.ogg$", "GPL-2", "music_fillets", "music"),

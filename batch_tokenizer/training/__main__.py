@@ -25,9 +25,11 @@ def parser() -> argparse.ArgumentParser:
         "OUT/checkpoint is what --model_path takes.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    flags.add_argument("--data", type=Path, required=True, help="manifest, JSON lines: wav, and duration in seconds")
+    flags.add_argument(
+        "--data", required=True, help="audio to learn from: whatever --data_list takes; speaker where known"
+    )
     flags.add_argument("--out", type=Path, required=True, help="folder of the run")
-    flags.add_argument("--held_out", type=Path, help="manifest of audio to watch but not to learn from")
+    flags.add_argument("--held_out", help="audio to watch but not to learn from, of the same kinds")
     flags.add_argument("--config", type=Path, help="config.json of the model; the bundled default's shape if not given")
     flags.add_argument("--start_from", help="checkpoint folder whose weights training begins with; random if not given")
     flags.add_argument("--steps", type=int, default=40000, help="end after this many steps")

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,56 +23,76 @@ from torch.utils.data import Dataset
 from batch_tokenizer.audio.loading import load_samples
 from batch_tokenizer.audio.mel import log_mel
 from batch_tokenizer.codecs.mimo.config import MiMoConfig
-from batch_tokenizer.records import RowError, RunError
+from batch_tokenizer.manifest.row import cut_of
+from batch_tokenizer.records import AudioCut, RowError, RunError
+from batch_tokenizer.sources.finishing import SourceSettings
+from batch_tokenizer.sources.listing import local_manifest
 from batch_tokenizer.training.augmentation import Augmentation, Samples, augment
 
 log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class AudioFile:
     """One row of a training manifest.
 
     Attributes:
-        path: of the audio.
-        seconds: its length.
+        path: of the audio, or its location in a tar or at a URL.
+        seconds: its length, 1 where the row does not say.
         speaker: whose voice it is, or empty.
+        cut: the part of the file that is meant; None for all of it.
     """
 
     path: str
     seconds: float = 1.0
     speaker: str = ""
+    cut: AudioCut | None = None
 
 
-def read_manifest(path: Path) -> list[AudioFile]:
-    """Every file of a JSON-lines manifest; rows need ``wav``, and have ``duration`` and ``speaker`` where known.
+def read_manifest(source: Path | str, folder: Path) -> list[AudioFile]:
+    """Every recording of whatever ``--data_list`` takes: a manifest, a folder, tars, lists of paths.
+
+    Args:
+        folder: where a manifest of a source that is not one is written.
 
     Raises:
-        RunError: the manifest cannot be read, a line is no object with a ``wav``, or there is none.
+        RunError: the source cannot be read, a line is no object with a ``wav``, or there is none.
     """
+    path = local_manifest(str(source), folder, SourceSettings(sink="tar"))
     files: list[AudioFile] = []
     try:
         with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                row = json.loads(line)
-                if not isinstance(row, dict) or not isinstance(row.get("wav"), str):
-                    raise RunError(f"{path}, line {number}: must be an object with a path in wav")
-                files.append(AudioFile(row["wav"], float(row.get("duration", 1.0)), str(row.get("speaker", ""))))
+            for number, line in enumerate(lines, start=1):  # noqa: B007 (named below)
+                if line.strip():
+                    files.append(_audio_file(json.loads(line)))
     except OSError as error:
-        raise RunError(f"{path}: cannot be read: {error}") from error
-    except ValueError as error:
-        raise RunError(f"{path}: is not JSON lines: {error}") from error
+        raise RunError(f"{source}: cannot be read: {error}") from error
+    except json.JSONDecodeError as error:
+        raise RunError(f"{source}, line {number}: is not JSON: {error}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{source}, line {number}: must be an object with a path in wav: {error}") from error
     if not files:
-        raise RunError(f"{path}: has no rows")
+        raise RunError(f"{source}: has no rows")
     return files
+
+
+def _audio_file(row: dict[str, Any]) -> AudioFile:
+    """
+    Raises:
+        KeyError, TypeError, ValueError: the row names no audio, or its fields are not of their kinds.
+    """
+    if not isinstance(row["wav"], str):
+        raise TypeError("wav is no text")
+    cut = cut_of(row)
+    seconds = row.get("duration") or (cut.end - cut.start if cut and cut.end else 1.0)
+    return AudioFile(row["wav"], float(seconds), str(row.get("speaker") or ""), cut)
 
 
 class Audio:
     """Files of a manifest as samples at one rate, the first ones kept in memory as 16-bit up to ``cache_bytes``."""
 
     def __init__(self, files: Sequence[AudioFile], sample_rate: int, cache_bytes: int) -> None:
-        self.paths = [file.path for file in files]
+        self.files = files
         self.sample_rate = sample_rate
         seconds: dict[str, float] = {}
         for file in files:
@@ -85,7 +106,7 @@ class Audio:
         self._bad: set[int] = set()
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.files)
 
     def __getitem__(self, index: int) -> Samples | None:
         """Samples (S,) of file ``index``; None if it cannot be read, which is logged once."""
@@ -95,11 +116,11 @@ class Audio:
         if kept is not None:
             return kept.astype(np.float32) / 32767  # 16 bits halve the memory
         try:
-            samples = load_samples(self.paths[index], self.sample_rate)
+            samples = load_samples(self.files[index].path, self.sample_rate, cut=self.files[index].cut)
         except RowError as error:
             log.warning("left out of training: %s", error.reason)
             self._bad.add(index)
-            if len(self._bad) == len(self.paths):
+            if len(self._bad) == len(self.files):
                 raise RunError("no file of the training manifest can be read") from error
             return None
         kept = np.rint(samples.clip(-1, 1) * 32767).astype(np.int16)
@@ -112,7 +133,7 @@ class Audio:
         """A file: its voice with a chance in proportion to the root of its hours, then in proportion to its length."""
         while True:
             index = bisect.bisect(self._cumulative, rng.random() * self._cumulative[-1])
-            samples = self[min(index, len(self.paths) - 1)]
+            samples = self[min(index, len(self.files) - 1)]
             if samples is not None and len(samples):
                 return samples
 

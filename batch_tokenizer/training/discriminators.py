@@ -1,4 +1,4 @@
-"""The adversarial stage: small networks that learn to tell reconstructions from originals, and what they hold against one.
+"""The adversarial stage: small networks that learn to tell reconstructions from originals.
 
 Two families, after HiFi-GAN and Vocos, small enough for a processor: one sees the waveform folded at a prime period,
 the other its complex spectrum at one resolution. They see excerpts at unit level, so that loudness is no clue.
@@ -7,6 +7,7 @@ the other its complex spectrum at one resolution. They see excerpts at unit leve
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +32,7 @@ class PeriodDiscriminator(nn.Module):
         self.period = period
         widths = [1, *channels]
         self.layers = nn.ModuleList(
-            weight_norm(nn.Conv1d(before, after, 5, stride=3, padding=2))
-            for before, after in zip(widths[:-1], widths[1:], strict=True)
+            weight_norm(nn.Conv1d(before, after, 5, stride=3, padding=2)) for before, after in pairwise(widths)
         )
         self.last = weight_norm(nn.Conv1d(widths[-1], 1, 3, padding=1))
 
@@ -59,7 +59,7 @@ class SpectrumDiscriminator(nn.Module):
         widths = [2, *channels]
         self.layers = nn.ModuleList(
             weight_norm(nn.Conv2d(before, after, (3, 7), stride=(1, 3), padding=(1, 3)))
-            for before, after in zip(widths[:-1], widths[1:], strict=True)
+            for before, after in pairwise(widths)
         )
         self.last = weight_norm(nn.Conv2d(widths[-1], 1, 3, padding=1))
 

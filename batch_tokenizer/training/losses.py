@@ -153,8 +153,9 @@ class LoudnessLoss(nn.Module):
 class SpectralLoss(nn.Module):
     """The weighted sum of five distances, the first two averaged over resolutions.
 
-    ``mel``: mean absolute difference of log-mel spectra, in which quiet bands count as much as loud ones. ``magnitude``:
-    that of square roots of magnitudes, bin by bin, which sees harmonics. ``envelope`` and ``loudness``: see the classes.
+    ``mel``: mean absolute difference of log-mel spectra, in which quiet bands count as much as loud ones.
+    ``magnitude``: that of square roots of magnitudes, bin by bin, which sees harmonics. ``envelope`` and ``loudness``:
+    those of the classes above.
     ``level``: that of the logarithms of root mean squares; the others alone leave sounds some decibels too quiet, as
     the median of an uncertain magnitude is below its mean.
 
