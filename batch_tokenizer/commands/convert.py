@@ -3,9 +3,9 @@
     batch_tokenizer convert RUN_OR_SHARDS --to json|npy|tar|parquet --out DIR
     batch_tokenizer convert RUN_OR_SHARDS --to megatron|flat --pattern interleaved|delayed --out DIR
 
-What enters is whatever ``stored_source.py`` reads. What leaves is a new folder, which appears whole or not at all:
-token files with a manifest of them (``data.jsonl``), shards, or one stream for a language model with ``tokens.json``,
-which says how its numbers are made (``writers/token_streams.py``).
+It reads whatever ``runs/stored_rows.py`` reads, and writes a new folder, which appears whole or not at all: token files
+with a manifest of them (``data.jsonl``), shards, or one stream for a language model with ``tokens.json``, which says how
+its numbers are made (``writers/token_streams.py``).
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, BinaryIO, Literal, Protocol, get_args
+from typing import Any, BinaryIO, Literal, Protocol, get_args
 
 import numpy as np
 import numpy.typing as npt
-import orjson
 from tqdm import tqdm
 
 from batch_tokenizer import __version__
 from batch_tokenizer.records import RowError, RunError
 from batch_tokenizer.runs.stored_rows import StoredRow, stored_rows
 from batch_tokenizer.sources.finishing import output_path
-from batch_tokenizer.writers.row_encoding import EncodedRow, tokens_as_json, tokens_as_npy
+from batch_tokenizer.storage.json_lines import json_lines_writer
+from batch_tokenizer.writers.row_encoding import RUN_INFO_FIELDS, EncodedRow, tokens_as_json, tokens_as_npy
 from batch_tokenizer.writers.shard_sink import MOST_ROWS, OpenShard, ShardForm, shard_form
 from batch_tokenizer.writers.token_streams import FlatFile, Layout, MegatronFile, Pattern, TokenStream
 
@@ -39,13 +39,7 @@ Form = Literal["json", "npy", "tar", "parquet", "megatron", "flat"]
 
 ToBytes = Callable[[npt.NDArray[np.uint16], Mapping[str, Any]], bytes]
 
-#: What a run says of all its rows alike; see ``pipeline.Job.info``.
-RUN_FIELDS = (
-    "codec", "fingerprint", "sample_rate", "frame_rate", "codebook_sizes", "dtype", "resampler", "segment_samples",
-    "loudness", "attention_window", "window_merge", "version",
-)  # fmt: skip
-
-#: Of these, what all rows of a shard or stream must have in common.
+#: Of what a run says of its rows alike, what all rows of a shard or stream must have in common.
 _MUST_AGREE = (
     "codec", "fingerprint", "sample_rate", "frame_rate", "codebook_sizes",
     "loudness", "attention_window", "window_merge",
@@ -199,10 +193,10 @@ class FileTarget:
         self._out = out
         self._to_bytes = to_bytes
         self._ending = ending
-        self._manifest: IO[bytes] = (folder / "data.jsonl").open("wb")
+        self._manifest_file = (folder / "data.jsonl").open("wb")
+        self._manifest = json_lines_writer(self._manifest_file)
 
     def add(self, row: StoredRow) -> None:
-        """See ``Target``."""
         codes = _codes_of(row)
         line: dict[str, Any] = {"key": row.key}
         line["quantized_tokens"] = self._write(row.key, self._ending, self._to_bytes(codes, _info_of(row, codes)))
@@ -213,7 +207,7 @@ class FileTarget:
             line["duration"] = round(samples / rate, 4)
         if isinstance(row.info.get("text"), str):
             line["text"] = row.info["text"]
-        self._manifest.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
+        self._manifest.write(line)
 
     def _write(self, key: str, ending: str, content: bytes) -> str:
         path = Path(output_path(str(self._folder), key, ending))
@@ -226,8 +220,7 @@ class FileTarget:
         return output_path(str(self._out), key, ending)
 
     def finish(self) -> None:
-        """See ``Target``."""
-        self._manifest.close()
+        self._manifest_file.close()
 
 
 class ShardTarget:
@@ -245,7 +238,6 @@ class ShardTarget:
         self._num_shards = self._num_rows = 0
 
     def add(self, row: StoredRow) -> None:
-        """See ``Target``."""
         codes = row.codes
         self._common.check(row)
         if self._form is None:
@@ -270,7 +262,6 @@ class ShardTarget:
             self._close()
 
     def finish(self) -> None:
-        """See ``Target``."""
         if self._shard is not None:
             self._close()
 
@@ -294,11 +285,11 @@ class StreamTarget:
         self._common = Common()
         self._layout: Layout | None = None
         self._stream: TokenStream | None = None
-        self._keys: IO[bytes] = (folder / "keys.jsonl").open("wb")
+        self._keys_file = (folder / "keys.jsonl").open("wb")
+        self._keys = json_lines_writer(self._keys_file)
         self._num_rows = self._num_tokens = 0
 
     def add(self, row: StoredRow) -> None:
-        """See ``Target``."""
         codes = _codes_of(row)
         self._common.check(row)
         if self._layout is None or self._stream is None:
@@ -308,7 +299,7 @@ class StreamTarget:
             raise RunError(f"row {row.key}: has codes beyond the codebooks' sizes {self._layout.codebook_sizes}")
         tokens = self._layout.encode(codes)
         self._stream.append(tokens)
-        self._keys.write(orjson.dumps(row.key, option=orjson.OPT_APPEND_NEWLINE))
+        self._keys.write(row.key)
         self._num_rows += 1
         self._num_tokens += len(tokens)
 
@@ -321,8 +312,7 @@ class StreamTarget:
         return tuple(sizes[:width])
 
     def finish(self) -> None:
-        """See ``Target``."""
-        self._keys.close()
+        self._keys_file.close()
         if self._stream is None or self._layout is None:
             return
         self._stream.close()
@@ -364,7 +354,7 @@ class Common:
         width = None if row.codes is None else row.codes.shape[1]
         if self._first is None:
             self._first, self.width = row.key, width
-            self.fields = {name: row.info[name] for name in RUN_FIELDS if name in row.info}
+            self.fields = {name: row.info[name] for name in RUN_INFO_FIELDS if name in row.info}
             return
         if width != self.width:
             raise RunError(

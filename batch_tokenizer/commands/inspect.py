@@ -1,6 +1,6 @@
 """``batch_tokenizer inspect FILE``: one recording through the codec, to see and hear what becomes of it.
 
-What leaves is a folder: ``KEY.json`` (the tokens, as a run writes them), ``KEY.wav`` (the reconstruction), ``KEY.png``
+It writes a folder: ``KEY.json`` (the tokens, as a run writes them), ``KEY.wav`` (the reconstruction), ``KEY.png``
 (both spectrograms and the token matrix); and on the terminal the tokens' beginning and the scores.
 """
 

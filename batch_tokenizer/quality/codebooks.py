@@ -1,4 +1,4 @@
-"""``CodebookUse``: codes enter, how much of each codebook they use leaves."""
+"""``CodebookUse``: how much of each codebook the codes of many utterances use."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@ checkpoint shows in its first minute.
 
 Rows that were written are offered from any thread; a few are scored in one thread beside the run, with metrics that
 cost little, and a line is logged for each. Offering never waits: what comes while a row is being scored is passed over.
-Trouble with scoring is told and ends the scoring, not the run; only a threshold that somebody asked for ends a run.
+Trouble with scoring is logged and ends the scoring, not the run; only a threshold that somebody asked for ends a run.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The metrics: an original and its reconstruction enter, a number a metric leaves, or the reason why there is none.
+"""The metrics: each compares a reconstruction with its original, and gives a number or the reason why there is none.
 
 - ``pesq_nb``, ``pesq_wb`` (pesq): P.862.1 at 8 kHz and P.862.2 at 16 kHz; the mean over pieces of at most 20 s.
 - ``sim``: cosine of the speaker embeddings, see ``speakers``.

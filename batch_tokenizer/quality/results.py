@@ -10,6 +10,7 @@ summary.json        averages and the use of codebooks
 from __future__ import annotations
 
 import base64
+import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,10 +19,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import orjson
 
 from batch_tokenizer.quality.metrics import METRICS
 from batch_tokenizer.records import RunError
+from batch_tokenizer.storage.atomic import atomic_write
+from batch_tokenizer.storage.json_lines import json_lines_reader, json_lines_writer
 
 
 class ResultsFolder:
@@ -54,7 +56,7 @@ class ResultsFolder:
             if names:
                 self._utterances.unlink(missing_ok=True)
                 self._tokens.unlink(missing_ok=True)
-            path.write_text(json.dumps(settings, indent=2) + "\n")
+            _replace(path, json.dumps(settings, indent=2) + "\n")
         except (OSError, ValueError, AttributeError) as error:
             raise RunError(f"{path} cannot be used: {error}; choose another --out", exit_code=1) from error
 
@@ -96,23 +98,30 @@ class ResultsFolder:
             RunError: they cannot be written (exit code 1).
         """
         try:
-            (self.path / "table.md").write_text(table, encoding="utf-8")
+            _replace(self.path / "table.md", table)
             text = json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False)
-            (self.path / "summary.json").write_text(text + "\n", encoding="utf-8")
+            _replace(self.path / "summary.json", text + "\n")
             _write_parquet(self.path / "utterances.parquet", utterances)
         except OSError as error:
             raise RunError(f"{self.path} cannot be written: {error.strerror}", exit_code=1) from error
 
 
+def _replace(path: Path, text: str) -> None:
+    with atomic_write(path) as file:
+        file.write(text.encode())
+
+
 def _append(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Whole lines at the end of a file, which may end in half of one."""
-    data = b"".join(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE) for record in records)
+    """Whole lines at the end of a file, which may end in half of one. All of them in one write."""
     try:
-        with path.open("ab+") as stream:
-            if stream.tell():
-                stream.seek(-1, os.SEEK_END)
-                data = data if stream.read(1) == b"\n" else b"\n" + data
-            stream.write(data)
+        with path.open("ab+") as file:
+            data = io.BytesIO()
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                data.write(b"" if file.read(1) == b"\n" else b"\n")
+            with json_lines_writer(data) as writer:
+                writer.write_all(records)
+            file.write(data.getvalue())
     except OSError as error:
         raise RunError(f"{path} cannot be written: {error.strerror}", exit_code=1) from error
 
@@ -121,14 +130,8 @@ def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Records of a file of JSON lines; a line torn by a crash is left out, and so is a file that is not there."""
     if not path.exists():
         return
-    with path.open("rb") as stream:
-        for line in stream:
-            try:
-                record = orjson.loads(line)
-            except orjson.JSONDecodeError:
-                continue
-            if isinstance(record, dict):
-                yield record
+    with path.open("rb") as file, json_lines_reader(file) as reader:
+        yield from reader.iter(type=dict, skip_invalid=True)
 
 
 def _write_parquet(path: Path, utterances: Sequence[Mapping[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""Speaker embeddings: samples at 16 kHz enter, a vector leaves. Which model makes them is part of every result.
+"""Speaker embeddings of samples at 16 kHz. Which model makes them is part of every result.
 
 WavLM's speaker-verification model is what publications use, and it needs a download; resemblyzer has its weights in its
 wheel and gives higher cosines for the same audio. The two must not be compared with each other.

@@ -1,4 +1,4 @@
-"""Figures for the page: numbers enter, an inline ``<svg>`` leaves that reads on a light and on a dark ground.
+"""Figures for the page: inline ``<svg>`` that reads on a light and on a dark ground.
 
 matplotlib draws in one ink that is then replaced by ``currentColor``, so that axes and words take the colour of the
 text around them; marks are in middle tones. Words stay words: a screen reader finds them, and they scale.

@@ -26,7 +26,7 @@ class FileSink:
         run_info: goes into every token file; see ``row_info``.
         form: of the token files, whatever their names end in.
         encode_audio: makes the audio files, likewise.
-        record: is told of each row whose files are published.
+        record: called with the ledger entry of each row whose files are published.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Parquet shards: rows enter, a file of columns leaves, which ``datasets``, polars and duckdb read as it is.
+"""Parquet shards: a file of columns, which ``datasets``, polars and duckdb read as it is.
 
     key         string
     codes       list<uint16>, a row's codes (T, K) frame by frame; K is in the metadata. Absent without tokens.

@@ -1,4 +1,4 @@
-"""``RowEncoder``: a row's results enter, what a sink stores of them leaves: codes, ``info``, and an audio file's bytes.
+"""``RowEncoder``: makes what a sink stores of a row's results: codes, ``info``, and an audio file's bytes.
 
 Nothing in it tells when, where, or beside which rows the codes were computed, so the same row has the same bytes on any
 number of processes and after any number of restarts.
@@ -18,6 +18,12 @@ import numpy.typing as npt
 import orjson
 
 from batch_tokenizer.records import OUTPUT_FIELDS, LedgerEntry, RowError, Task, TokenizedRow
+
+#: What the ``info`` of every row of a run says alike, besides the settings of single codec families.
+RUN_INFO_FIELDS = (
+    "codec", "fingerprint", "sample_rate", "frame_rate", "codebook_sizes", "dtype", "resampler", "segment_samples",
+    "version",
+)  # fmt: skip
 
 
 def token_json(result: TokenizedRow, run_info: Mapping[str, Any]) -> bytes:

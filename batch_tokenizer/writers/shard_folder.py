@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 from batch_tokenizer.records import RunError
 from batch_tokenizer.storage import remote
-from batch_tokenizer.storage.atomic import sync_folder
+from batch_tokenizer.storage.atomic import atomic_write, sync_folder
 from batch_tokenizer.storage.names import is_url
 from batch_tokenizer.storage.remote import StorageError
 
@@ -73,7 +73,8 @@ class ShardFolder:
             return b""
 
     def _write_marker(self, name: str, content: bytes) -> None:
-        (self._path / name).write_bytes(content)
+        with atomic_write(self._path / name) as file:
+            file.write(content)
 
     def names(self) -> list[str]:
         """Published files, sorted.
@@ -163,7 +164,6 @@ class RemoteShardFolder(ShardFolder):
             remote.put(self.location(name), content)
 
     def names(self) -> list[str]:
-        """See ``ShardFolder``."""
         with _as_os_error():
             found = remote.find(f"{self.place}/*")
         return sorted(name for name in (url.rpartition("/")[2] for url in found) if name and not name.startswith("."))
@@ -173,34 +173,29 @@ class RemoteShardFolder(ShardFolder):
         return []
 
     def location(self, name: str) -> str:
-        """See ``ShardFolder``."""
         return f"{self.place}/{name}"
 
     def create(self, name: str) -> BinaryIO:
-        """See ``ShardFolder``."""
         self.discard(name)
         file = tempfile.TemporaryFile(prefix="batch_tokenizer-")  # noqa: SIM115 - open until it is published
         self._aside_files[name] = file
         return os.fdopen(os.dup(file.fileno()), "wb")
 
     def publish(self, name: str) -> None:
-        """See ``ShardFolder``. Takes memory of the size of the file."""
+        """Puts the whole object, which takes memory of its size."""
         with self._aside_files.pop(name) as file, _as_os_error():
             file.seek(0)
             remote.put(self.location(name), file.read())
 
     def exists(self, name: str) -> bool:
-        """See ``ShardFolder``."""
         with _as_os_error():
             return remote.exists(self.location(name))
 
     def discard(self, name: str) -> None:
-        """See ``ShardFolder``."""
         if name in self._aside_files:
             self._aside_files.pop(name).close()
 
     def remove(self, name: str) -> None:
-        """See ``ShardFolder``."""
         with _as_os_error():
             remote.remove(self.location(name))
 

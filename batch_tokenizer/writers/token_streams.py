@@ -1,4 +1,4 @@
-"""Flat streams for language models: utterances' codes enter, one sequence of token numbers leaves.
+"""Flat streams for language models: the codes of many utterances as one sequence of token numbers.
 
 Every codebook has numbers of its own: code c of codebook k is token ``offsets[k] + c``, with ``offsets[k]`` the sum of
 the sizes before it. Behind all codebooks come two more: the end of an utterance, which stands after each, and padding,
