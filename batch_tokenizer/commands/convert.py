@@ -4,8 +4,8 @@
     batch_tokenizer convert RUN_OR_SHARDS --to megatron|flat --pattern interleaved|delayed --out DIR
 
 It reads whatever ``runs/stored_rows.py`` reads, and writes a new folder, which appears whole or not at all: token files
-with a manifest of them (``data.jsonl``), shards, or one stream for a language model with ``tokens.json``, which says how
-its numbers are made (``writers/token_streams.py``).
+with a manifest of them (``data.jsonl``), shards, or one stream for a language model with ``tokens.json``, which says
+how its numbers are made (``writers/token_streams.py``).
 """
 
 from __future__ import annotations

@@ -19,10 +19,10 @@ import orjson
 
 from batch_tokenizer.records import OUTPUT_FIELDS, LedgerEntry, RowError, Task, TokenizedRow
 
-#: What the ``info`` of every row of a run says alike, besides the settings of single codec families.
+#: What the ``info`` of every row of a run says alike.
 RUN_INFO_FIELDS = (
     "codec", "fingerprint", "sample_rate", "frame_rate", "codebook_sizes", "dtype", "resampler", "segment_samples",
-    "version",
+    "loudness", "attention_window", "window_merge", "version",
 )  # fmt: skip
 
 
