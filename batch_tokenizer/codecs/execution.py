@@ -100,7 +100,7 @@ class PaddedRunner:
             unit: length of a frame.
         """
         if not self.together:
-            return self._alone(lambda members: compute(members, None, None), batch, length)
+            return self._alone(lambda members: [compute([member], None, None)[0] for member in members], batch, length)
         results: dict[int, Result] = {}
         lengths = [length(member) for member in batch]
         with torch.inference_mode():

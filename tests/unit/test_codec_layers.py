@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -206,6 +207,16 @@ def test_an_utterances_batch_has_a_shape_that_its_length_alone_decides(frames):
         size = padded_size(count)
         assert found == {(size, 96 // size) if size <= 96 else (None, None)}
         assert size < 2 * count or size == 8
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_on_a_cpu_each_utterance_goes_alone(threads):
+    def compute(members, size, rows):
+        assert (len(members), size, rows) == (1, None, None)
+        return [len(members[0])]
+
+    runner = PaddedRunner(CPU, threads, 96)
+    assert runner(compute, [torch.zeros(count) for count in (3, 1, 2)], len) == [3, 1, 2]
 
 
 @settings(max_examples=50, deadline=None)
