@@ -1,7 +1,6 @@
 """``batch_tokenizer codecs``: the families of codecs and what they need, and what a checkpoint is.
 
-What enters is nothing, or a checkpoint. What leaves is text. A checkpoint's weights are looked at for their shapes and
-for the fingerprint, never loaded.
+Of a checkpoint's weights only shapes and a sample of bytes, for the fingerprint, are read.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ _FORMATS = (("float32", 4), ("bfloat16", 2))
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
-    parser.add_argument("--model_path", help="checkpoint folder or hub id to describe")
+    parser.add_argument("--model_path", metavar="MODEL", help="checkpoint folder or hub id to describe")
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -123,7 +122,7 @@ def _weights(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _memory(size: int) -> str:
-    """Bytes as a person says them."""
+    """Bytes in binary units."""
     return f"{size / 2**30:.2f} GiB" if size >= 1 << 30 else f"{size / 2**20:.2f} MiB"
 
 

@@ -1,8 +1,8 @@
-"""The plan of a run, for ``--dry_run``: everything that can be checked without doing it, and nothing left behind.
+"""``--dry_run``: checks everything that can be checked without running, and leaves nothing behind.
 
-What enters is what a run has before it opens its run folder. What leaves is text: what the run would do, how long it
-would take and how much it would write, by a sample of its rows, and a line for each thing that would fail. The manifest
-is indexed in a temporary folder, which is removed; an earlier run's folder is read only.
+It prints what the run would do, how long it would take and how much it would write, estimated from a sample of its
+rows, and a line for each thing that would fail. The manifest is indexed in a temporary folder, which is removed; an
+earlier run's folder is only read.
 """
 
 from __future__ import annotations
@@ -11,25 +11,24 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from batch_tokenizer import __version__
 from batch_tokenizer.audio.decoding import probe_audio
 from batch_tokenizer.codecs.base import Codec, CodecSpec
-from batch_tokenizer.commands.status import seems_at_work, spoken_duration, spoken_size
-from batch_tokenizer.config import RunConfig
+from batch_tokenizer.commands.status import format_duration, format_size, seems_at_work
 from batch_tokenizer.data.loading import RowLoader
 from batch_tokenizer.data.pieces import PassLimit, piece_of
 from batch_tokenizer.manifest.manifest import Manifest
 from batch_tokenizer.manifest.row import LineState
 from batch_tokenizer.manifest.units import in_shard, plan_units
+from batch_tokenizer.pipeline.memory import is_out_of_memory
 from batch_tokenizer.pipeline.setup import RunContext
 from batch_tokenizer.records import LoadedRow, ManifestRow, RowError, RowForm, RunError, TokenizedRow
 from batch_tokenizer.runs.source import settings_of
@@ -74,35 +73,33 @@ class Measured:
 
 
 def dry_run(context: RunContext) -> int:
-    """Print the plan. Returns 0 if nothing stands against it, otherwise 1; in ranks other than 0, which are silent, 0.
+    """Prints the plan. Returns 1 if anything would fail, else 0; ranks other than 0 print nothing and return 0.
 
     Raises:
-        RunError: the manifest cannot be read, or the run folder holds what cannot be read.
+        RunError: the manifest or the run folder cannot be read.
         Stopped: a stop signal came.
     """
-    config, processes, compute, spec = context.config, context.processes, context.compute, context.spec
-    num_quantizers, info, idle = context.num_quantizers, context.info, context.stop.check
+    config, processes, spec = context.config, context.processes, context.spec
     if not processes.is_main:
         return 0
     run_dir = config.run_dir or config.default_run_dir()
     trouble: list[str] = []
-    _print(
-        "dry run",
-        f"batch_tokenizer {__version__}, {config.task}, {num_quantizers} of {spec.info.num_codebooks} codebooks",
-    )
+    codebooks = f"{context.num_quantizers} of {spec.info.num_codebooks} codebooks"
+    _print("dry run", f"batch_tokenizer {__version__}, {config.task}, {codebooks}")
     _print("model", f"{context.codec.checkpoint.folder} ({spec.info.family}, fingerprint {spec.info.fingerprint})")
-    _print("device", compute.reason.removeprefix("device "))
+    _print("device", context.compute.reason.removeprefix("device "))
     with tempfile.TemporaryDirectory(prefix="batch_tokenizer-") as scratch:
+        # 1. The rows, and what an earlier run did of them.
+        idle = context.stop.check
         path = local_manifest(str(config.data_list), Path(scratch), settings_of(config), idle)
         manifest = Manifest.open(path, config.task, scratch, sink=config.sink, progress=lambda done, total: idle())
         trouble += _describe_manifest(manifest, display_name(str(config.data_list)))
-        limit = context.limit
-        settings = run_settings(config, num_quantizers, {**info, **limit.settings})
-        status, troubles = _earlier_run(config, run_dir, manifest, settings)
+        status, troubles = _earlier_run(context, run_dir, manifest)
         trouble += troubles
-        todo = (status == RowStatus.PENDING) & in_shard(manifest, config.num_shards, config.shard)
+        todo = status == RowStatus.PENDING
         if config.retry_failed:
-            todo |= (status == RowStatus.FAILED) & in_shard(manifest, config.num_shards, config.shard)
+            todo |= status == RowStatus.FAILED
+        todo &= in_shard(manifest, config.num_shards, config.shard)
         units = plan_units(
             manifest, world_size=processes.world_size, num_shards=config.num_shards, shard=config.shard, pending=todo
         )
@@ -110,31 +107,29 @@ def dry_run(context: RunContext) -> int:
         of_shard = f" of shard {config.shard} of {config.num_shards}" if config.num_shards > 1 else ""
         ranks = f"{processes.world_size} ranks ({processes.launcher})"
         _print("to do", f"{len(rows):,} rows{of_shard} in {len(units):,} units for {ranks}")
-        trouble += _too_long(manifest, rows, spec, limit)
-
-        sample, opened = _open_sample(config, manifest, rows, spec, num_quantizers, trouble, idle)
+        trouble += _too_long(manifest, rows, spec, context.limit)
+        # 2. A sample of the inputs is opened, and some of it is decoded.
+        load = RowLoader(config.task, spec, config.resampler, context.num_quantizers, context.limit)
+        sample, opened = _open_sample(context, load, manifest, rows, trouble)
         seconds = _estimate_seconds(manifest, rows, opened)
-        loaded = _load_some(config, opened, spec, num_quantizers, trouble, idle)
-    idle()
+        loaded = _load_some(context, load, opened, trouble)
+    # 3. What was decoded goes through the model, whose times and sizes stand for all rows.
+    measured = None
     try:
         codec = context.load_codec()
     except RunError as error:
         trouble.append(str(error))
-        measured = None
     else:
-        idle()
-        measured = None
-        if loaded:
-            # A CPU computes one utterance after the other, so there are no batches to fill.
-            fill = compute.device.type != "cpu"
-            measured = _measure(config, codec, loaded, num_quantizers, info, context.batch_size, fill=fill)
+        context.stop.check()
+        measured = _measure(context, codec, loaded) if loaded else None
     needed: dict[str, float] = {}
     if measured is None or seconds is None:
         _print("time", "unknown, as no row of the sample could be computed" if len(rows) else "none: nothing to do")
     else:
-        _print_time(compute.loaders(config.num_workers), processes, measured, seconds)
+        _print_time(context.num_workers, processes, measured, seconds)
         needed = {field: share * seconds for field, share in measured.bytes_written.items()}
-        _print("bytes", ", ".join(f"{field} {spoken_size(size)}" for field, size in needed.items()))
+        _print("bytes", ", ".join(f"{field} {format_size(size)}" for field, size in needed.items()))
+    # 4. Whether the outputs can be written.
     trouble += _check_places(sample, manifest.form, config.output_dir, run_dir, needed)
 
     print()
@@ -173,10 +168,10 @@ def _describe_manifest(manifest: Manifest, source: str) -> Iterator[str]:
     )
 
 
-def _earlier_run(
-    config: RunConfig, run_dir: Path, manifest: Manifest, settings: Mapping[str, Any]
-) -> tuple[npt.NDArray[np.uint8], list[str]]:
-    """Each line's status as the run would find it, and what an earlier run's folder has against this one."""
+def _earlier_run(context: RunContext, run_dir: Path, manifest: Manifest) -> tuple[npt.NDArray[np.uint8], list[str]]:
+    """Each line's status as the run would find it, and why an earlier run's folder could not be resumed."""
+    config = context.config
+    settings = run_settings(config, context.num_quantizers, {**context.info, **context.limit.settings})
     fresh = np.where(manifest.is_blank, RowStatus.BLANK, RowStatus.PENDING).astype(np.uint8)
     if not run_dir.exists():
         _print("run folder", f"{run_dir}, new")
@@ -221,26 +216,18 @@ def _too_long(manifest: Manifest, rows: npt.NDArray[np.int64], spec: CodecSpec, 
 
 
 def _open_sample(
-    config: RunConfig,
-    manifest: Manifest,
-    rows: npt.NDArray[np.int64],
-    spec: CodecSpec,
-    num_quantizers: int,
-    trouble: list[str],
-    idle: Callable[[], None],
+    context: RunContext, load: RowLoader, manifest: Manifest, rows: npt.NDArray[np.int64], trouble: list[str]
 ) -> tuple[list[ManifestRow], list[Sampled]]:
     """Rows spread evenly over those to do, and those of them whose input opens."""
     spread = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), SAMPLE_ROWS)).round().astype(np.int64))
     sample = [item for line in rows[spread].tolist() for item in manifest.read(line, line + 1)]
     sampled = [item for item in sample if isinstance(item, ManifestRow)]
-    limit = PassLimit.of(spec, config.long_audio, config.max_seconds)
-    load = RowLoader(config.task, spec, config.resampler, num_quantizers, limit)
     opened = []
     for row in sampled:
-        idle()
+        context.stop.check()
         try:
-            if config.task == "token2wav":
-                seconds: float | None = load(row).num_samples / spec.info.sample_rate
+            if context.config.task == "token2wav":
+                seconds: float | None = load(row).num_samples / load.spec.info.sample_rate
             else:
                 header = probe_audio(str(row.wav))
                 seconds = None if header.frames is None else header.frames / header.sample_rate
@@ -275,14 +262,7 @@ def _estimate_seconds(manifest: Manifest, rows: npt.NDArray[np.int64], opened: S
     return seconds
 
 
-def _load_some(
-    config: RunConfig,
-    opened: Sequence[Sampled],
-    spec: CodecSpec,
-    num_quantizers: int,
-    trouble: list[str],
-    idle: Callable[[], None],
-) -> list[LoadedRow]:
+def _load_some(context: RunContext, load: RowLoader, opened: Sequence[Sampled], trouble: list[str]) -> list[LoadedRow]:
     """Some rows as the codec takes them, decoded in full; not hours of audio, unless even the shortest is that long."""
     lengths = [sampled.seconds or 0.0 for sampled in opened]
     chosen: list[Sampled] = []
@@ -293,11 +273,9 @@ def _load_some(
             room -= length
     if opened and not chosen:
         chosen.append(opened[int(np.argmin(lengths))])
-    limit = PassLimit.of(spec, config.long_audio, config.max_seconds)
-    load = RowLoader(config.task, spec, config.resampler, num_quantizers, limit)
     loaded: list[LoadedRow] = []
     for sampled in chosen:
-        idle()
+        context.stop.check()
         try:
             loaded.append(_first_piece(load, load(sampled.row)))
         except RowError as error:
@@ -317,54 +295,48 @@ def _first_piece(load: RowLoader, loaded: LoadedRow) -> LoadedRow:
     return LoadedRow(loaded.row, None, codes, load.spec.num_output_samples(len(codes)), len(codes))
 
 
-def _measure(
-    config: RunConfig,
-    codec: Codec,
-    loaded: Sequence[LoadedRow],
-    num_quantizers: int,
-    info: Mapping[str, Any],
-    batch_size: int,
-    *,
-    fill: bool,
-) -> Measured | None:
-    """Compute the loaded rows; None if they do not fit in memory.
-
-    Args:
-        fill: repeat the rows up to half a budget of frames. Where batches have one shape whatever is in them, a few
-            rows would make a second of audio seem dear.
-    """
+def _measure(context: RunContext, codec: Codec, loaded: Sequence[LoadedRow]) -> Measured | None:
+    """Computes the loaded rows; None if they do not fit in memory."""
     batch = list(loaded)
-    while fill and len(batch) < batch_size and 2 * sum(row.frames for row in batch) < codec.frame_budget:
+    # On a device batches have one shape whatever is in them, so a few rows would overstate the cost of a second. A CPU
+    # computes one utterance after the other.
+    while (
+        context.compute.device.type != "cpu"
+        and len(batch) < context.batch_size
+        and 2 * sum(row.frames for row in batch) < codec.frame_budget
+    ):
         batch += loaded
+    batch = batch[: context.batch_size]
     stages: dict[str, float] = {}
     codes: list[Any] = []
     samples: list[Any] = []
     try:
         # One row first, not timed: libraries start up on it.
-        for members in ([min(batch, key=lambda row: row.frames)], batch[:batch_size]):
+        for members in ([min(batch, key=lambda row: row.frames)], batch):
             codes = [row.codes for row in members]
             samples = [None] * len(members)
-            if config.task != "token2wav":
+            if context.config.task != "token2wav":
                 began = time.perf_counter()
                 features = [row.features for row in members if row.features is not None]
-                codes = codec.encode(features, num_quantizers)
+                codes = codec.encode(features, context.num_quantizers)
                 stages["encode"] = time.perf_counter() - began
-            if config.task != "wav2token":
+            if context.config.task != "wav2token":
                 began = time.perf_counter()
                 samples = codec.decode(codes)
                 stages["decode"] = time.perf_counter() - began
-    except (torch.OutOfMemoryError, MemoryError):
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         codec.release()
         return None
     results = [
-        TokenizedRow(row.row, code, wav, row.num_samples)
-        for row, code, wav in zip(batch[:batch_size], codes, samples, strict=True)
+        TokenizedRow(row.row, code, wav, row.num_samples) for row, code, wav in zip(batch, codes, samples, strict=True)
     ]
-    seconds = sum(result.num_samples for result in results) / codec.info.sample_rate
-    sizes = output_bytes(config, results, info, num_quantizers, codec.info.output_sample_rate)
+    rate = codec.info.sample_rate
+    seconds = sum(result.num_samples for result in results) / rate
+    sizes = output_bytes(context.config, results, context.info, context.num_quantizers, codec.info.output_sample_rate)
     return Measured(
-        load=sum(row.load_seconds for row in loaded)
-        / (sum(row.num_samples for row in loaded) / codec.info.sample_rate),
+        load=sum(row.load_seconds for row in loaded) / (sum(row.num_samples for row in loaded) / rate),
         stages={stage: spent / seconds for stage, spent in stages.items()},
         bytes_written={name: size / seconds for name, size in sizes.items()},
     )
@@ -377,7 +349,7 @@ def _print_time(loaders: int, processes: ProcessGroup, measured: Measured, secon
     total = max(computing, loading) if loaders else computing + loading
     _print(
         "time",
-        f"about {spoken_duration(total)}: computing {spoken_duration(computing)}, loading {spoken_duration(loading)} "
+        f"about {format_duration(total)}: computing {format_duration(computing)}, loading {format_duration(loading)} "
         f"({loaders} loader processes a rank)",
     )
     shares = {**measured.stages, "load": measured.load}
@@ -430,10 +402,10 @@ def _check_places(
         if reason is not None:
             yield f"{place}: nothing can be written there: {reason}"
     for device, (place, free) in spaces.items():
-        share = spoken_size(shares[device])
-        _print("free space", f"{spoken_size(free)} on the disk of {place}, about {share} to be written there")
+        share = format_size(shares[device])
+        _print("free space", f"{format_size(free)} on the disk of {place}, about {share} to be written there")
         if shares[device] > free:
-            yield f"{place}: about {share} would be written where {spoken_size(free)} are free"
+            yield f"{place}: about {share} would be written where {format_size(free)} are free"
     if num_existing:
         _print("outputs", f"{num_existing} of the sample's exist and would be replaced")
 

@@ -28,7 +28,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from batch_tokenizer.audio.decoding import probe_audio
-from batch_tokenizer.commands.status import spoken_size
+from batch_tokenizer.commands.status import format_size
 from batch_tokenizer.config import add_options
 from batch_tokenizer.manifest.manifest import Manifest
 from batch_tokenizer.manifest.row import REFUSED, LineState, cut_of
@@ -252,10 +252,12 @@ def _stats(source: str, model_path: str | None, num_quantizers: int | None, rtf:
     if num_unknown:
         lengths = [length for length in sample.seconds if length is not None]
         extrapolated = num_unknown * float(np.mean(lengths)) if lengths else None
-        told = "nothing tells how long they are" if extrapolated is None else (
+        length = "nothing tells how long they are" if extrapolated is None else (
             f"about {extrapolated / 3600:,.2f} h by a sample of {len(lengths):,}"
         )  # fmt: skip
-        print(f"audio      {known.sum() / 3600:,.2f} h in {len(known):,} rows; {num_unknown:,} say no duration: {told}")
+        print(
+            f"audio      {known.sum() / 3600:,.2f} h in {len(known):,} rows; {num_unknown:,} say no duration: {length}"
+        )
         seconds = None if extrapolated is None else float(known.sum()) + extrapolated
     else:
         print(f"audio      {known.sum() / 3600:,.2f} h")
@@ -348,8 +350,8 @@ def _print_expectations(
     )
     print(f"tokens     {frames * codebooks:,.0f}: {info.name}, {info.frame_rate:g} frames a second x {codebooks}")
     print(
-        f"bytes      {spoken_size(frames * (digits + 2))} as JSON and about {spoken_size(400.0 * num_rows)} of info; "
-        f"{spoken_size(2 * frames * codebooks)} as 16-bit integers; "
-        f"{spoken_size(2 * seconds * info.output_sample_rate)} of reconstructed wav"
+        f"bytes      {format_size(frames * (digits + 2))} as JSON and about {format_size(400.0 * num_rows)} of info; "
+        f"{format_size(2 * frames * codebooks)} as 16-bit integers; "
+        f"{format_size(2 * seconds * info.output_sample_rate)} of reconstructed wav"
     )
     print(f"GPU-hours  {seconds / 3600 * rtf:,.2f} at an RTF of {rtf:g} (--rtf)")

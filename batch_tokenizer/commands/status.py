@@ -86,10 +86,10 @@ def report(run_dir: Path, job: JobStatus, now: float) -> list[str]:
         f"{run_dir}: " + ", ".join(f"{count} of {num_ranks} ranks {state}" for state, count in counts.items()),
         f"rows     {job.rows_done:,} done, {job.rows_failed:,} failed, {left:,} left of {job.rows_total:,}"
         + (f" ({100 * (job.rows_total - left) / job.rows_total:.1f} %)" if job.rows_total else ""),
-        f"audio    {job.audio_seconds / 3600:.2f} h in {spoken_duration(job.elapsed)}, {job.hours_per_hour:.1f} h/h",
+        f"audio    {job.audio_seconds / 3600:.2f} h in {format_duration(job.elapsed)}, {job.hours_per_hour:.1f} h/h",
     ]
     if left and "running" in states and job.seconds_left is not None:
-        lines[-1] += f", about {spoken_duration(job.seconds_left)} left"
+        lines[-1] += f", about {format_duration(job.seconds_left)} left"
     if job.stage_seconds:
         stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in job.stage_seconds.items())
         lines.append(f"seconds  {stages} (over all processes)")
@@ -142,7 +142,7 @@ def _table(
             f"{rank.rows_failed:,}",
             f"{rank.audio_seconds / 3600:.2f}",
             f"{rank.audio_seconds / rank.elapsed:.1f}" if rank.elapsed > 0 else "-",
-            f"{spoken_duration(max(0.0, now - rank.updated))} ago",
+            f"{format_duration(max(0.0, now - rank.updated))} ago",
         ]
         for rank, state in zip(job.ranks, states, strict=True)
     ]
@@ -155,8 +155,8 @@ def _table(
     ]
 
 
-def spoken_duration(seconds: float) -> str:
-    """Seconds as a person says them: 42 s, 3 min 5 s, 2 h 7 min, 3 d 4 h."""
+def format_duration(seconds: float) -> str:
+    """A duration in its two largest units: 42 s, 3 min 5 s, 2 h 7 min, 3 d 4 h."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -167,8 +167,8 @@ def spoken_duration(seconds: float) -> str:
     return f"{whole // 86400} d {whole % 86400 // 3600} h"
 
 
-def spoken_size(number: float) -> str:
-    """Bytes as a person says them: 512 B, 3.1 MB."""
+def format_size(number: float) -> str:
+    """Bytes in decimal units: 512 B, 3.1 MB."""
     for unit in ("B", "kB", "MB", "GB"):
         if number < 1000:
             return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
