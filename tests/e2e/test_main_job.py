@@ -167,7 +167,6 @@ def test_console_script_under_torchrun(tmp_path):
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        ([], "--data_list"),
         (["--data_list", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--data_list", "data.jsonl", "--task", "wav2wav"], "wav2wav"),
         (["--data_list", "data.jsonl", "--batch_size", "0"], "--batch_size 0"),
