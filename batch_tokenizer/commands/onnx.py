@@ -11,6 +11,7 @@ import argparse
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,9 @@ from batch_tokenizer.codecs.onnx.layouts import Role
 from batch_tokenizer.codecs.onnx.session import Session
 from batch_tokenizer.codecs.opening import open_codec
 from batch_tokenizer.records import RunError, first_line
+
+if TYPE_CHECKING:
+    from batch_tokenizer.codecs.onnx.export import ExportLayout
 
 #: What a check asks for: the greatest difference of a sample, and the least share of equal codes.
 MOST_AUDIO_ERROR = 1e-3
@@ -39,6 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     export = actions.add_parser("export", help="write a MOSS checkpoint as ONNX graphs")
     export.add_argument("--model_path", required=True, help="checkpoint folder or hub id")
     export.add_argument("--out", type=Path, required=True, help="folder for the graphs")
+    export.add_argument("--layout", choices=("ours", "official", "community"), default="ours",
+                        help="inputs and outputs: our own, with exact streaming; those of MOSS's own graphs; or those "
+                             "of the community's export (default: %(default)s)")  # fmt: skip
     check = actions.add_parser("check", help="are graphs valid, complete, and equal to the checkpoint?")
     check.add_argument("folder", type=Path)
     check.add_argument("--model_path", help="torch checkpoint to compare with; none: the graphs among themselves")
@@ -57,16 +64,16 @@ def main(arguments: argparse.Namespace) -> int:
     except ImportError as error:
         raise RunError(INSTALL) from error
     if arguments.action == "export":
-        return _export(arguments.model_path, arguments.out)
+        return _export(arguments.model_path, arguments.out, arguments.layout)
     if arguments.action == "check":
         return _check(arguments.folder, arguments.model_path)
     return _info(arguments.path)
 
 
-def _export(model_path: str, out: Path) -> int:
+def _export(model_path: str, out: Path, layout: ExportLayout) -> int:
     from batch_tokenizer.codecs.onnx.export import export_moss
 
-    for path in export_moss(Checkpoint.open(model_path), out):
+    for path in export_moss(Checkpoint.open(model_path), out, layout=layout):
         print(path)
     print(f"check them against the checkpoint: batch_tokenizer onnx check {out} --model_path {model_path}")
     return 0

@@ -153,6 +153,66 @@ def write_official(ours: Path, folder: Path, *, books: int, frame: int, config: 
     return _configured(folder, config)
 
 
+def write_nano(ours: Path, folder: Path, *, books: int) -> Path:
+    """``{encode,decode_full}.onnx`` with codebooks last and lengths as inputs, and the description beside them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    encoder = wrap(
+        ours / "encoder.onnx",
+        inputs=[("waveform", FLOAT, [1, 1, "samples"]), ("input_lengths", INT32, [1])],
+        before=[
+            _node("Squeeze", ["waveform", "one"], "audio"),
+            _node("Cast", ["input_lengths"], "lengths", to=INT64),
+            _node("Identity", ["books"], "num_quantizers"),
+        ],
+        after=[
+            _node("Transpose", ["codes"], "audio_codes", perm=[0, 2, 1]),
+            _node("Identity", ["code_lengths"], "audio_code_lengths"),
+        ],
+        outputs=[("audio_codes", INT64, [1, "frames", books]), ("audio_code_lengths", INT64, [1])],
+        constants={"one": [1], "books": books},
+    )
+    decoder = wrap(
+        ours / "decoder.onnx",
+        inputs=[("audio_codes", INT32, [1, "frames", books]), ("audio_code_lengths", INT32, [1])],
+        before=[
+            _node("Cast", ["audio_codes"], "wide", to=INT64),
+            _node("Transpose", ["wide"], "codes", perm=[0, 2, 1]),
+            _node("Cast", ["audio_code_lengths"], "code_lengths", to=INT64),
+        ],
+        after=[
+            _node("Unsqueeze", ["our_audio", "one"], "audio"),
+            _node("Identity", ["our_lengths"], "audio_lengths"),
+        ],
+        outputs=[("audio", FLOAT, [1, 1, "length"]), ("audio_lengths", INT64, [1])],
+        renamed=("audio", "lengths"),
+        constants={"one": [1]},
+    )
+    onnx.save(encoder, folder / "encode.onnx")
+    onnx.save(decoder, folder / "decode_full.onnx")
+    told = {"sample_rate": 8000, "channels": 1, "num_quantizers": books, "codebook_size": 32}
+    (folder / "codec_browser_onnx_meta.json").write_text(json.dumps({"codec_config": told}))
+    return folder
+
+
+def generate_output_names(source: Path, folder: Path) -> Path:
+    """A copy whose outputs are called as an exporter calls values: ``view_1``, ``view_2`` …"""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in source.iterdir():
+        if path.suffix != ".onnx":
+            (folder / path.name).write_bytes(path.read_bytes())
+            continue
+        model = onnx.load(path, load_external_data=False)
+        renamed = {output.name: f"view_{number}" for number, output in enumerate(model.graph.output)}
+        for output in model.graph.output:
+            output.name = renamed[output.name]
+        for node in model.graph.node:
+            for names in (node.input, node.output):
+                for index, name in enumerate(names):
+                    names[index] = renamed.get(name, name)
+        onnx.save(model, folder / path.name)
+    return folder
+
+
 def _configured(folder: Path, config: dict[str, Any] | None) -> Path:
     if config is not None:
         (folder / "config.json").write_text(json.dumps(config))

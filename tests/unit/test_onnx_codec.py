@@ -25,7 +25,7 @@ from batch_tokenizer.codecs.onnx.session import PROVIDERS_VARIABLE, Session
 from batch_tokenizer.codecs.registry import find_family
 from batch_tokenizer.records import RunError
 from tests.support.moss import noise, tiny, write_moss_checkpoint
-from tests.support.onnx_layouts import write_community, write_official
+from tests.support.onnx_layouts import generate_output_names, write_community, write_nano, write_official
 
 CPU = torch.device("cpu")
 LENGTHS = (1, 640, 16001, 40007)
@@ -44,7 +44,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "ours": ours,
         "community": write_community(ours, root / "community", books=5, config=SMALL_CONFIG),
         "official": write_official(ours, root / "official", books=5, frame=640, config=tiny()),
+        "nano": write_nano(ours, root / "nano", books=5),
+        "exported community": exported(source, root / "exported community", "community"),
+        "exported official": exported(source, root / "exported official", "official"),
     }
+
+
+def exported(source: Path, folder: Path, layout: str) -> Path:
+    export_moss(Checkpoint.open(str(source)), folder, layout=layout)  # type: ignore[arg-type]
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -294,7 +302,7 @@ def test_sizes_that_contradict_or_leave_it_open_are_refused(tmp_path, dims):
         ([("codes", TensorProto.INT32, [1, 2, 3])], [("audio", TensorProto.FLOAT, [1, 2])], "codes int32 (1, 2, 3)"),
         ([("audio_codes", TensorProto.FLOAT, [1, 2, 3])], [("audio", TensorProto.FLOAT, [1, 2])], "is float32, not"),
         ([("audio_codes", TensorProto.INT32, [2, 3])], [("audio", TensorProto.FLOAT, [1, 2])], "has 2 axes, not 3"),
-        ([("audio_codes", TensorProto.INT32, [2, 3, 4])], [("wav", TensorProto.FLOAT, [1, 2])], "no output audio"),
+        ([("audio_codes", TensorProto.INT32, [2, 3, 4])], [("wav", TensorProto.FLOAT, [2])], "no output audio"),
         ([("input_values", TensorProto.FLOAT, [1, 2, "s"])], [("audio_codes", TensorProto.INT64, [32, 1, 4])], "mono"),
     ],
 )
@@ -359,3 +367,78 @@ def test_configuration_values_are_checked(folders, tmp_path):
     (folder / "config.json").write_text(json.dumps({**SMALL_CONFIG, "sampling_rate": "16k"}))
     with pytest.raises(RunError, match="sampling_rate = '16k'"):
         spec_of(folder)
+
+
+@pytest.mark.parametrize("name", ["nano", "exported community", "exported official"])
+def test_other_layouts_give_the_models_results(folders, reference, name):
+    codec = codec_of(folders[name])
+    codes = codec.encode(features(), 5)
+    expected = reference.encode(features(), 5)
+    for code, same in zip(codes, expected, strict=True):
+        np.testing.assert_array_equal(code, same)
+    for samples, same in zip(codec.decode(codes), reference.decode(expected), strict=True):
+        np.testing.assert_allclose(samples, same, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["community", "official"])
+def test_generated_names_of_outputs(folders, tmp_path, reference, name):
+    """What torch's exporter writes: outputs are known by their types, numbers of axes and order only."""
+    folder = generate_output_names(folders[name], tmp_path / name)
+    codec = codec_of(folder)
+    codes = codec.encode(features(), 5)
+    for code, same in zip(codes, reference.encode(features(), 5), strict=True):
+        np.testing.assert_array_equal(code, same)
+    for samples, same in zip(codec.decode(codes), reference.decode(codes), strict=True):
+        np.testing.assert_allclose(samples, same, rtol=0, atol=2e-6)
+
+
+def test_a_client_of_the_official_layout(folders, reference):
+    """MOSS's own client: outputs by position, one utterance, and how many codebooks are used."""
+    import onnxruntime
+
+    encoder, decoder = (
+        onnxruntime.InferenceSession(str(folders["exported official"] / f"{part}.onnx"))
+        for part in ("encoder", "decoder")
+    )
+    for length in LENGTHS:
+        wave = noise(length, seed=length)[None, None]
+        codes, lengths = encoder.run(None, {"input_values": wave, "n_quantizers": np.array(3, np.int64)})
+        (expected,) = reference.encode([wave[0]], 3)
+        assert (codes.dtype, codes.shape) == (np.int64, (3, 1, len(expected)))
+        assert lengths.tolist() == [len(expected)]
+        np.testing.assert_array_equal(codes[:, 0].T, expected)
+        wide = np.pad(codes, ((0, 2), (0, 0), (0, 0)))
+        audio, audio_lengths = decoder.run(None, {"audio_codes": wide, "n_quantizers": np.array(3, np.int64)})
+        assert audio.shape == (1, 1, audio_lengths[0])
+        np.testing.assert_allclose(audio[0, 0], reference.decode([expected])[0], rtol=0, atol=2e-6)
+
+
+def test_a_client_of_the_community_layout(folders, reference):
+    """The community's scripts: padded batches, hidden states, int32 codes, and decoding in chunks with context."""
+    import onnxruntime
+
+    encoder, decoder = (
+        onnxruntime.InferenceSession(str(folders["exported community"] / f"audio_tokenizer_{part}.onnx"))
+        for part in ("encoder", "decoder")
+    )
+    waves = np.zeros((2, 1, 16000), np.float32)
+    for row, length in enumerate((16000, 9600)):
+        waves[row, 0, :length] = noise(length, seed=length)
+    outputs = {output.name: output for output in encoder.get_outputs()}
+    assert list(outputs) == ["audio_codes", "audio_codes_lengths", "encoder_hidden_states"]
+    codes, lengths, hidden = encoder.run(list(outputs), {"input_values": waves})
+    assert (codes.dtype, codes.shape, hidden.shape) == (np.int64, (5, 2, 25), (2, 20, 25))
+    assert lengths.tolist() == [25, 25]
+    (expected,) = reference.encode([waves[0]], 5)
+    np.testing.assert_array_equal(codes[:, 0].T, expected)
+    model_hidden = reference.model.hidden(torch.from_numpy(waves[0, 0])).numpy()
+    np.testing.assert_allclose(hidden[0].T, model_hidden, rtol=0, atol=1e-5)
+    (audio,) = decoder.run(None, {"audio_codes": codes.astype(np.int32)})
+    assert audio.shape == (2, 16000)
+    np.testing.assert_allclose(audio[0], reference.decode([expected])[0], rtol=0, atol=2e-6)
+    whole = expected.T[:, None].astype(np.int32)
+    joined = []
+    for start in range(0, 25, 5):
+        (piece,) = decoder.run(None, {"audio_codes": whole[:, :, : start + 5]})
+        joined.append(piece[0, start * 640 :])
+    np.testing.assert_allclose(np.concatenate(joined), audio[0], rtol=0, atol=2e-6)

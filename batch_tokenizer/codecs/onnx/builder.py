@@ -24,7 +24,7 @@ OPSET = 18
 #: Offsets in a weight file are multiples of this, so that they can be mapped.
 _ALIGNMENT = 4096
 
-_TYPES = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
+_TYPES = {"float32": TensorProto.FLOAT, "int32": TensorProto.INT32, "int64": TensorProto.INT64}
 
 Dims = Sequence[int | str]
 

@@ -45,6 +45,9 @@ STEP_SECONDS = 10.0
 #: Seconds of audio that a published encoder takes: its attention's memory grows with the square of the length.
 LONGEST_SECONDS = 120.0
 
+#: What Nano's graphs come with.
+NANO_DESCRIPTION = "codec_browser_onnx_meta.json"
+
 #: A piece of a published decoder's is as long as what goes through whole, and this part of it is context.
 CONTEXT_SHARE = 1 / 3
 
@@ -56,7 +59,7 @@ def recognises(config: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True)
 class OnnxSpec(CodecSpec):
-    """A folder of graphs. Features are the samples themselves, (1, S).
+    """A folder of graphs. Features are the samples themselves, (channels, S).
 
     Attributes:
         layouts: how to run each graph.
@@ -71,7 +74,7 @@ class OnnxSpec(CodecSpec):
     faults: tuple[str, ...] = ()
 
     def features(self, samples: Samples) -> Samples:
-        return np.asarray(samples, dtype=np.float32)[None]
+        return np.asarray(samples, dtype=np.float32).reshape(self.info.channels, -1)
 
     def num_frames(self, num_samples: int) -> int:
         return -(-num_samples // self.info.samples_per_frame)
@@ -111,6 +114,7 @@ def open_spec(checkpoint: Checkpoint) -> OnnxSpec:
             codebook_sizes=codebook_sizes,
             fingerprint=hashlib.sha256(text.encode()).hexdigest()[:32],
             max_samples=int(LONGEST_SECONDS * sample_rate),
+            channels=sizes.audio_channels(layouts),
         )
     return OnnxSpec(info=info, layouts=layouts, faults=tuple(faults))
 
@@ -168,7 +172,7 @@ class OnnxCodec(Codec):
             raise ValueError(
                 f"{num_quantizers} codebooks asked for: this checkpoint has 1 to {self.info.num_codebooks}"
             )
-        return self._each(lambda samples: self._encode(samples[0], num_quantizers), features, lambda f: f.shape[1])
+        return self._each(lambda channels: self._encode(channels, num_quantizers), features, lambda f: f.shape[1])
 
     def decode(self, codes: Sequence[Codes]) -> list[Samples]:
         for index, code in enumerate(codes):
@@ -183,8 +187,8 @@ class OnnxCodec(Codec):
         """
         frames, context = len(codes), int(len(codes) * CONTEXT_SHARE)
         size = self.info.samples_per_frame
-        whole = self._decode_pass(codes)[(frames - context) * size :]
-        piece = self._decode_pass(codes[frames - 2 * context :])[context * size :]
+        whole = self._decode_pass(codes)[..., (frames - context) * size :]
+        piece = self._decode_pass(codes[frames - 2 * context :])[..., context * size :]
         return float(np.abs(whole - piece).max())
 
     def _each(
@@ -204,7 +208,9 @@ class OnnxCodec(Codec):
                 self._sessions[role] = Session(self.spec.layouts[role].path, self._device, self._threads_a_call)
             return self._sessions[role]
 
-    def _encode(self, samples: Samples, num_quantizers: int) -> Codes:
+    def _encode(self, channels: Samples, num_quantizers: int) -> Codes:
+        """Samples (channels, S) to codes (T, ``num_quantizers``); our own graphs are mono."""
+        samples = channels[0]
         frames = self.spec.num_frames(len(samples))
         count = np.array(num_quantizers, dtype=np.int64)
         if frames > self.pieces_above and "encoder_step" in self.spec.layouts:
@@ -217,16 +223,21 @@ class OnnxCodec(Codec):
             feeds = {"audio": samples[None], "lengths": np.array([len(samples)]), "num_quantizers": count}
             codes = self._session("encoder")(feeds, ["codes"])[0][0][0].T
         else:
-            codes = self._encode_published(samples, frames, num_quantizers)
+            codes = self._encode_published(channels, frames, num_quantizers)
         return self._checked_codes(codes, frames, num_quantizers)
 
-    def _encode_published(self, samples: Samples, frames: int, num_quantizers: int) -> npt.NDArray[np.int64]:
+    def _encode_published(self, channels: Samples, frames: int, num_quantizers: int) -> npt.NDArray[np.int64]:
         """(T, K) of a graph that may not count an utterance's last frame unless it is whole."""
         layout = self.spec.layouts["encoder"]
-        padded = np.zeros((1, 1, frames * self.info.samples_per_frame), dtype=np.float32)
-        padded[0, 0, : len(samples)] = samples
-        feeds = {"input_values": padded, **self._count(layout, num_quantizers)}
-        codes = self._session("encoder")(feeds, ["audio_codes"])[0][0]
+        padded = np.zeros((1, len(channels), frames * self.info.samples_per_frame), dtype=np.float32)
+        padded[0, :, : channels.shape[1]] = channels
+        feeds: dict[str, Any]
+        if layout.source == "nano":
+            lengths = np.array([padded.shape[2]], dtype=layout.dtypes["input_lengths"])
+            feeds = {"waveform": padded, "input_lengths": lengths}
+        else:
+            feeds = {"input_values": padded, **self._count(layout, num_quantizers)}
+        codes = self._session("encoder")(feeds, [layout.output])[0][0]
         if codes.ndim != 3 or codes.shape[layout.axes.index("B")] != 1:
             raise RunError(f"{layout.path}: gave codes of shape {codes.shape} for one utterance", exit_code=1)
         by_frame: npt.NDArray[np.int64] = codes.transpose([layout.axes.index(axis) for axis in "BTK"])[0]
@@ -260,12 +271,10 @@ class OnnxCodec(Codec):
         self._report_seams(codes)
         context = int(self.pieces_above * CONTEXT_SHARE)
         fresh, size = self.pieces_above - context, self.info.samples_per_frame
-        samples = np.empty(self.spec.num_output_samples(frames), dtype=np.float32)
-        samples[: self.pieces_above * size] = self._decode_pass(codes[: self.pieces_above])
+        parts = [self._decode_pass(codes[: self.pieces_above])]
         for start in range(self.pieces_above, frames, fresh):
-            piece = self._decode_pass(codes[start - context : start + fresh])[context * size :]
-            samples[start * size :][: len(piece)] = piece
-        return samples
+            parts.append(self._decode_pass(codes[start - context : start + fresh])[..., context * size :])
+        return np.concatenate(parts, axis=-1)
 
     def _report_seams(self, codes: Codes) -> None:
         """Once, on the first utterance that needs pieces: how far they are from one pass."""
@@ -299,15 +308,17 @@ class OnnxCodec(Codec):
                 wide = np.pad(codes, ((0, 0), (0, layout.fixed_codebooks - used)))
             by_axis = wide[None].transpose(["BTK".index(axis) for axis in layout.axes])
             feeds = {"audio_codes": by_axis.astype(layout.dtypes["audio_codes"]), **self._count(layout, used)}
-        audio = self._session("decoder")(feeds, ["audio"])[0][0].reshape(-1)
-        due = self.spec.num_output_samples(frames)
-        if len(audio) != due:
+            if layout.source == "nano":
+                feeds["audio_code_lengths"] = np.array([frames], dtype=layout.dtypes["audio_code_lengths"])
+        audio = self._session("decoder")(feeds, [layout.output])[0][0]
+        due, channels = self.spec.num_output_samples(frames), self.info.channels
+        if audio.size != due * channels:
             raise RunError(
-                f"{layout.path}: gave {len(audio)} samples for {frames} frames where {due} are due; "
-                "check downsample_rate in config.json, and that the graph is mono",
+                f"{layout.path}: gave {audio.size} samples for {frames} frames where {due * channels} are due; "
+                "check downsample_rate and the number of channels in config.json",
                 exit_code=1,
             )
-        return audio.astype(np.float32, copy=False)
+        return audio.reshape(-1 if channels == 1 else (channels, due)).astype(np.float32, copy=False)
 
     def _count(self, layout: Layout, num_quantizers: int) -> dict[str, npt.NDArray[Any]]:
         """The input for the number of codebooks, if the graph has one."""
@@ -358,9 +369,10 @@ class OnnxCodec(Codec):
 
 @dataclass(frozen=True)
 class _Sizes:
-    """What ``config.json`` beside published graphs says; None where it does not."""
+    """What ``config.json``, or Nano's description of its graphs, says beside them; None where it does not."""
 
     folder: Any
+    channels: int | None
     sample_rate: int | None
     samples_per_frame: int | None
     num_codebooks: int | None
@@ -368,11 +380,12 @@ class _Sizes:
 
     @classmethod
     def read(cls, checkpoint: Checkpoint, graphs: Mapping[str, GraphFile]) -> _Sizes:
-        config = checkpoint.config
+        config = {**_nano_description(checkpoint), **checkpoint.config}
         quantizer = config.get("quantizer_kwargs")
         quantizer = quantizer if isinstance(quantizer, Mapping) else {}
         rate = config.get("sampling_rate", config.get("sample_rate"))
         values = {
+            "channels": ("number_channels", config.get("number_channels")),
             "sample_rate": ("sampling_rate", rate),
             "samples_per_frame": ("downsample_rate", config.get("downsample_rate")),
             "num_codebooks": ("quantizer_kwargs.num_quantizers", quantizer.get("num_quantizers")),
@@ -382,6 +395,19 @@ class _Sizes:
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise RunError(f"{checkpoint.folder}/config.json: {key} = {value!r}: must be a whole number above 0")
         return cls(checkpoint.folder, **{name: value for name, (_, value) in values.items()})
+
+    def audio_channels(self, layouts: Layouts) -> int:
+        """Channels of the audio.
+
+        Raises:
+            RunError: neither the graphs nor their description say, or they disagree.
+        """
+        found = _known(*(layout.channels for layout in layouts.values()))
+        if any(layout.source == "nano" for layout in layouts.values()):
+            found |= _known(self.channels)
+        if len(found) != 1:
+            raise RunError(f"{self.folder}: the number of channels is not clear ({sorted(found) or 'nobody says'})")
+        return found.pop()
 
     def complete(self, layouts: Layouts, graphs: Mapping[Role, GraphFile]) -> tuple[int, int, tuple[int, ...]]:
         """Sample rate, samples per frame and codebook sizes, from here and from the graphs.
@@ -412,6 +438,30 @@ class _Sizes:
         if size > 65536:
             raise RunError(f"{self.folder}: codebooks of {size} rows, at most 65536 can be written")
         return self.sample_rate, self.samples_per_frame, (size,) * count
+
+
+def _nano_description(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What ``codec_browser_onnx_meta.json`` says, under the names of a torch checkpoint's ``config.json``.
+
+    It does not say the frame rate, which is 12.5 Hz in all of the family.
+
+    Raises:
+        RunError: it is there and cannot be read.
+    """
+    path = checkpoint.folder / NANO_DESCRIPTION
+    if not path.is_file():
+        return {}
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))["codec_config"]
+        rate = int(told["sample_rate"])
+        return {
+            "sampling_rate": rate,
+            "downsample_rate": round(rate / 12.5),
+            "number_channels": told["channels"],
+            "quantizer_kwargs": {"num_quantizers": told["num_quantizers"], "codebook_size": told.get("codebook_size")},
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path}: is not the description of a codec's graphs: {error!r}") from error
 
 
 def _known(*values: int | None) -> set[int]:

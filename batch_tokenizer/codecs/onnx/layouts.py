@@ -1,12 +1,16 @@
 """Which input of a graph is what, for the layouts that are known: the community's, the official one, and our own.
 
-A layout is recognised by the names of inputs and outputs, and their types and numbers of axes must agree. Sizes are
-then held against it, and never used to choose between two readings that they both allow.
+A layout is recognised by the names of a graph's inputs, and by the types, numbers of axes and order of its outputs.
+Exporters may generate names of outputs (``view_67``), so these only help: the output of the known name is meant, or
+else the first that has its type and number of axes. Sizes are then held against the layout, and never used to choose
+between two readings that they both allow.
 
-    community   input_values float32 (B, 1, S)                       → audio_codes int64 (K, B, T), …
-                audio_codes int32 (K, B, T)                          → audio float32 (C, S)
-    official    input_values float32 (1, 1, S), n_quantizers int64   → audio_codes (K, 1, T), …
-                audio_codes int64 (K, 1, T), n_quantizers int64      → audio float32 (1, 1, S), …
+    community   input_values float32 (B, 1, S)                          → audio_codes int64 (K, B, T), …
+                audio_codes int32 (K, B, T)                             → audio float32 (C, S)
+    official    input_values float32 (1, 1, S), n_quantizers int64      → audio_codes (K, 1, T), …
+                audio_codes int64 (K, 1, T), n_quantizers int64         → audio float32 (1, 1, S), …
+    nano        waveform float32 (1, C, S), input_lengths int32 (1)     → audio_codes (1, T, K), …
+                audio_codes int32 (1, T, K), audio_code_lengths (1)     → audio float32 (1, C, S), …
     ours        ``moss_graphs.py``; says so in its metadata
 """
 
@@ -14,13 +18,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from batch_tokenizer.codecs.onnx.graph_file import GraphFile, Port
 from batch_tokenizer.records import RunError
 
+Source = Literal["community", "official", "nano", "ours"]
 Role = Literal["encoder", "decoder", "encoder_step", "decoder_step"]
 
 #: Keys of our own graphs' metadata begin so.
@@ -28,6 +33,9 @@ PREFIX = "batch_tokenizer."
 
 #: The version of our own layout.
 FORMAT = "1"
+
+#: Types and numbers of axes that a port may have.
+_Form = tuple[tuple[str, ...], tuple[int, ...]]
 
 _INTEGERS = ("int32", "int64")
 _ROLES: tuple[Role, ...] = ("encoder", "decoder", "encoder_step", "decoder_step")
@@ -49,7 +57,7 @@ class Layout:
     """How to run one graph. Picklable.
 
     Attributes:
-        source: ``community``, ``official`` or ``ours``.
+        source: ``community``, ``official``, ``nano`` or ``ours``.
         role: what the graph does.
         path: its file.
         dtypes: of its inputs, by name.
@@ -57,9 +65,11 @@ class Layout:
         fixed_codebooks: the size of the codes' axis of codebooks where the graph fixes it.
         past: shapes of the pasts that a step takes, for one utterance.
         count_shape: the shape of the input ``n_quantizers``.
+        output: the name of the output that has the codes or the audio.
+        channels: of the audio; None where the graph leaves that open.
     """
 
-    source: Literal["community", "official", "ours"]
+    source: Source
     role: Role
     path: Path
     dtypes: Mapping[str, str]
@@ -67,44 +77,67 @@ class Layout:
     fixed_codebooks: int | None = None
     past: tuple[tuple[int, ...], ...] = ()
     count_shape: tuple[int, ...] = ()
+    output: str = ""
+    channels: int | None = 1
 
 
 @dataclass(frozen=True)
 class _Signature:
-    """What a published graph looks like. Values are the types allowed and the number of axes."""
+    """What a published graph looks like.
 
-    source: Literal["community", "official"]
+    Attributes:
+        inputs: the types and numbers of axes allowed of each.
+        output: the same of the one that has the codes or the audio, and its published name.
+    """
+
+    source: Source
     role: Role
-    inputs: Mapping[str, tuple[tuple[str, ...], tuple[int, ...]]]
-    outputs: Mapping[str, tuple[tuple[str, ...], tuple[int, ...]]]
-    codes: str = field(default="audio_codes")
+    inputs: Mapping[str, _Form]
+    output: tuple[str, _Form]
 
-    def fault(self, graph: GraphFile) -> str | None:
-        """Why the graph is not this; None if it is."""
+    def find_output(self, graph: GraphFile) -> Port | str:
+        """The output that is meant, or why the graph is not this."""
         given = {port.name: port for port in graph.inputs}
         if given.keys() != self.inputs.keys():
             return f"its inputs are not {', '.join(self.inputs)}"
-        made = {port.name: port for port in graph.outputs}
-        for name, (dtypes, ranks) in {**self.inputs, **self.outputs}.items():
-            port = given.get(name) if name in self.inputs else made.get(name)
-            if port is None:
-                return f"it has no output {name}"
-            if port.dtype and port.dtype not in dtypes:
-                return f"{name} is {port.dtype}, not {' or '.join(dtypes)}"
-            if port.shape is not None and len(port.shape) not in ranks:
-                return f"{name} has {len(port.shape)} axes, not {' or '.join(map(str, ranks))}"
-            if port.shape is None and name in self.inputs:
+        for name, form in self.inputs.items():
+            if given[name].shape is None:
                 return f"{name} has no shape"
-        return None
+            if (fault := _misfit(given[name], form)) is not None:
+                return fault
+        published, form = self.output
+        for port in graph.outputs:
+            if port.name == published:
+                return _misfit(port, form) or port
+        fitting = [port for port in graph.outputs if port.dtype and port.shape and _misfit(port, form) is None]
+        dtypes, ranks = form
+        wanted = f"{' or '.join(dtypes)} of {' or '.join(map(str, ranks))} axes"
+        return fitting[0] if fitting else f"it has no output {published}, and none that is {wanted}"
 
 
-_WAVES = {"input_values": (("float32",), (3,))}
-_COUNT = {"n_quantizers": (_INTEGERS, (0, 1))}
+def _misfit(port: Port, form: _Form) -> str | None:
+    """Why a port has not this form; None if it has, as far as the graph says."""
+    dtypes, ranks = form
+    if port.dtype and port.dtype not in dtypes:
+        return f"{port.name} is {port.dtype}, not {' or '.join(dtypes)}"
+    if port.shape is not None and len(port.shape) not in ranks:
+        return f"{port.name} has {len(port.shape)} axes, not {' or '.join(map(str, ranks))}"
+    return None
+
+
+_THREE_AXES: _Form = (_INTEGERS, (3,))
+_WAVES: Mapping[str, _Form] = {"input_values": (("float32",), (3,))}
+_COUNT: Mapping[str, _Form] = {"n_quantizers": (_INTEGERS, (0, 1))}
+_NANO_WAVES: Mapping[str, _Form] = {"waveform": (("float32",), (3,)), "input_lengths": (_INTEGERS, (1,))}
+_NANO_CODES: Mapping[str, _Form] = {"audio_codes": _THREE_AXES, "audio_code_lengths": (_INTEGERS, (1,))}
+_CODES = ("audio_codes", _THREE_AXES)
 _SIGNATURES = (
-    _Signature("community", "encoder", _WAVES, {"audio_codes": (_INTEGERS, (3,))}),
-    _Signature("official", "encoder", {**_WAVES, **_COUNT}, {"audio_codes": (_INTEGERS, (3,))}),
-    _Signature("community", "decoder", {"audio_codes": (("int32",), (3,))}, {"audio": (("float32",), (2,))}),
-    _Signature("official", "decoder", {"audio_codes": (_INTEGERS, (3,)), **_COUNT}, {"audio": (("float32",), (3,))}),
+    _Signature("community", "encoder", _WAVES, _CODES),
+    _Signature("official", "encoder", {**_WAVES, **_COUNT}, _CODES),
+    _Signature("nano", "encoder", _NANO_WAVES, _CODES),
+    _Signature("community", "decoder", {"audio_codes": (("int32",), (3,))}, ("audio", (("float32",), (2,)))),
+    _Signature("official", "decoder", {"audio_codes": _THREE_AXES, **_COUNT}, ("audio", (("float32",), (3,)))),
+    _Signature("nano", "decoder", _NANO_CODES, ("audio", (("float32",), (3,)))),
 )
 
 
@@ -123,10 +156,10 @@ def recognise(graph: GraphFile, num_codebooks: int | None) -> Layout:
         return _ours(graph, role)
     faults = []
     for signature in _SIGNATURES:
-        fault = signature.fault(graph)
-        if fault is None:
-            return _published(graph, signature, num_codebooks)
-        faults.append(f"{signature.source} {signature.role}: {fault}")
+        found = signature.find_output(graph)
+        if isinstance(found, Port):
+            return _published(graph, signature, found, num_codebooks)
+        faults.append(f"{signature.source} {signature.role}: {found}")
     raise UnknownLayout(f"{graph.path}: is of no known layout; it is {graph}. {'; '.join(faults)}")
 
 
@@ -145,19 +178,23 @@ def _ours(graph: GraphFile, role: str) -> Layout:
         dtypes={port.name: port.dtype for port in graph.inputs},
         axes="BKT",
         past=tuple(tuple(dim if isinstance(dim, int) else 1 for dim in shape) for shape in pasts),
+        output="codes" if "encoder" in role else "audio",
     )
 
 
-def _published(graph: GraphFile, signature: _Signature, num_codebooks: int | None) -> Layout:
-    ports = graph.outputs if signature.role == "encoder" else graph.inputs
-    codes = next(port for port in ports if port.name == signature.codes)
-    if signature.role == "encoder":
-        waves = next(port for port in graph.inputs if port.name == "input_values")
-        for axis in (0, 1):
-            size = (waves.shape or ())[axis]
-            if isinstance(size, int) and size != 1:
-                raise RunError(f"{graph.path}: {waves}: must be mono and take one utterance, (B, 1, S)")
-    axes = _axes(graph, codes, num_codebooks)
+def _published(graph: GraphFile, signature: _Signature, output: Port, num_codebooks: int | None) -> Layout:
+    encodes, nano = signature.role == "encoder", signature.source == "nano"
+    codes = output if encodes else next(port for port in graph.inputs if port.name == "audio_codes")
+    waves = next(port for port in graph.inputs if port.dtype == "float32") if encodes else output
+    channels: int | str = 1
+    if encodes or nano:
+        batch, channels = (waves.shape or ("?", "?"))[:2]
+        if batch != 1 and isinstance(batch, int):
+            raise RunError(f"{graph.path}: {waves}: must take one utterance, (B, channels, S)")
+        if not nano and channels != 1 and isinstance(channels, int):
+            raise RunError(f"{graph.path}: {waves}: must be mono and take one utterance, (B, 1, S)")
+        channels = channels if nano else 1
+    axes = "BTK" if nano else _axes(graph, codes, num_codebooks)
     counts = [port.shape for port in graph.inputs if port.name == "n_quantizers"]
     size = "?" if codes.shape is None else codes.shape[axes.index("K")]
     return Layout(
@@ -168,6 +205,8 @@ def _published(graph: GraphFile, signature: _Signature, num_codebooks: int | Non
         axes=axes,
         fixed_codebooks=size if isinstance(size, int) else None,
         count_shape=(1,) if any(counts) else (),
+        output=output.name,
+        channels=channels if isinstance(channels, int) else None,
     )
 
 

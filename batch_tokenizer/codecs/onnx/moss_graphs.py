@@ -7,6 +7,14 @@ Enters: a ``MossAudioTokenizer``. Leaves: four graphs.
     encoder_step  audio (B, S), frames_before (B), num_quantizers (), past_0 …    → codes (B, K', T), present_0 …
     decoder_step  codes (B, K', T), frames_before (B), past_0 …                   → audio (B, S), present_0 …
 
+With the layout of a published graph (``layouts.py``), for programs that were written for these:
+
+    community   input_values (B, 1, S)              → audio_codes (K, B, T), audio_codes_lengths (B),
+                                                      encoder_hidden_states (B, d, T)
+                audio_codes int32 (K', B, T)        → audio (B, S)
+    official    input_values (1, 1, S), n_quantizers → audio_codes (K', 1, T), audio_codes_lengths (1)
+                audio_codes (K', 1, T), n_quantizers → audio (1, 1, S), audio_lengths (1)
+
 Audio and pasts are float32, all else int64. The model is causal, so what is beyond an utterance's length changes
 nothing before it; outputs are zero there. A step continues utterances by equally many whole frames; its past is, for
 each transformer stage, the rotated keys and the values of the last ``context`` - 1 rows, (layers, 2, B, context - 1,
@@ -19,7 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import onnx
 import torch
@@ -30,6 +38,8 @@ from batch_tokenizer.codecs.moss.layers import PatchDown, PatchUp, Transformer
 from batch_tokenizer.codecs.moss.model import MossAudioTokenizer
 from batch_tokenizer.codecs.moss.quantizer import Codebook, Projection
 from batch_tokenizer.codecs.onnx.builder import GraphBuilder, WeightFile
+
+PublishedLayout = Literal["community", "official"]
 
 #: Queries that share one slice of keys.
 BLOCK = 128
@@ -52,9 +62,7 @@ def encoder_graph(
         heard = builder.op("Less", builder.arange(samples), builder.unsqueeze(lengths, 1))
         audio = builder.op("Where", heard, audio, builder.number(0.0))
     frame_size = model.config.downsample_rate
-    whole = builder.op("Mul", builder.ceil_div(samples, frame_size), builder.integer(frame_size))
-    audio = builder.pad(audio, 2, 1, after=builder.op("Sub", whole, samples))
-    hidden = stages(builder.reshape(audio, 0, -1, 1), 1)
+    hidden = _hidden(builder, model, stages, audio)
     codes = _quantize(builder, model, hidden)
     used = builder.reshape(num_quantizers, 1)
     codes = builder.slice(codes, 1, builder.integers(0), used)
@@ -68,6 +76,72 @@ def encoder_graph(
         builder.output("codes", codes, "int64", ("batch", "codebooks", "frames"))
     stages.output_present()
     return builder.model(metadata)
+
+
+def _hidden(builder: GraphBuilder, model: MossAudioTokenizer, stages: _Stages, audio: str) -> str:
+    """Samples (B, S), zero-padded to whole frames, to (B, T, d) before quantization."""
+    frame_size, samples = model.config.downsample_rate, builder.size(audio, 1)
+    whole = builder.op("Mul", builder.ceil_div(samples, frame_size), builder.integer(frame_size))
+    audio = builder.pad(audio, 2, 1, after=builder.op("Sub", whole, samples))
+    return stages(builder.reshape(audio, 0, -1, 1), 1)
+
+
+def published_encoder_graph(
+    model: MossAudioTokenizer, layout: PublishedLayout, weights: WeightFile | None
+) -> onnx.ModelProto:
+    """The encoder and quantizer with the inputs and outputs of a published layout.
+
+    Lengths count an utterance's last frame, which is zero-padded here, whether it is whole or not.
+    """
+    assert model.encoder is not None
+    builder = GraphBuilder("encoder", weights)
+    books = model.config.quantizer.num_quantizers
+    batch: int | str = "batch" if layout == "community" else 1
+    waves = builder.input("input_values", "float32", (batch, 1, "samples"))
+    hidden = _hidden(
+        builder, model, _Stages(builder, model.encoder, None), builder.op("Squeeze", waves, builder.integers(1))
+    )
+    codes = builder.op("Transpose", _quantize(builder, model, hidden), perm=[1, 0, 2])  # (K, B, T)
+    if layout == "official":
+        used = builder.reshape(builder.input("n_quantizers", "int64", ()), 1)
+        codes = builder.slice(codes, 0, builder.integers(0), used)
+    builder.output("audio_codes", codes, "int64", (books if layout == "community" else "codebooks", batch, "frames"))
+    lengths = builder.op("Expand", builder.size(codes, 2), builder.size(codes, 1))
+    builder.output("audio_codes_lengths", lengths, "int64", (batch,))
+    if layout == "community":
+        width = model.config.quantizer.input_dim
+        builder.output(
+            "encoder_hidden_states",
+            builder.op("Transpose", hidden, perm=[0, 2, 1]),
+            "float32",
+            (batch, width, "frames"),
+        )
+    return builder.model({})
+
+
+def published_decoder_graph(
+    model: MossAudioTokenizer, layout: PublishedLayout, weights: WeightFile | None
+) -> onnx.ModelProto:
+    """The codebooks and the decoder with the inputs and outputs of a published layout, for fewer codebooks too."""
+    assert model.decoder is not None
+    builder = GraphBuilder("decoder", weights)
+    batch: int | str = "batch" if layout == "community" else 1
+    dtype = "int32" if layout == "community" else "int64"
+    codes = builder.input("audio_codes", dtype, ("codebooks", batch, "frames"))
+    if layout == "official":
+        used = builder.reshape(builder.input("n_quantizers", "int64", ()), 1)
+        codes = builder.slice(codes, 0, builder.integers(0), used)
+    else:
+        codes = builder.op("Cast", codes, to=onnx.TensorProto.INT64)
+    codes = builder.op("Transpose", codes, perm=[1, 0, 2])
+    stages = _Stages(builder, model.decoder, None)
+    audio = builder.reshape(stages(_dequantize(builder, model, codes), model.config.quantizer.output_dim), 0, -1)
+    if layout == "community":
+        builder.output("audio", audio, "float32", (batch, "samples"))
+    else:
+        builder.output("audio", builder.unsqueeze(audio, 1), "float32", (1, 1, "samples"))
+        builder.output("audio_lengths", builder.size(audio, 1), "int64", (1,))
+    return builder.model({})
 
 
 def decoder_graph(
