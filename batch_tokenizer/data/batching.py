@@ -1,7 +1,7 @@
-"""``Packer``: loaded rows enter one at a time, batches within a row limit and a frame budget leave.
+"""``Packer``: collects loaded rows into batches within a row limit and a frame budget.
 
-Rows are put first-fit into a few open batches, which fills the budget better than cutting the stream where it happens
-to overflow. Which rows meet in a batch changes no row's result, so nothing here needs to be reproducible.
+Rows are put first-fit into a few open batches, which fills the budget better than a new batch whenever the next row
+does not fit. Tokens do not depend on batch composition, so nothing here needs to be reproducible.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 
 from batch_tokenizer.records import Batch, LoadedRow
 
-#: Batches that are filled at once. More would fill little better and hold more rows back.
+#: Batches that are open at once. More would be filled little better and keep more rows waiting.
 _OPEN_BATCHES = 4
 
 
 @dataclass(slots=True)
 class _OpenBatch:
-    opened: int  # the number of the row that opened it
+    opened: int  # how many rows had been added when it was opened
     rows: list[LoadedRow] = field(default_factory=list)
     frames: int = 0
 
@@ -28,7 +28,7 @@ class Packer:
         batch_size: most rows in a batch.
         frame_budget: most token frames in a batch. A row that is longer gets a batch to itself.
 
-    A row leaves at the latest with the ``2 * batch_size``-th row after the one that opened its batch, or at ``flush``.
+    A batch is returned at the latest with the ``2 * batch_size``-th row after its first one, or by ``flush``.
     """
 
     def __init__(self, batch_size: int, frame_budget: int) -> None:
@@ -44,12 +44,14 @@ class Packer:
         ready = []
         if self._open and self._open[0].opened + 2 * self._batch_size <= self._added:
             ready.append(self._open.pop(0))
+        # 2. The first batch with room takes the row, or a new one.
         place = next((batch for batch in self._open if batch.frames <= room), None)
         if place is None:
             place = _OpenBatch(self._added)
             self._open.append(place)
         place.rows.append(loaded)
         place.frames += loaded.frames
+        # 3. It is full, or too many are open: then the fullest goes.
         if len(place.rows) >= self._batch_size or place.frames >= self.frame_budget:
             self._open.remove(place)
             ready.append(place)

@@ -1,153 +1,56 @@
 """``Loader``: rows go in, the same rows come out loaded or failed, each exactly once, whatever happens to a process.
 
-One pool of loader processes per rank, owned by the computing process. torch's ``DataLoader`` was not used because it
-cannot keep that promise: a worker that is killed there ends the whole iterator, and the parent cannot tell which row
-the worker held, so one file that exhausts memory would take the run with it.
+One pool of loader processes per rank, on torch's ``DataLoader`` (``workers.py``). What this adds to it is that a row
+which kills its process, or hangs in it, costs only itself:
 
-Here each worker has its own socket and a short queue of rows, and answers row by row in order. So the first unanswered
-row of a dead worker is the suspect, and the others it had are innocent. A suspect is tried once more, with a fresh
-worker to itself; if that dies too, the row fails. A worker that sits on a row for longer than ``row_timeout`` is killed
-and replaced, and the row fails at once. Signals that a launcher sends to all processes of a job do not end the workers
-(see ``worker``), so a preempted job blames no row.
+- Each process names the row that it has in hand, and a set of processes ends with the first that dies. The row in the
+  dead process's hands is suspect; the others are loaded again by the next set. A suspect is tried once more, in a set
+  of one process; if that dies too, the row fails.
+- If a process has had a row in hand for longer than ``row_timeout``, the row fails at once, and the set ends likewise.
+- Signals that a launcher sends to all processes of a job are kept from the loader processes, so a preempted job blames
+  no row.
 
-One thread of the parent does all of the talking: it hands out rows, takes in arrays while the model computes, and kills
-and replaces workers. It waits in ``select`` and has nothing to do with the caller but two queues under one lock.
+One thread starts sets of processes and takes in what they load while the model computes. Whoever makes room, or brings
+rows, hands rows out to them. All of that is under one lock.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
-import multiprocessing
-import os
-import pickle
-import selectors
-import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing.reduction import send_handle
 from types import TracebackType
 
-import numpy as np
-
-from batch_tokenizer.data.worker import HEAD, Failed, Loaded, attempt, outcome, unpack, without
-from batch_tokenizer.records import LoadedRow, ManifestRow, RowFailure, RunError
+from batch_tokenizer.data.processes import ensure_fork_server
+from batch_tokenizer.data.worker import MESSAGE_BYTES, STARTING, Answer, Failed, Loaded, attempt
+from batch_tokenizer.data.workers import POLL_SECONDS, Death, WorkerSet
+from batch_tokenizer.records import LoadedRow, ManifestRow, RowFailure, RunError, first_line
 
 _log = logging.getLogger(__name__)
 
-#: Rows that a worker holds at once, the one it loads and those that wait: so many that it need not wait for the parent,
-#: which may be busy for some milliseconds, and so few that a row does not wait long behind others while workers idle.
-_LEAST_ROWS, _MOST_ROWS = 3, 12
-_SECONDS_OF_ROWS = 5e-3
+#: Rows that are handed over in one message: as many as load in this many seconds, up to a bound. A message costs about
+#: as much as loading half a second of wav; rows wait for the others of their message.
+_MESSAGE_SECONDS, _MOST_ROWS = 5e-3, 8
 
-#: Bytes that a worker may send before the parent reads them, if the system allows so many: enough for most rows, as
-#: each time that it has to wait costs both sides more than the copying.
-_SOCKET_BYTES = 1 << 20
+#: Sets of processes that fail, one after the other, before any row was loaded: that is the machine's trouble.
+_FAILURES_IN_SUCCESSION = 3
 
-#: So many processes that die at their start, one after the other, are the machine's trouble and not a row's.
-_DEATHS_IN_SUCCESSION = 3
-
-#: The thread looks at the clock this often while rows are being loaded. If it finds that two of these have passed, the
-#: whole job was suspended (control-Z, Slurm's gang scheduling), its workers with it, and the time does not count.
-_SECOND = 1.0
+#: Seconds that ``close`` waits for processes that are only just being started; they end by themselves.
+_CLOSE_SECONDS = 1.0
 
 
 @dataclass(eq=False, slots=True)
-class _Job:
-    """A row on its way through; ``deaths`` counts the workers that died on it."""
+class _PendingRow:
+    """A row on its way through. ``deaths`` counts the processes that died on it."""
 
     row: ManifestRow
-    order: int
+    number: int  # in the order submitted
     deaths: int = 0
-
-
-class _Worker:
-    """The parent's view of one loader process, and the parent's end of its socket."""
-
-    def __init__(self, number: int, connection: socket.socket) -> None:
-        connection.setblocking(False)
-        self.number = number
-        self.connection = connection
-        self.jobs: deque[_Job] = deque()  # what it was given and has not answered, in that order
-        self.alive = False  # it has said its first word
-        self.alone = False  # it is trying a suspect and gets nothing else meanwhile
-        self.began = 0.0  # when it could begin with the first of its jobs
-        self.arriving: int | None = None  # bytes of the arrays of an answer that has begun to arrive
-        self.admitted = False  # those bytes are accounted for and may be read
-        self.watched = 0  # the events that ``select`` waits for on its socket
-        self.ended = False  # its socket is at the end
-        self.status: int | None = None  # its exit status, once the server has told
-        self._outgoing = bytearray()
-        self._messages = self._read_messages()
-        self._wanted = next(self._messages)
-
-    @property
-    def held_back(self) -> bool:
-        """An answer has begun to arrive, and the consumer has no room for its arrays."""
-        return self.arriving is not None and not self.admitted
-
-    def give(self, job: _Job) -> None:
-        """Queue a row for it; ``flush`` sends it."""
-        if not self.jobs:
-            self.began = time.monotonic()
-        self.jobs.append(job)
-        self._outgoing += pickle.dumps(job.row, protocol=5)
-
-    def flush(self) -> bool:
-        """Send what the socket takes. True if some is left. Never blocks: the worker may itself be sending."""
-        try:
-            while self._outgoing:
-                del self._outgoing[: self.connection.send(self._outgoing)]
-        except BlockingIOError:
-            return True
-        except (BrokenPipeError, ConnectionResetError):
-            self._outgoing.clear()  # it is dead, which reading will show
-        return False
-
-    def receive(self, admit: Callable[[_Worker], bool]) -> Iterator[tuple[Loaded | Failed | None, int]]:
-        """Messages that are complete, with the bytes of their arrays.
-
-        Ends when the socket is empty or at its end (``ended``), or when ``admit`` will not have the next arrays
-        yet; the worker then waits in its ``send``.
-        """
-        while True:
-            if self.arriving is not None and not self.admitted and not admit(self):
-                return
-            try:
-                count = self.connection.recvmsg_into(self._wanted)[0]
-            except BlockingIOError:
-                return
-            except ConnectionResetError:
-                count = 0
-            if count == 0:
-                self.ended = True
-                return
-            self._wanted = without(self._wanted, count)
-            if not self._wanted:
-                self._wanted = next(self._messages)
-                if not self._wanted:
-                    size, self.arriving, self.admitted = self.arriving or 0, None, False
-                    yield self._message, size
-                    self._wanted = next(self._messages)
-
-    def _read_messages(self) -> Iterator[list[memoryview]]:
-        """The counterpart of ``worker.pack``. Yields memory to fill, and none each time ``_message`` is complete."""
-        while True:
-            head = bytearray(HEAD.size)
-            yield [memoryview(head)]
-            body_size, *sizes = HEAD.unpack(head)
-            body = bytearray(body_size)
-            arrays = [np.empty(size, np.uint8) for size in sizes]
-            self.arriving = sum(sizes)
-            yield [memoryview(body), *(array.data for array in arrays if len(array))]
-            self._message: Loaded | Failed | None = unpack(body, arrays)
-            yield []
 
 
 class Loader:
@@ -159,8 +62,8 @@ class Loader:
             other exception fails it as an internal error, with the traceback in the log.
         num_workers: loader processes. With 0, ``next`` loads in the calling thread, and ``row_timeout`` does not hold.
         rows_ahead: most rows that are being loaded or lie loaded.
-        bytes_ahead: about the most bytes of arrays that lie loaded; each worker may hold one more row back. One row may
-            be larger than that.
+        bytes_ahead: most bytes of arrays that lie loaded, if no row is larger. Each worker may have two more messages,
+            of one row or about 1 MB.
         row_timeout: seconds that loading one row may take.
 
     Rows come out in the order in which they are done. ``submit``, ``next`` and ``stop_loading`` may be called from any
@@ -182,36 +85,30 @@ class Loader:
         self._bytes_ahead = bytes_ahead
         self._row_timeout = row_timeout
 
-        # Shared with the callers, under the lock.
+        # All of this is under the lock. A row is in one of the first four, by its number in the third.
         self._changed = threading.Condition()
-        self._queue: deque[_Job] = deque()
-        self._suspects: deque[_Job] = deque()
-        self._workers: dict[int, _Worker] = {}
+        self._queue: deque[_PendingRow] = deque()
+        self._suspects: deque[_PendingRow] = deque()
+        self._in_flight: dict[int, _PendingRow] = {}
         self._ready: deque[tuple[LoadedRow | RowFailure, int]] = deque()
-        self._held_bytes = 0  # in _ready or admitted to it
+        self._ready_bytes = 0
         self._submitted = 0
         self._handed_out = 0
-        self._starved = False  # the thread would do more if the consumer took something
+        self._workers: WorkerSet | None = None
+        self._alone = False  # the workers are one, for suspects
+        self._row_bytes: float | None = None  # running mean of a row's size
+        self._row_seconds = 1.0  # and of the processor time that it takes to load
+        self._failures = 0  # of sets, in succession
         self._stopped = False
         self._fault: BaseException | None = None
 
-        # The thread's own.
-        self._row_bytes: float | None = None  # running mean of a row's size
-        self._row_seconds = 1.0  # and of the processor time that it takes to load
-        self._workers_started = 0
-        self._looked = time.monotonic()  # at the clock
-        self._start_deaths = 0  # in succession
-        self._server_deaths = 0  # in succession
-        self._server: subprocess.Popen[bytes] | None = None
         self._thread: threading.Thread | None = None
         if num_workers:
-            self._pickled_load = pickle.dumps(load, protocol=5)
-            self._selector = selectors.DefaultSelector()
-            self._bell, self._bell_rope = socket.socketpair()
-            self._bell.setblocking(False)
-            self._bell_rope.setblocking(False)
+            with contextlib.suppress(OSError):  # the thread tries again, and says what is wrong
+                ensure_fork_server(load)
             self._thread = threading.Thread(target=self._run, name="loader", daemon=True)
             self._thread.start()
+            atexit.register(self.stop_loading)  # or Python would wait for processes that are in the middle of a row
 
     # The caller's side
 
@@ -220,9 +117,10 @@ class Loader:
         with self._changed:
             if self._stopped:
                 raise RuntimeError("the loader was stopped")
-            self._queue.extend(_Job(row, self._submitted + place) for place, row in enumerate(rows))
+            self._queue.extend(_PendingRow(row, self._submitted + place) for place, row in enumerate(rows))
             self._submitted += len(rows)
-        self._ring()
+            self._hand_out()
+            self._changed.notify_all()
 
     def next(self, timeout: float | None = None) -> LoadedRow | RowFailure | None:
         """The next row that is done; None after ``timeout`` seconds (None: no limit), and when no row is pending.
@@ -239,12 +137,11 @@ class Loader:
                     raise self._fault
                 return None
             record, size = self._ready.popleft()
-            self._held_bytes -= size
+            self._ready_bytes -= size
             self._handed_out += 1
-            starved = self._starved
-        if starved:
-            self._ring()
-        return record
+            self._hand_out()
+            self._changed.notify_all()
+            return record
 
     @property
     def pending(self) -> int:
@@ -259,24 +156,22 @@ class Loader:
         """
         with self._changed:
             self._stopped = True
-            jobs = [*self._queue, *self._suspects]
+            rows = sorted([*self._queue, *self._suspects, *self._in_flight.values()], key=lambda row: row.number)
             self._queue.clear()
             self._suspects.clear()
-            for worker in self._workers.values():
-                jobs += worker.jobs
-                worker.jobs.clear()
-            self._submitted -= len(jobs)
+            self._in_flight.clear()
+            self._submitted -= len(rows)
+            if self._workers is not None:
+                self._workers.kill()
             self._changed.notify_all()
-        self._ring()
-        return [job.row for job in sorted(jobs, key=lambda job: job.order)]
+        return [pending.row for pending in rows]
 
     def close(self) -> None:
         """Kill the loader processes and forget what is pending."""
         self.stop_loading()
         if self._thread is not None:
-            self._thread.join()
-            self._bell.close()
-            self._bell_rope.close()
+            self._thread.join(_CLOSE_SECONDS)
+            atexit.unregister(self.stop_loading)
         with self._changed:
             self._ready.clear()
             self._handed_out = self._submitted
@@ -292,299 +187,171 @@ class Loader:
     def _pending(self) -> int:
         return self._submitted - self._handed_out
 
-    def _ring(self) -> None:
-        """Wake the thread."""
-        if self._thread is not None and self._thread.is_alive():
-            with contextlib.suppress(BlockingIOError):  # it has been rung often enough
-                self._bell_rope.send(b"!")
-
     def _load_here(self) -> LoadedRow | RowFailure | None:
         with self._changed:
             if not self._queue:
                 return None
-            job = self._queue.popleft()
-        record = self._record(job, attempt(self._load, job.row))
-        with self._changed:
+            pending = self._queue.popleft()
             self._handed_out += 1
-        return record
+        result = attempt(self._load, pending.row)
+        return _failure(pending.row, result) if isinstance(result, Failed) else result
 
-    def _record(self, job: _Job, result: Loaded | Failed) -> LoadedRow | RowFailure:
-        if isinstance(result, Failed) and result.bug is not None:
-            _log.error("row %r (line %d): %s\n%s", job.row.key, job.row.line, result.reason, result.bug)
-        return outcome(job.row, result)
+    # Rows handed out
 
-    # The thread's side
+    def _hand_out(self) -> None:
+        """Give queued rows to the workers, as far as the consumer's allowance goes. The lock is held."""
+        while self._workers is not None and self._workers.free and (count := self._message_rows()):
+            source = self._suspects if self._alone else self._queue
+            rows = [source.popleft() for _ in range(count)]
+            self._in_flight.update((pending.number, pending) for pending in rows)
+            self._workers.give([(pending.number, pending.row) for pending in rows])
+
+    def _message_rows(self) -> int:
+        """How many rows the next message may have; 0 for none now."""
+        if self._alone:
+            return 1 if self._suspects and not self._in_flight else 0
+        if not self._queue:
+            return 0
+        # 1. As many as make a message worth its while, but so few that every worker gets some.
+        row_bytes = self._bytes_ahead / self._num_workers if self._row_bytes is None else max(1.0, self._row_bytes)
+        most = min(
+            _MOST_ROWS,
+            _MESSAGE_SECONDS / self._row_seconds,
+            MESSAGE_BYTES / row_bytes,
+            self._rows_ahead / (2 * self._num_workers),
+            -(-len(self._queue) // self._num_workers),
+        )
+        count = max(1, int(most))
+        # 2. As far as there is room. While the consumer has rows to take, wait until there is room for a whole message.
+        ahead = len(self._in_flight) + len(self._ready)
+        bytes_left = self._bytes_ahead - self._ready_bytes
+        room = min(self._rows_ahead - ahead, int(bytes_left / row_bytes) - len(self._in_flight))
+        if room < count and self._ready:
+            return 0
+        return max(0 if ahead else 1, min(room, count))  # a row may be larger than all that is allowed
+
+    # The thread
 
     def _run(self) -> None:
         try:
-            self._selector.register(self._bell, selectors.EVENT_READ, self._on_bell)
-            self._start_server()
             while not self._stopped:
-                self._turn()
+                self._run_workers()
+                with self._changed:
+                    self._changed.wait_for(lambda: self._queue or self._suspects or self._stopped)
         except BaseException as error:  # noqa: BLE001 - raised again by next(), in the thread that can act on it
             with self._changed:
                 self._fault = error
                 self._changed.notify_all()
-        finally:
-            self._end_server()
-            for worker in self._workers.values():
-                worker.connection.close()
-            self._selector.close()
 
-    def _turn(self) -> None:
+    def _run_workers(self) -> None:
+        """One set of workers, until one dies or hangs, a suspect is settled, or the loading is stopped."""
+        self._alone = bool(self._suspects)
+        # 1. Start them.
+        try:
+            workers = WorkerSet(self._load, 1 if self._alone else self._num_workers)
+        except (OSError, EOFError, RuntimeError) as error:
+            reason = "the fork server ended" if isinstance(error, EOFError) else first_line(error)
+            remedy = "lower --num_workers or raise the limit on processes"
+            self._count_failure(f"cannot start a loader process: {reason}; {remedy}")
+            return
         with self._changed:
-            for worker in [worker for worker in self._workers.values() if worker.held_back]:
-                self._listen(worker)
-            self._assign()
-            deadlines = [worker.began + self._row_timeout for worker in self._timed()]
-        patience = min(_SECOND, max(0.0, min(deadlines) - time.monotonic())) if deadlines else None
-        for key, _ in self._selector.select(patience):
-            key.data()
-        self._cut_off_late_workers()
-
-    def _on_bell(self) -> None:
-        self._bell.recv(4096)
-
-    def _assign(self) -> None:
-        """Hand out queued rows as far as the consumer's allowance goes, to the workers that have fewest."""
-        workers = [worker for worker in self._workers.values() if worker.alive and not worker.ended]
-        in_flight = sum(len(worker.jobs) for worker in self._workers.values())
-        unweighed = in_flight - sum(worker.admitted for worker in workers)
-        row_bytes = self._bytes_ahead // self._num_workers if self._row_bytes is None else self._row_bytes
-        self._starved = any(worker.held_back for worker in workers)
-        most = max(_LEAST_ROWS, min(_MOST_ROWS, int(_SECONDS_OF_ROWS / self._row_seconds)))
-        free = [worker for worker in workers if not worker.alone and len(worker.jobs) <= (most + 1) // 2]
-        given = set()
-        while self._queue and free:
-            ahead = in_flight + len(self._ready)
-            expected_bytes = self._held_bytes + (unweighed + 1) * row_bytes
-            if ahead and (ahead >= self._rows_ahead or expected_bytes > self._bytes_ahead):
-                self._starved = True
-                break
-            worker = min(free, key=lambda worker: len(worker.jobs))
-            worker.give(self._queue.popleft())
-            given.add(worker)
-            if len(worker.jobs) >= most:
-                free.remove(worker)
-            in_flight += 1
-            unweighed += 1
-        for worker in given:
-            self._watch(worker)
-
-    def _watch(self, worker: _Worker) -> None:
-        """Send what can be sent, and have ``select`` wait for what is left to do with this worker."""
-        events = 0 if worker.held_back or worker.ended else selectors.EVENT_READ
-        if worker.flush():
-            events |= selectors.EVENT_WRITE
-        if events == worker.watched:
-            return
-        if worker.watched:
-            self._selector.unregister(worker.connection)
-        if events:
-            self._selector.register(worker.connection, events, lambda: self._listen(worker))
-        worker.watched = events
-
-    def _listen(self, worker: _Worker) -> None:
-        """Take in what a worker says, and send it what waits to be sent."""
-        if worker.number not in self._workers:  # dismissed while this event waited
-            return
-        for message, size in worker.receive(self._admit):
+            self._workers = workers
+            self._hand_out()
+        # 2. Take in what they load, and look after them now and then.
+        late: list[int] = []
+        deaths: list[Death] = []
+        try:
+            look = time.monotonic()
+            while not (self._stopped or late or deaths or (self._alone and not self._in_flight)):
+                answer = workers.receive()
+                if answer is not None:
+                    self._take(workers, answer)
+                if answer is None or time.monotonic() > look + POLL_SECONDS:
+                    look = time.monotonic()
+                    late, deaths = workers.late(self._row_timeout), workers.deaths()
+            server_died = bool(deaths) and workers.server_died()
+        finally:
             with self._changed:
-                if message is None:
-                    self._greet(worker)
-                elif worker.jobs:
-                    self._on_answer(worker, message, size)
-                else:  # the loading was stopped
-                    self._held_bytes -= size
-        self._watch(worker)
-        if worker.ended and worker.status is not None:
-            self._bury(worker)
-
-    def _admit(self, worker: _Worker) -> bool:
-        """Is there room for the arrays that a worker is about to send? A dead worker's are taken in at any rate."""
-        size = worker.arriving or 0
+                self._workers = None
+            workers.close()
+        # 3. Find out which rows are to blame, and queue the others again.
         with self._changed:
-            if size and self._held_bytes and self._held_bytes + size > self._bytes_ahead and worker.status is None:
-                return False
-            self._held_bytes += size
-            worker.admitted = True
-            return True
+            blamed = self._settle(late, [] if server_died else deaths)
+        if server_died:
+            self._count_failure("the fork server of the loader processes died; is the machine out of memory?")
+        elif deaths and not blamed:
+            when = "as soon as they start" if deaths[0].number == STARTING else "without a row in hand"
+            self._count_failure(f"loader processes die {when} ({deaths[0]})")
 
-    def _greet(self, worker: _Worker) -> None:
-        worker.alive = True
-        self._start_deaths = 0
-        if self._suspects:
-            worker.alone = True
-            worker.give(self._suspects.popleft())
-            self._watch(worker)
-
-    def _on_answer(self, worker: _Worker, message: Loaded | Failed, size: int) -> None:
-        job = worker.jobs.popleft()
-        worker.alone = False
-        worker.began = time.monotonic()
-        self._server_deaths = 0
-        if isinstance(message, Loaded):
-            self._row_bytes = size if self._row_bytes is None else 0.9 * self._row_bytes + 0.1 * size
-            self._row_seconds = 0.9 * self._row_seconds + 0.1 * max(1e-4, message.load_seconds)
-        self._finish(job, message, size)
-
-    def _finish(self, job: _Job, result: Loaded | Failed, size: int = 0) -> None:
-        self._ready.append((self._record(job, result), size))
-        self._changed.notify()
-
-    # Workers that end
-
-    def _timed(self) -> list[_Worker]:
-        """Workers whose time is running: not while they start, nor when they have begun to send an answer."""
-        return [worker for worker in self._workers.values() if worker.alive and worker.jobs and worker.arriving is None]
-
-    def _cut_off_late_workers(self) -> None:
-        now = time.monotonic()
-        gap, self._looked = now - self._looked, now
+    def _take(self, workers: WorkerSet, answer: Answer) -> None:
+        """Take in the rows of an answer, each when the consumer has room for it; meanwhile no row is cut off."""
+        results = workers.results_of(answer)
+        for number, result in results:
+            size = result.nbytes if isinstance(result, Loaded) else 0
+            with self._changed:
+                while self._ready_bytes and self._ready_bytes + size > self._bytes_ahead and not self._stopped:
+                    self._changed.wait()
+                pending = self._in_flight.get(number)
+            if pending is None or result is None:
+                continue
+            record = workers.row_of(answer, pending.row, result) if isinstance(result, Loaded) else result
+            with self._changed:
+                if isinstance(record, LoadedRow):
+                    self._row_bytes = _mean(self._row_bytes, size)
+                    self._row_seconds = _mean(self._row_seconds, max(1e-4, record.load_seconds))
+                self._finish(number, record, size)
         with self._changed:
-            for worker in self._timed():
-                if gap > 2 * _SECOND:
-                    worker.began = min(now, worker.began + gap)
-                if now - worker.began < self._row_timeout:
-                    continue
-                job = worker.jobs.popleft()
-                reason = f"took longer than --row_timeout {self._row_timeout:g} s to load; raise it if the file is good"
-                self._finish(job, Failed("load", reason))
-                self._request("kill", worker.number)
-                self._dismiss(worker)
-                self._start_worker()
+            workers.take_back(answer)
+            for number, result in reversed(results):
+                if result is None and number in self._in_flight:
+                    self._queue.appendleft(self._in_flight.pop(number))
+            self._hand_out()
 
-    def _bury(self, worker: _Worker) -> None:
-        """A worker is dead, and everything it sent before has been read."""
-        death = _describe_death(worker.status or 0)
-        with self._changed:
-            if self._stopped:
-                return
-            if not worker.alive:
-                self._start_deaths += 1
-                if self._start_deaths >= _DEATHS_IN_SUCCESSION:
-                    raise RunError(f"loader processes die as soon as they start ({death})", exit_code=1)
-            elif worker.jobs:
-                suspect = worker.jobs.popleft()
-                suspect.deaths += 1
-                if suspect.deaths == 1:
-                    _log.warning("loader process died (%s) on row %r; trying it once more", death, suspect.row.key)
-                    self._suspects.append(suspect)
-                else:
-                    self._finish(suspect, Failed("load", f"loader process died twice on this row ({death})"))
-            self._dismiss(worker)
-            self._start_worker()
-
-    def _dismiss(self, worker: _Worker) -> None:
-        """Forget a worker; what it was given goes to others."""
-        del self._workers[worker.number]
-        if worker.admitted:
-            self._held_bytes -= worker.arriving or 0
-        for job in reversed(worker.jobs):
-            (self._suspects if job.deaths else self._queue).appendleft(job)
-        if worker.watched:
-            self._selector.unregister(worker.connection)
-        worker.connection.close()
-
-    # The fork server
-
-    def _start_server(self) -> None:
-        self._control, theirs = multiprocessing.Pipe()
-        program = (
-            f"import sys; sys.path[:] = {sys.path!r}\n"
-            f"from batch_tokenizer.data.worker import main; main({theirs.fileno()})"
-        )
-        one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-        try:
-            self._server = subprocess.Popen(
-                [sys.executable, "-c", program],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                env={**os.environ, **one_thread},
-            )
-        except OSError as error:
-            self._control.close()
-            raise RunError(f"cannot start the loader processes' server: {error}", exit_code=1) from error
-        finally:
-            theirs.close()
-        self._selector.register(self._control, selectors.EVENT_READ, self._on_server)
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it died, which the end of file will tell
-            self._control.send_bytes(self._pickled_load)
-
-    def _on_server(self) -> None:
-        try:
-            kind, *details = self._control.recv()
-        except (EOFError, ConnectionResetError):
-            self._on_server_death()
+    def _finish(self, number: int, result: LoadedRow | Failed, size: int = 0) -> None:
+        """A row is done, unless it was given back meanwhile. The lock is held."""
+        pending = self._in_flight.pop(number, None)
+        if pending is None:
             return
-        with self._changed:
-            if kind == "ready":
-                for _ in range(self._num_workers):
-                    self._start_worker()
-            elif kind == "exited":
-                number, status = details
-                worker = self._workers.get(number)
-                if worker is not None:  # None: it was dismissed
-                    worker.status = status
-                    self._listen(worker)
-            elif kind == "unforked":
-                raise RunError(
-                    f"cannot start a loader process: {details[1]}; lower --num_workers or raise the limit on processes",
-                    exit_code=1,
-                )
+        record = _failure(pending.row, result) if isinstance(result, Failed) else result
+        self._ready.append((record, size))
+        self._ready_bytes += size
+        self._failures = 0
+        self._changed.notify_all()
+
+    def _settle(self, late: Sequence[int], deaths: Sequence[Death]) -> bool:
+        """Fail, suspect or queue again what a set of workers left; whether a row is to blame. The lock is held."""
+        blamed = bool(late)
+        for number in late:
+            reason = f"took longer than --row_timeout {self._row_timeout:g} s to load; raise it if the file is good"
+            self._finish(number, Failed("load", reason))
+        for death in deaths:
+            if (pending := self._in_flight.get(death.number)) is None:
+                continue
+            blamed = True
+            pending.deaths += 1
+            if pending.deaths == 1:
+                _log.warning("loader process died (%s) on row %r; trying it once more", death, pending.row.key)
             else:
-                (trace,) = details
-                _log.error("the loader processes cannot import what they need:\n%s", trace)
-                last_line = trace.strip().rpartition("\n")[2]
-                raise RunError(f"the loader processes cannot import what they need: {last_line}", exit_code=1)
+                self._finish(death.number, Failed("load", f"loader process died twice on this row ({death})"))
+        for pending in sorted(self._in_flight.values(), key=lambda pending: -pending.number):
+            (self._suspects if pending.deaths else self._queue).appendleft(pending)
+        self._in_flight.clear()
+        return blamed
 
-    def _on_server_death(self) -> None:
-        """Somebody killed the server, and the kernel its children. No row is to blame; start over."""
-        self._server_deaths += 1
-        if self._server_deaths >= _DEATHS_IN_SUCCESSION:
-            raise RunError("the loader processes' server keeps dying; is the machine out of memory?", exit_code=1)
-        _log.warning("the loader processes' server died; starting another")
-        self._selector.unregister(self._control)
-        self._end_server()
-        with self._changed:
-            for worker in list(self._workers.values()):
-                self._dismiss(worker)
-        self._start_server()
-
-    def _start_worker(self) -> None:
-        try:
-            ours, theirs = socket.socketpair()
-            theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BYTES)
-        except OSError as error:
-            raise RunError(f"cannot start a loader process: {error}", exit_code=1) from error
-        worker = _Worker(self._workers_started, ours)
-        self._workers_started += 1
-        self._workers[worker.number] = worker
-        self._watch(worker)
-        with theirs:
-            self._request("start", worker.number, theirs)
-
-    def _request(self, request: str, number: int, connection: socket.socket | None = None) -> None:
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it died, which the end of file will tell
-            self._control.send((request, number))
-            if connection is not None:
-                send_handle(self._control, connection.fileno(), None)
-
-    def _end_server(self) -> None:
-        """The server leaves at the end of file, and takes its children along."""
-        if self._server is None:
-            return
-        self._control.close()
-        try:
-            self._server.wait(timeout=0.5)
-        except subprocess.TimeoutExpired:  # still importing
-            self._server.kill()
-            self._server.wait()
+    def _count_failure(self, reason: str) -> None:
+        """A set of workers ended and no row is to blame. ``RunError`` if that happens again and again."""
+        self._failures += 1
+        if self._failures >= _FAILURES_IN_SUCCESSION:
+            raise RunError(reason, exit_code=1)
+        _log.warning("%s; starting again", reason)
 
 
-def _describe_death(status: int) -> str:
-    if status >= 0:
-        return f"exit status {status}"
-    if -status == signal.SIGKILL:
-        return "signal 9: probably out of memory"
-    return f"signal {-status}: {signal.strsignal(-status)}"
+def _failure(row: ManifestRow, failed: Failed) -> RowFailure:
+    if failed.bug is not None:
+        _log.error("row %r (line %d): %s\n%s", row.key, row.line, failed.reason, failed.bug)
+    return RowFailure.of(row, failed.stage, failed.reason)
+
+
+def _mean(before: float | None, value: float) -> float:
+    """A running mean."""
+    return value if before is None else 0.9 * before + 0.1 * value

@@ -1,7 +1,10 @@
-"""``RowLoader``: a manifest row enters, what the codec takes leaves. It runs in loader processes.
+"""``RowLoader``: reads the input of a manifest row and makes it what the codec takes. It runs in loader processes.
 
 In ``wav2token`` and ``wav2token2wav`` that is the front end's features of an audio file, in ``token2wav`` the codes
 that ``token_files.py`` reads.
+
+Features are of one row and not padded: the codec lays the rows of a batch on one packed axis, or masks what it pads,
+which is why tokens do not depend on batch composition.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ class RowLoader:
     Attributes:
         resampler: how audio reaches the codec's rate.
         num_quantizers: in ``token2wav``, the most codebooks to use of those that a file has; None for all.
-        limit: what goes through the model in one pass; None is the model's own limit.
+        limit: what the model takes in one pass; None is the model's own limit.
     """
 
     task: Task
@@ -37,7 +40,7 @@ class RowLoader:
     limit: PassLimit | None = None
 
     def __call__(self, row: ManifestRow) -> LoadedRow:
-        """Load one row. Of a row that is too long for one pass the result says how it is taken apart.
+        """Load one row. If it is too long for one pass, ``pieces`` of the result says where to cut it.
 
         Raises:
             RowError: its file cannot be read, or is not what the codec takes.

@@ -1,5 +1,6 @@
-"""``PassLimit``: what is too long for one pass through the model, and how it is taken apart. A length enters, the
-places where to cut leave. Nothing here depends on what else is in a run, so a row is always cut at the same places.
+"""``PassLimit``: which rows are too long for one pass through the model, and where they are cut.
+
+Nothing here depends on what else is in a run, so a row is always cut at the same places.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 from batch_tokenizer.codecs.base import CodecSpec
 from batch_tokenizer.records import AudioCut, LongAudio, ManifestRow, Pieces, RowError, RunError
 
-#: Seconds of a piece unless told otherwise, as MiMo's language model has them.
+#: Seconds of a piece unless ``--max_seconds`` says otherwise, as MiMo's language model has them.
 PIECE_SECONDS = 60.0
 
 #: Seconds of codes that a window has on each side beyond what is used of it. ``docs/long_audio.md`` has the seam error.
@@ -21,12 +22,12 @@ CONTEXT_SECONDS = 2.0
 
 @dataclass(frozen=True, slots=True)
 class PassLimit:
-    """What goes through the model in one piece.
+    """What the model takes in one pass.
 
     Attributes:
         policy: what happens to what is longer.
         samples: the most, at the codec's rate; None where there is no limit. In ``stream`` whole frames.
-        max_seconds: what ``--max_seconds`` said, if it is that which limits.
+        max_seconds: ``--max_seconds``, if it is that which limits.
     """
 
     policy: LongAudio = "native"
@@ -42,8 +43,8 @@ class PassLimit:
         """
         info = spec.info
         if policy != "native" and spec.needs_whole_utterances:
-            told = ", ".join(f"--{name} {value}" for name, value in spec.settings.items())
-            raise RunError(f"--long_audio {policy}: {told} needs whole utterances; leave one of them out")
+            asked = ", ".join(f"--{name} {value}" for name, value in spec.settings.items())
+            raise RunError(f"--long_audio {policy}: {asked} needs whole utterances; leave one of them out")
         if policy == "stream" and not spec.streams:
             raise RunError(f"--long_audio stream: {info.family} has no exact streams; use --long_audio segment")
         model = info.max_samples
@@ -63,11 +64,11 @@ class PassLimit:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a run folder must hold later runs to: segments change tokens, streams do not."""
+        """What later runs into the same run folder must have too: segments change tokens, streams do not."""
         return {"segment_samples": self.samples} if self.policy == "segment" else {}
 
     def remedy(self, spec: CodecSpec) -> str:
-        """What to do about a row that is too long, in words."""
+        """What to do about a row that is too long, for its error message."""
         takes = "--long_audio stream takes it" if spec.streams else "--long_audio segment takes it in segments"
         return takes if self.max_seconds is None else f"raise --max_seconds, or {takes}"
 
@@ -86,7 +87,7 @@ class PassLimit:
             origin: the ``info`` beside the codes.
 
         Raises:
-            RowError: they are too long for the model, or their segments are none.
+            RowError: they are too long for the model, or their recorded segments do not fit them.
         """
         # Other people's tokens may come with segments that mean something else.
         recorded = origin.get("segments") if "fingerprint" in origin else None

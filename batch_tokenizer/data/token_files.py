@@ -1,20 +1,25 @@
-"""Tokens as any sink stored them: a location enters, codes leave, checked to be what a codec can decode.
+"""Reads codes from token files of any sink, and checks that a codec can decode them.
 
     a.json                          {"quantized_tokens": [[K ints] x T], "info": {...}}, or the bare list of lists
     a.npy                           integers (T, K); behind the array, info as JSON, or nothing
-    tar://1536+480/a.tokens.npy::x.tar, s3://…     either of them, wherever ``storage`` finds it; told by its content
+    tar://1536+480/a.tokens.npy::x.tar, s3://…     either of them, wherever ``storage`` finds it; known by its content
     parquet://7::x.parquet          row 7, counted from 0, of a parquet file
 
-Token files may come from anywhere, so nothing in them is believed. Of JSON the check is one numpy conversion, and only
-a file that fails it is searched for the place to name; arrays are taken apart without pickle.
+Token files may come from anywhere, so nothing in them is believed, and none takes much more memory than its own size: a
+large JSON file is parsed some frames at a time, as Python's numbers take 34 times the space of their digits. The check
+of frames is one numpy conversion; only those that fail it are searched for the place to name. Arrays are read without
+pickle.
 """
 
 from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -22,7 +27,7 @@ import numpy.typing as npt
 import orjson
 
 from batch_tokenizer.codecs.base import CodecInfo
-from batch_tokenizer.records import RowError
+from batch_tokenizer.records import RowError, first_line
 from batch_tokenizer.storage.files import open_file
 from batch_tokenizer.storage.names import display_name, parse_member, parse_row_location
 from batch_tokenizer.storage.parquet_rows import read_row
@@ -33,7 +38,30 @@ _MOST_BYTES = 1 << 30
 #: An array's header is text of some hundred bytes.
 _MOST_HEADER = 4096
 
+#: Largest ``info`` of a large JSON file.
+_MOST_INFO_BYTES = 16 << 20
+
+#: Bytes of JSON that are turned into Python's numbers at a time.
+_PIECE_BYTES = 1 << 20
+
 _NPY = b"\x93NUMPY"
+
+#: What reads the header of each version of the format.
+_NPY_HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+
+#: In a large JSON file: what stands before the list of frames, between two of them, and where that list ends.
+_FRAMES_BEGIN = re.compile(rb'"quantized_tokens"\s*:\s*(?=\[)|\A\s*(?=\[)')
+_BETWEEN_FRAMES = re.compile(rb"\s*,\s*")
+_FRAMES_END = re.compile(rb"\]\s*\]")
+
+#: Places that are tried as the beginning of the frames.
+_MOST_PLACES = 8
+
+#: Stands in place of the frames while the rest of a large file is parsed.
+_FRAMES_MARK = "the frames, which are parsed by themselves 6f1c5a0e"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +120,7 @@ def read_tokens(
 def parse_tokens(
     content: bytes, name: str, codebooks: Codebooks = ANY_CODEBOOKS
 ) -> tuple[npt.NDArray[np.uint16], Mapping[str, Any]]:
-    """Codes and ``info`` of a JSON or npy file's bytes; see ``read_tokens``.
+    """Codes uint16 (T, K) and ``info`` of a JSON or npy file's bytes.
 
     Args:
         name: for messages.
@@ -114,7 +142,7 @@ def read_any_tokens(location: str) -> tuple[npt.NDArray[np.uint16], Mapping[str,
     return raw.check(display_name(location), ANY_CODEBOOKS), origin if isinstance(origin, Mapping) else {}
 
 
-def _open(location: str) -> tuple[_Lists | _Array, object]:
+def _open(location: str) -> tuple[_Frames | _Array, object]:
     row = parse_row_location(location)
     if row is not None:
         values, about = read_row(*row)
@@ -133,7 +161,7 @@ def _read(location: str) -> bytes:
             raise RowError("load", f"{display_name(location)}: cannot be read: {error.strerror}") from error
 
 
-def parse_token_file(content: bytes, name: str) -> tuple[_Lists | _Array, object]:
+def parse_token_file(content: bytes, name: str) -> tuple[_Frames | _Array, object]:
     """What stands for codes in a JSON or npy file's bytes, yet to be checked, and its ``info``.
 
     Raises:
@@ -141,20 +169,13 @@ def parse_token_file(content: bytes, name: str) -> tuple[_Lists | _Array, object
     """
     if content.startswith(_NPY):
         return _parse_npy(content, name)
-    try:
-        document = orjson.loads(content)
-    except orjson.JSONDecodeError as error:
-        raise RowError("load", f"{name}: not JSON: {error}") from error
-    # numpy takes true for 1 when it stands among integers.
-    may_hold_bools = b"true" in content or b"false" in content
-    tokens, origin = document, None
-    if isinstance(document, Mapping):
-        if "quantized_tokens" not in document:
-            raise RowError("load", f"{name}: has no field quantized_tokens")
-        tokens, origin = document["quantized_tokens"], document.get("info")
+    if len(content) > _PIECE_BYTES:
+        return _split_large_json(content, name)
+    document = _parse_json(content, name)
+    tokens, origin = _tokens_of(document, name)
     if not isinstance(tokens, list):
         raise RowError("load", f"{name}: quantized_tokens is {_kind(tokens)}, not a list of frames")
-    return _Lists(tokens, may_hold_bools), origin
+    return _Frames(lambda: [(tokens, _may_hold_bools(content))]), origin
 
 
 # --------------------------------------------------------------------------------------------------------------- arrays
@@ -194,16 +215,18 @@ def _parse_npy(content: bytes, name: str) -> tuple[_Array, object]:
     stream = io.BytesIO(content)
     try:
         version = np.lib.format.read_magic(stream)
-        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[
-            version
-        ]
-        shape, fortran, dtype = read_header(stream, max_header_size=_MOST_HEADER)
+        read_header = _NPY_HEADERS[version]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of old or odd headers
+            shape, fortran, dtype = read_header(stream, max_header_size=_MOST_HEADER)
     except KeyError as error:
         raise RowError("load", f"{name}: an npy file of version {error.args[0]}, which is not known") from error
-    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
-        raise RowError("load", f"{name}: a damaged npy header: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # numpy evaluates the header as Python, which may fail in any way
+        raise RowError("load", f"{name}: a damaged npy header: {first_line(error)}") from error
     if dtype.kind not in "iu" or len(shape) != 2 or min(shape) < 0:
         raise RowError("load", f"{name}: an array {shape} of {dtype}, not integers (T, K)")
+    if 0 in shape:
+        raise RowError("load", f"{name}: has no {'frames' if shape[0] == 0 else 'codes'}")
     count, begin = math.prod(shape), stream.tell()
     end = begin + count * dtype.itemsize
     if end > len(content):
@@ -222,30 +245,86 @@ def _parse_npy(content: bytes, name: str) -> tuple[_Array, object]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Lists:
-    """Codes as whatever JSON had in their place."""
+class _Frames:
+    """Codes as whatever JSON had in their place: lists of frames, each with whether it may hold true or false."""
 
-    tokens: list[Any]
-    may_hold_bools: bool
+    pieces: Callable[[], Iterable[tuple[list[Any], bool]]]
 
     def check(self, name: str, codebooks: Codebooks) -> npt.NDArray[np.uint16]:
         """As ``_Array.check``."""
-        tokens = self.tokens
-        if not tokens:
-            raise RowError("load", f"{name}: has no frames")
-        codes = None if self.may_hold_bools and not _all_integers(tokens) else _as_array(tokens, codebooks.sizes)
-        if codes is None:
-            raise RowError("load", f"{name}: {_first_fault(tokens, codebooks)}")
-        return codes
+        checked: list[npt.NDArray[np.uint16]] = []
+        num_frames, width = 0, None
+        for tokens, may_hold_bools in self.pieces():
+            sound = not may_hold_bools or _all_integers(tokens)
+            codes = _as_array(tokens, codebooks.sizes, width) if sound and tokens else None
+            if codes is None:
+                fault = _first_fault(tokens, codebooks, num_frames, width) if tokens else "has no frames"
+                raise RowError("load", f"{name}: {fault}")
+            checked.append(codes)
+            num_frames, width = num_frames + len(codes), codes.shape[1]
+        return checked[0] if len(checked) == 1 else np.concatenate(checked)
 
 
-def _as_array(tokens: list[Any], sizes: tuple[int, ...]) -> npt.NDArray[np.uint16] | None:
-    """Codes (T, K), or None if anything about them is wrong."""
+def _split_large_json(content: bytes, name: str) -> tuple[_Frames, object]:
+    """As ``parse_token_file``. Frames are found by their brackets, and parsed only when they are checked."""
+    for before in islice(_FRAMES_BEGIN.finditer(content), _MOST_PLACES):
+        begin = before.end() + 1
+        # 1. No codes are lists, so the first two brackets that close end the list of frames.
+        last = _FRAMES_END.search(content, begin)
+        if last is None or len(content) - (last.end() - before.end()) > _MOST_INFO_BYTES:
+            continue
+        # 2. The rest of the file shows whether these are the frames, and not a field of that name inside ``info``.
+        rest = b'%b"%b"%b' % (content[: before.end()], _FRAMES_MARK.encode(), content[last.end() :])
+        try:
+            tokens, origin = _tokens_of(_parse_json(rest, name), name)
+        except RowError:
+            continue
+        if tokens == _FRAMES_MARK:
+            end = last.start() + 1
+            return _Frames(lambda: _parse_pieces(content, begin, end, name)), origin  # noqa: B023 - returned at once
+    raise RowError("load", f"{name}: not JSON with a list of frames of codes as its quantized_tokens")
+
+
+def _parse_pieces(content: bytes, begin: int, end: int, name: str) -> Iterator[tuple[list[Any], bool]]:
+    """The frames between two places of a large file, some at a time."""
+    while begin < end:
+        stop = content.index(b"]", min(begin + _PIECE_BYTES, end - 1)) + 1
+        piece = b"[%b]" % content[begin:stop]
+        yield _parse_json(piece, f"{name}: its frames from byte {begin} on"), _may_hold_bools(piece)
+        between = _BETWEEN_FRAMES.match(content, stop)
+        begin = stop if between is None or stop == end else between.end()
+
+
+def _parse_json(content: bytes, name: str) -> Any:
+    try:
+        return orjson.loads(content)
+    except orjson.JSONDecodeError as error:
+        raise RowError("load", f"{name}: not JSON: {error}") from error
+
+
+def _tokens_of(document: Any, name: str) -> tuple[Any, object]:
+    """What a document has in place of codes, and its ``info``."""
+    if not isinstance(document, Mapping):
+        return document, None
+    if "quantized_tokens" not in document:
+        raise RowError("load", f"{name}: has no field quantized_tokens")
+    return document["quantized_tokens"], document.get("info")
+
+
+def _may_hold_bools(content: bytes) -> bool:
+    """Whether to look for true and false, which numpy takes for 1 and 0 when they stand among integers."""
+    return b"true" in content or b"false" in content
+
+
+def _as_array(tokens: list[Any], sizes: tuple[int, ...], width: int | None) -> npt.NDArray[np.uint16] | None:
+    """Codes (T, K), or None if anything about them is wrong. ``width`` is K where frames before these have shown it."""
     try:
         values = np.array(tokens)
     except ValueError:  # ragged
         return None
     if values.ndim != 2 or values.dtype.kind not in "iu" or not 1 <= values.shape[1] <= len(sizes):
+        return None
+    if width is not None and values.shape[1] != width:
         return None
     ends = np.array(sizes[: values.shape[1]])
     if (values.min(axis=0) < 0).any() or (values.max(axis=0) >= ends).any():
@@ -257,11 +336,12 @@ def _all_integers(tokens: list[Any]) -> bool:
     return all(isinstance(frame, list) and all(type(code) is int for code in frame) for frame in tokens)
 
 
-def _first_fault(tokens: list[Any], codebooks: Codebooks) -> str:
-    """What is wrong with tokens that ``_as_array`` refused."""
+def _first_fault(tokens: list[Any], codebooks: Codebooks, first_frame: int, width: int | None) -> str:
+    """What is wrong with tokens that ``_as_array`` refused; they begin with frame ``first_frame``."""
     most = len(codebooks.sizes)
-    width = len(tokens[0]) if isinstance(tokens[0], list) else 0
-    for time_step, frame in enumerate(tokens):
+    if width is None:
+        width = len(tokens[0]) if isinstance(tokens[0], list) else 0
+    for time_step, frame in enumerate(tokens, first_frame):
         if not isinstance(frame, list):
             return f"frame {time_step} is {_kind(frame)}, not a list of codes"
         if not frame:

@@ -1,6 +1,7 @@
 """Long rows through whole runs: segments are the cuts they stand for, streams are one pass, and memory stays flat.
 
-Runs are made in this process, where they take a second and not six; ``long_audio_memory.py`` starts the command itself.
+Runs are made in this process, where they take a second and not six; ``tests/measure/long_audio_memory.py`` starts the
+command itself.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ def test_the_others_take_what_a_suspended_rank_has_not_claimed(
     open_workspace: Open, undisturbed: Mapping[str, bytes]
 ) -> None:
     """A rank that is infinitely slow keeps one unit and what it has loaded; nobody waits for it before the end.
-    ``straggler.py`` measures the same with a rank that is ten times slower."""
+    ``tests/measure/straggler.py`` measures the same with a rank that is ten times slower."""
     workspace = open_workspace(600)
     unit = 600 // (2 * 8)
     held = unit + 3 * 8  # being loaded, in an open batch, being computed

@@ -5,9 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-import socket
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,28 +58,40 @@ def make_row(line: int = 0, **fields: Any) -> ManifestRow:
     )
 
 
-def send_half(connection: socket.socket, parts: Sequence[memoryview]) -> None:
-    """Sends the first half of a message, and kills the process."""
-    message = b"".join(parts)
-    connection.sendall(message[: len(message) // 2])
+def store_half(loaded: LoadedRow, memory: memoryview, end: int) -> tuple[worker.Loaded, int]:
+    """In place of ``worker._store``: copies some of a row, and kills the process."""
+    memory[end : end + 100] = bytes(100)
     os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("killed")
+
+
+def once(marker: str) -> bool:
+    """True for the first who asks."""
+    first = not Path(marker).exists()
+    Path(marker).touch()
+    return first
 
 
 def misbehave(row: ManifestRow) -> LoadedRow:
     """Load ``samples`` (default 8) samples that equal the row's line, after doing what the row's field ``do`` says."""
     do, marker = row.fields.get("do"), row.fields.get("marker", "")
+    if do in ("sleep", "hang in native code", "leave a mark") and marker:
+        Path(marker).write_text(str(os.getpid()))
     if do == "die":
         os.kill(os.getpid(), signal.SIGKILL)
-    if do == "die once" and not Path(marker).exists():
-        Path(marker).touch()
+    if do == "die once" and once(marker):
         os.kill(os.getpid(), signal.SIGKILL)
-    if do == "die at next answer":
-        worker.send = send_half
+    if do == "die while handing over" and once(marker):
+        worker._store = store_half
+    if do == "be too large":
+        worker.MOST_ROW_BYTES = 0
     if do == "crash":
         ctypes.string_at(0)
+    if do == "exit":
+        os._exit(row.fields.get("status", 3))
+    if do == "hang in native code":
+        ctypes.PyDLL(None).sleep(3600)  # which keeps Python's lock
     if do == "sleep":
-        if marker:
-            Path(marker).write_text(str(os.getpid()))
         time.sleep(row.fields.get("seconds", 3600))
     if do == "refuse":
         raise RowError("load", "refused")

@@ -255,7 +255,7 @@ class Run:
     def loader_servers(self) -> list[psutil.Process]:
         """The processes that fork loader processes."""
         ranks = {process.pid for process in self.ranks()}
-        return [process for process in self.tree() if _parent(process) in ranks]
+        return [process for process in self.tree() if _parent(process) in ranks and _is_fork_server(process)]
 
     def loaders(self) -> list[psutil.Process]:
         """The processes that load rows."""
@@ -312,6 +312,13 @@ def _is_rank(process: psutil.Process) -> bool:
     with contextlib.suppress(psutil.Error):
         words = process.cmdline()
         return "batch_tokenizer" in words and "torch.distributed.run" not in words
+    return False
+
+
+def _is_fork_server(process: psutil.Process) -> bool:
+    """Or a loader process, which it has forked: not ``multiprocessing``'s tracker of semaphores."""
+    with contextlib.suppress(psutil.Error):
+        return "multiprocessing.forkserver" in " ".join(process.cmdline())
     return False
 
 

@@ -11,19 +11,23 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 
-from batch_tokenizer.data import worker as worker_module
 from batch_tokenizer.data.loader import Loader
 from batch_tokenizer.records import LoadedRow, ManifestRow, RowFailure, RunError
 from tests.support.loading import make_row, misbehave
 
 ROOT = Path(__file__).resolve().parents[2]
+
+#: Seconds that a test waits for what takes one on an idle machine, or some to import torch.
+PATIENCE = 300
 
 
 def make_loader(
@@ -39,16 +43,32 @@ def make_loader(
     )
 
 
-def server_of(loader: Loader) -> psutil.Process:
-    """The fork server of this loader; other tests of the process may have children too."""
-    assert loader._server is not None
-    return psutil.Process(loader._server.pid)
+def family(process: psutil.Process | None = None) -> list[psutil.Process]:
+    """What runs under a process, this one by default: fork server, loader processes, ``multiprocessing``'s tracker."""
+    return (process or psutil.Process()).children(recursive=True)
+
+
+def workers() -> list[psutil.Process]:
+    """The loader processes of this process."""
+    return [process for process in family() if process.ppid() == server().pid]
+
+
+def server() -> psutil.Process:
+    """The fork server of this process."""
+    (found,) = [
+        child for child in psutil.Process().children() if "multiprocessing.forkserver" in " ".join(child.cmdline())
+    ]
+    return found
+
+
+def are_gone(processes: list[psutil.Process]) -> bool:
+    return not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
 
 
 def take_all(loader: Loader) -> dict[int, LoadedRow | RowFailure]:
     """Everything pending, by line; a line that comes twice is an error."""
     records: dict[int, LoadedRow | RowFailure] = {}
-    while (record := loader.next(timeout=20)) is not None:
+    while (record := loader.next(timeout=PATIENCE)) is not None:
         line = record.row.line if isinstance(record, LoadedRow) else record.line
         assert line not in records
         records[line] = record
@@ -99,7 +119,7 @@ def test_next_gives_up_after_its_timeout(tmp_path: Path) -> None:
         loader.submit([make_row(0, do="sleep")])
         began = time.monotonic()
         assert loader.next(timeout=0.2) is None
-        assert 0.2 <= time.monotonic() - began < 5
+        assert time.monotonic() - began >= 0.2
         assert loader.pending == 1
 
 
@@ -130,15 +150,18 @@ def test_a_row_that_kills_its_worker_is_tried_twice_and_harms_no_other(load_seco
     assert "signal 11" in reasons[220]
 
 
-@pytest.mark.parametrize(("load_seconds", "most"), [(0.5, 3), (1e-4, 12)])
-def test_a_worker_holds_more_rows_where_they_take_little_time(load_seconds: float, most: int) -> None:
-    rows = [make_row(line, load_seconds=load_seconds) for line in range(200)]
-    waiting = [make_row(line, do="sleep", load_seconds=load_seconds) for line in range(200, 260)]
-    with make_loader(num_workers=2, rows_ahead=100) as loader:
-        assert failures(run_rows(loader, rows)) == {}
-        loader.submit(waiting)
-        assert loader.next(timeout=0.5) is None
-        assert [len(held.jobs) for held in loader._workers.values()] == [most, most]
+@pytest.mark.parametrize("doing", [{"do": "exit"}, {"do": "exit", "status": 255}, {"do": "exit", "status": 0}])
+def test_a_row_that_ends_its_process_costs_only_itself(doing: dict[str, object]) -> None:
+    with make_loader(num_workers=1) as loader:
+        reasons = failures(run_rows(loader, [make_row(0), make_row(1, **doing), make_row(2)]))
+    assert reasons == {1: f"loader process died twice on this row (exit status {doing.get('status', 3)})"}
+
+
+def test_a_row_that_takes_its_time_holds_up_no_other() -> None:
+    with make_loader() as loader:
+        loader.submit([make_row(line, do="sleep" if line == 5 else None) for line in range(40)])
+        lines = {record.row.line for _ in range(39) if isinstance(record := loader.next(timeout=PATIENCE), LoadedRow)}
+    assert lines == set(range(40)) - {5}
 
 
 def test_a_worker_killed_once_costs_nothing(tmp_path: Path) -> None:
@@ -149,12 +172,23 @@ def test_a_worker_killed_once_costs_nothing(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 4
 
 
-def test_a_death_in_the_middle_of_an_answer(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_death_in_the_middle_of_handing_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [make_row(line, samples=10_000) for line in range(20)]
+    rows[3] = make_row(3, samples=10_000, do="die while handing over", marker=str(tmp_path / "died"))
     with make_loader() as loader:
-        rows = [make_row(line, samples=10_000, do="die at next answer" if line == 3 else None) for line in range(20)]
-        assert failures(run_rows(loader, rows)) == {}
-        assert "loader process died (signal 9" in caplog.text
-        assert loader._held_bytes == 0
+        records = run_rows(loader, rows)
+    assert failures(records) == {}
+    assert "loader process died (signal 9: probably out of memory) on row 'utterance 3'; trying it" in caplog.text
+    for line, record in records.items():
+        assert isinstance(record, LoadedRow)
+        assert record.features is not None
+        assert (record.features == line).all()
+
+
+def test_a_row_too_large_to_be_handed_over_fails() -> None:
+    with make_loader(num_workers=1) as loader:
+        records = run_rows(loader, [make_row(0), make_row(1, do="be too large")])
+    assert failures(records) == {1: "32 bytes at once are too many; --long_audio segment takes it"}
 
 
 def test_random_kills_from_outside_lose_nothing() -> None:
@@ -163,71 +197,83 @@ def test_random_kills_from_outside_lose_nothing() -> None:
     taken = 0
     with make_loader(num_workers=3) as loader:
         loader.submit(rows)
-        lines = set()
-        while (record := loader.next(timeout=20)) is not None:
+        lines: set[int] = set()
+        while (record := loader.next(timeout=PATIENCE)) is not None:
             assert isinstance(record, LoadedRow)
             lines.add(record.row.line)
             taken += 1
             if taken % 40 == 0:
                 with contextlib.suppress(psutil.NoSuchProcess):  # it was hit a moment ago
-                    server = server_of(loader)
-                    for victim in [server] if taken % 160 == 0 else server.children()[:1]:
+                    for victim in [server()] if taken % 160 == 0 else workers()[:1]:
                         victim.kill()
     assert lines == set(range(400))
     assert taken == 400
 
 
-def test_a_row_that_takes_too_long_is_cut_off(tmp_path: Path) -> None:
-    rows = [make_row(0, do="sleep", marker=str(tmp_path / "pid")), *(make_row(line) for line in range(1, 30))]
-    with make_loader(row_timeout=0.5) as loader:
-        began = time.monotonic()
-        reasons = failures(run_rows(loader, rows))
-        assert 0.5 <= time.monotonic() - began < 10
-        assert list(reasons) == [0]
-        assert "longer than --row_timeout 0.5 s" in reasons[0]
-        wait_until(lambda: not psutil.pid_exists(int((tmp_path / "pid").read_text())))
+@pytest.mark.parametrize("do", ["sleep", "hang in native code"])
+def test_a_row_that_takes_too_long_is_cut_off(do: str) -> None:
+    with make_loader(row_timeout=2) as loader:
+        reasons = failures(run_rows(loader, [make_row(line, do=do if line == 0 else None) for line in range(30)]))
+        assert reasons == {0: "took longer than --row_timeout 2 s to load; raise it if the file is good"}
+
+
+def test_a_process_that_was_cut_off_is_gone(tmp_path: Path) -> None:
+    marker = tmp_path / "pid"
+    with make_loader(row_timeout=2) as loader:
+        run_rows(loader, [make_row(0, do="sleep", marker=str(marker))])
+        wait_until(lambda: not psutil.pid_exists(int(marker.read_text())))
 
 
 def test_slow_rows_within_their_time_are_left_alone() -> None:
     """Rows that wait behind a slow one in the same worker are not timed meanwhile."""
-    with make_loader(num_workers=1, row_timeout=0.5) as loader:
-        assert failures(run_rows(loader, [make_row(line, do="sleep", seconds=0.3) for line in range(4)])) == {}
+    with make_loader(num_workers=1, row_timeout=2) as loader:
+        assert failures(run_rows(loader, [make_row(line, do="sleep", seconds=0.8) for line in range(4)])) == {}
 
 
-def test_a_slow_consumer_is_not_a_slow_row() -> None:
+def marked_row(folder: Path, line: int, samples: int = 8) -> ManifestRow:
+    """A row that leaves a file when it is loaded."""
+    return make_row(line, do="leave a mark", marker=str(folder / f"{line}"), samples=samples)
+
+
+def num_loaded(folder: Path) -> int:
+    return len(list(folder.iterdir()))
+
+
+def test_a_slow_consumer_is_not_a_slow_row(tmp_path: Path) -> None:
     """An answer that is held back for want of room has no deadline."""
-    rows = [make_row(line, samples=500_000) for line in range(4)]
-    with make_loader(num_workers=2, bytes_ahead=1_000_000, row_timeout=0.3) as loader:
-        loader.submit(rows)
-        wait_until(lambda: any(worker.held_back for worker in loader._workers.values()))
-        time.sleep(0.6)
+    with make_loader(num_workers=2, bytes_ahead=1_000_000, row_timeout=1) as loader:
+        loader.submit([marked_row(tmp_path, line, samples=500_000) for line in range(4)])
+        wait_until(lambda: num_loaded(tmp_path) > 1)
+        time.sleep(2)
         assert failures(take_all(loader)) == {}
 
 
-def test_back_pressure_bounds_rows(tmp_path: Path) -> None:
-    with make_loader(rows_ahead=5) as loader:
-        loader.submit([make_row(line) for line in range(50)])
-        wait_until(lambda: len(loader._ready) == 5)
-        time.sleep(0.2)
-        assert len(loader._ready) == 5
-        assert loader.next() is not None
-        wait_until(lambda: len(loader._ready) == 5)
-        assert len(take_all(loader)) == 49
+@pytest.mark.parametrize("num_workers", [1, 2, 3])
+def test_back_pressure_bounds_rows(tmp_path: Path, num_workers: int) -> None:
+    """Exactly ``rows_ahead`` rows are loaded and not taken."""
+    with make_loader(num_workers=num_workers, rows_ahead=5) as loader:
+        loader.submit([marked_row(tmp_path, line) for line in range(50)])
+        for taken in range(5):
+            wait_until(lambda: num_loaded(tmp_path) >= 5 + taken)  # noqa: B023 - called at once
+            time.sleep(0.2)
+            assert num_loaded(tmp_path) == 5 + taken
+            assert loader.next() is not None
+        assert len(take_all(loader)) == 45
 
 
 @pytest.mark.parametrize("small_first", [False, True])
-def test_back_pressure_bounds_bytes(small_first: bool) -> None:
+def test_back_pressure_bounds_bytes(tmp_path: Path, small_first: bool) -> None:
     """Also when rows of 4 MB follow on rows of 32 bytes, whose size promised nothing."""
     sizes = [8] * 20 * small_first + [1_000_000] * 30
-    most = 0
-    with make_loader(bytes_ahead=10_000_000) as loader:
-        loader.submit([make_row(line, samples=size) for line, size in enumerate(sizes)])
-        for _ in sizes:
+    small, most = 20 * small_first, 0
+    with make_loader(num_workers=2, bytes_ahead=10_000_000) as loader:
+        loader.submit([marked_row(tmp_path, line, samples=size) for line, size in enumerate(sizes)])
+        for taken in range(len(sizes)):
             time.sleep(0.01)
-            most = max(most, loader._held_bytes)
-            assert isinstance(loader.next(timeout=10), LoadedRow)
-        assert loader._held_bytes == 0
-    assert 4_000_000 < most <= 10_000_000
+            most = max(most, num_loaded(tmp_path) - max(taken, small))
+            assert isinstance(loader.next(timeout=PATIENCE), LoadedRow)
+    # Two rows are within the bound, and each worker may have two more and one in its hands.
+    assert 1 <= most <= 2 + 2 * 3
 
 
 def test_a_row_larger_than_the_allowance_comes_out() -> None:
@@ -248,7 +294,7 @@ def test_stop_loading_gives_back_what_is_not_done(num_workers: int) -> None:
     rows = [make_row(line, do="sleep" if line >= 10 else None) for line in range(40)]
     with make_loader(num_workers=num_workers) as loader:
         loader.submit(rows)
-        done = [loader.next(timeout=20) for _ in range(8)]
+        done = [loader.next(timeout=PATIENCE) for _ in range(8)]
         returned = loader.stop_loading()
         rest = list(take_all(loader).values())
         lines = [record.row.line for record in done + rest if isinstance(record, LoadedRow)]
@@ -258,27 +304,33 @@ def test_stop_loading_gives_back_what_is_not_done(num_workers: int) -> None:
             loader.submit(rows)
 
 
-def test_close_ends_all_processes_within_a_second() -> None:
+def test_close_ends_all_loader_processes_at_once() -> None:
     loader = make_loader(num_workers=3)
     loader.submit([make_row(line, do="sleep" if line % 10 == 9 else None) for line in range(60)])
-    assert loader.next(timeout=20) is not None
-    server = server_of(loader)
-    wait_until(lambda: len(server.children(recursive=True)) == 3)
-    family = [server, *server.children(recursive=True)]
-    began = time.monotonic()
+    assert loader.next(timeout=PATIENCE) is not None
+    wait_until(lambda: len(workers()) == 3)
+    before = workers()
     loader.close()
-    assert time.monotonic() - began < 2  # a tenth of a second on a machine that has nothing else to do
-    wait_until(lambda: not any(process.is_running() and process.status() != "zombie" for process in family))
+    wait_until(lambda: are_gone(before))
     assert loader.pending == 0
     assert loader.next() is None
     assert not any(thread.name == "loader" for thread in threading.enumerate())
     loader.close()
 
 
-def test_close_before_the_server_is_up() -> None:
-    began = time.monotonic()
-    make_loader().close()
-    assert time.monotonic() - began < 2
+def test_close_does_not_wait_for_processes_that_are_being_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = threading.Event()
+
+    def wait(descriptors: list[int]) -> tuple[int, int]:
+        closed.wait(PATIENCE)
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(forkserver, "connect_to_new_process", wait)
+    loader = make_loader()
+    loader.submit([make_row(0)])
+    loader.close()
+    assert loader.next() is None
+    closed.set()
 
 
 def test_next_wakes_when_the_loading_is_stopped() -> None:
@@ -291,87 +343,111 @@ def test_next_wakes_when_the_loading_is_stopped() -> None:
 
 
 PARENT = """
-import sys, time
+import os, sys, time
 sys.path.insert(0, {root!r})
 from batch_tokenizer.data.loader import Loader
 from tests.support.loading import make_row, misbehave
 loader = Loader(misbehave, num_workers=2, rows_ahead=10, bytes_ahead=1 << 20, row_timeout={row_timeout})
-loader.submit([make_row(0), make_row(1, do="sleep", seconds={seconds}), make_row(2, do="sleep", seconds={seconds})])
+loader.submit([make_row(0)])
+print(loader.next(), flush=True)
+folder = {folder!r}
+loader.submit([make_row(line, do={do!r}, marker=f"{{folder}}/{{line}}", seconds={seconds}) for line in (1, 2)])
+while len(os.listdir(folder)) < 2:
+    time.sleep(0.01)
+print("both are at work", flush=True)
+{then}
 print(loader.next(), flush=True)
 print(loader.next(), flush=True)
-print(loader.next(), flush=True)
+loader.close()
 """
 
 
-def start_parent(row_timeout: float, seconds: float) -> subprocess.Popen[str]:
-    program = PARENT.format(root=str(ROOT), row_timeout=row_timeout, seconds=seconds)
-    return subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, start_new_session=True)
+def parent_program(folder: Path, row_timeout: float, seconds: float, do: str = "sleep", then: str = "") -> str:
+    """A program whose second and third row do something for some seconds; they leave files in ``folder`` first."""
+    folder.mkdir()
+    return PARENT.format(root=str(ROOT), folder=str(folder), row_timeout=row_timeout, seconds=seconds, do=do, then=then)
 
 
-def test_no_process_outlives_a_killed_parent() -> None:
-    """Neither the server nor workers in the middle of a row."""
-    with start_parent(row_timeout=600, seconds=600) as parent:
-        assert parent.stdout is not None
-        assert "LoadedRow" in parent.stdout.readline()
-        family = psutil.Process(parent.pid).children(recursive=True)
-        assert len(family) == 3
+@contextlib.contextmanager
+def started(program: str) -> Iterator[subprocess.Popen[str]]:
+    """It runs, and both loader processes have a row in hand."""
+    arguments = [sys.executable, "-c", program]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, start_new_session=True) as parent:
+        try:
+            assert parent.stdout is not None
+            assert "LoadedRow" in parent.stdout.readline()
+            assert "both" in parent.stdout.readline()
+            yield parent
+        finally:
+            parent.kill()
+
+
+@pytest.mark.parametrize("do", ["sleep", "hang in native code"])
+def test_no_process_outlives_a_killed_parent(tmp_path: Path, do: str) -> None:
+    """Neither the server nor workers in the middle of a row, not even in code that never lets Python run."""
+    with started(parent_program(tmp_path / "marks", row_timeout=600, seconds=600, do=do)) as parent:
+        children = family(psutil.Process(parent.pid))
+        assert len(children) >= 3
         parent.kill()
-    _, alive = psutil.wait_procs(family, timeout=5)
-    assert alive == []
+        wait_until(lambda: are_gone(children))
+
+
+def test_a_parent_that_ends_without_closing_does_not_wait_for_rows(tmp_path: Path) -> None:
+    with started(parent_program(tmp_path / "marks", row_timeout=600, seconds=600, then="sys.exit(3)")) as parent:
+        assert parent.wait(timeout=PATIENCE) == 3
 
 
 def test_no_worker_outlives_its_server() -> None:
     with make_loader() as loader:
         loader.submit([make_row(line, do="sleep") for line in range(2)])
-        wait_until(lambda: [worker.alive for worker in loader._workers.values()] == [True, True])
-        server = server_of(loader)
-        workers = server.children()
-        assert len(workers) == 2
-        server.kill()
-        _, alive = psutil.wait_procs(workers, timeout=5)
-        assert alive == []
+        wait_until(lambda: len(workers()) == 2)
+        before = workers()
+        server().kill()
+        wait_until(lambda: are_gone(before))
 
 
-def test_signals_to_the_whole_job_blame_no_row() -> None:
+def test_a_caller_without_a_main_guard(tmp_path: Path) -> None:
+    """Loader processes do not run the caller's script again, nor import from the working directory what it did not; a
+    ``TMPDIR`` longer than a socket's path may be does no harm."""
+    script = tmp_path / "script.py"
+    script.write_text(parent_program(tmp_path / "marks", row_timeout=60, seconds=0))
+    (tmp_path / "here").mkdir()
+    long = tmp_path / ("t" * 100)
+    long.mkdir()
+    (tmp_path / "here" / "batch_tokenizer.py").write_text("raise RuntimeError('not the one that was imported')")
+    ended = subprocess.run(
+        [sys.executable, script],
+        cwd=tmp_path / "here",
+        env={**os.environ, "TMPDIR": str(long)},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert (ended.stdout.count("LoadedRow"), ended.stderr) == (3, "")
+
+
+def test_signals_to_the_whole_job_blame_no_row(tmp_path: Path) -> None:
     """A launcher signals every process of a job; only the computing process may answer. Here it ignores them."""
-    with start_parent(row_timeout=600, seconds=1) as parent:
+    with started(parent_program(tmp_path / "marks", row_timeout=600, seconds=1)) as parent:
         assert parent.stdout is not None
-        assert "LoadedRow" in parent.stdout.readline()
-        family = psutil.Process(parent.pid).children(recursive=True)
-        assert len(family) == 3
+        children = family(psutil.Process(parent.pid))
+        assert len(children) >= 3
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-            for process in family:
+            for process in children:
                 process.send_signal(number)
         assert "LoadedRow" in parent.stdout.readline()
-        assert all(process.is_running() and process.status() != "zombie" for process in family)
+        assert not any(are_gone([process]) for process in children)
         assert "LoadedRow" in parent.stdout.readline()
 
 
-def test_time_in_suspension_does_not_count() -> None:
-    with start_parent(row_timeout=2, seconds=1) as parent:
+def test_time_in_suspension_does_not_count(tmp_path: Path) -> None:
+    with started(parent_program(tmp_path / "marks", row_timeout=2, seconds=1)) as parent:
         assert parent.stdout is not None
-        assert "LoadedRow" in parent.stdout.readline()
         os.killpg(parent.pid, signal.SIGSTOP)
         time.sleep(3)
         os.killpg(parent.pid, signal.SIGCONT)
         assert [line.partition("(")[0] for line in parent.stdout] == ["LoadedRow"] * 2
-
-
-def unforkable() -> int:
-    raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
-
-
-class LoadWhoseServerCannotFork:
-    """Unpickled in the server, it takes the server's ``fork`` away."""
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        worker_module.os.fork = unforkable
-
-    def __getstate__(self) -> dict[str, object]:
-        return {"some": "state"}
-
-    def __call__(self, row: ManifestRow) -> LoadedRow:
-        raise AssertionError("no worker should have started")
 
 
 class LoadThatCannotBeImported:
@@ -382,36 +458,65 @@ class LoadThatCannotBeImported:
         raise AssertionError("no worker should have started")
 
 
-class LoadWhoseServerDies(LoadWhoseServerCannotFork):
-    def __setstate__(self, state: dict[str, object]) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
+class LoadWhoseWorkersDie(LoadThatCannotBeImported):
+    def __reduce__(self) -> Any:
+        return os._exit, (7,)
 
 
-class LoadWhoseWorkersDie(LoadWhoseServerCannotFork):
-    def __setstate__(self, state: dict[str, object]) -> None:
-        worker_module.work = None  # type: ignore[assignment]
+def kill_server() -> None:
+    os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(3600)  # until the kernel has this process follow
+
+
+class LoadWhoseServerDies(LoadThatCannotBeImported):
+    def __reduce__(self) -> Any:
+        return kill_server, ()
 
 
 @pytest.mark.parametrize(
     ("load", "message"),
     [
-        (LoadWhoseServerCannotFork(), "cannot start a loader process: Resource temporarily unavailable"),
-        (LoadThatCannotBeImported(), "No module named 'a_module_that_is_not_there'"),
-        (LoadWhoseServerDies(), "keeps dying"),
-        (LoadWhoseWorkersDie(), "die as soon as they start"),
+        (LoadThatCannotBeImported(), "cannot import what they need: ModuleNotFoundError: No module named 'a_module_th"),
+        (LoadWhoseServerDies(), "the fork server of the loader processes died; is the machine out of memory"),
+        (LoadWhoseWorkersDie(), "loader processes die as soon as they start .exit status 7"),
     ],
 )
 def test_what_no_row_is_to_blame_for_ends_the_run(load: Callable[[ManifestRow], LoadedRow], message: str) -> None:
+    assert_cannot_start(load, message)
+
+
+@pytest.mark.parametrize("started", [0, 1])
+def test_a_process_that_cannot_be_forked_ends_the_run(
+    started: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The first or, of two, the second; the first is not left behind."""
+    connect = forkserver.connect_to_new_process
+    calls = iter(range(1000))
+
+    def refuse(descriptors: list[int]) -> tuple[int, int]:
+        if next(calls) % 2 < started:
+            return connect(descriptors)  # type: ignore[no-any-return]
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(forkserver, "connect_to_new_process", refuse)
+    assert_cannot_start(
+        misbehave, "cannot start a loader process: .*Resource temporarily unavailable; lower --num_workers"
+    )
+    assert workers() == []
+    assert capfd.readouterr().err == ""
+
+
+def assert_cannot_start(load: Callable[[ManifestRow], LoadedRow], message: str) -> None:
     with make_loader(load) as loader:
         loader.submit([make_row(0)])
         for _ in range(2):  # also whoever asks again
             with pytest.raises(RunError, match=message) as raised:
-                loader.next(timeout=20)
+                loader.next(timeout=PATIENCE)
             assert raised.value.exit_code == 1
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)

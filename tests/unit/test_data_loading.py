@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import tracemalloc
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +17,14 @@ import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
 
+from batch_tokenizer.data import token_files
 from batch_tokenizer.data.loading import RowLoader
-from batch_tokenizer.data.token_files import read_codes
+from batch_tokenizer.data.token_files import Codebooks, parse_tokens, read_codes
 from batch_tokenizer.records import RowError
 from batch_tokenizer.storage.names import display_name
 from tests.support.loading import INFO, FakeSpec, make_row
 
+CODEBOOKS = Codebooks(INFO.name, INFO.codebook_sizes)
 CODES = [[1023, 0, 127], [5, 6, 7]]
 
 
@@ -167,3 +171,115 @@ def test_any_document_is_codes_or_a_row_error(tmp_path_factory: pytest.TempPathF
         return
     assert codes.tolist() == document
     assert all(type(code) is int for frame in document for code in frame)
+
+
+#: What other tools put around codes, and fields inside ``info`` that look like them.
+INFOS = st.fixed_dictionaries(
+    {},
+    optional={
+        "fingerprint": st.just(INFO.fingerprint),
+        "quantized_tokens": st.sampled_from([[[1, 2]], [1, 2], "[[1]]", None, {"quantized_tokens": [[9]]}]),
+        "text": st.sampled_from(['"quantized_tokens": [[1]]', "]]", "true", "ü"]),
+    },
+)
+
+
+@given(
+    st.lists(st.lists(st.integers(-1, 130), min_size=2, max_size=2), max_size=9) | ANY_JSON,
+    INFOS,
+    st.booleans(),
+    st.sampled_from([None, 1]),
+    st.integers(1, 40),
+)
+def test_a_large_document_is_read_as_a_small_one(
+    tokens: Any, info: dict[str, Any], info_first: bool, indent: int | None, piece_bytes: int
+) -> None:
+    """Whatever else is in it and wherever pieces end: the same codes and info, or an error."""
+    document = {"info": info, "quantized_tokens": tokens} if info_first else {"quantized_tokens": tokens, "info": info}
+    for content in (json.dumps(document, indent=indent).encode(), json.dumps(tokens, indent=indent).encode()):
+        expected = outcome_of(content)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(token_files, "_PIECE_BYTES", piece_bytes)
+            assert outcome_of(content) == expected
+
+
+def outcome_of(content: bytes) -> object:
+    try:
+        codes, info = parse_tokens(content, "x", CODEBOOKS)
+    except RowError:
+        return "refused"
+    return codes.tolist(), info
+
+
+def test_faults_in_a_large_document_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_files, "_PIECE_BYTES", 100)
+    frames: list[Any] = [[1, 2]] * 500
+
+    def reason(tokens: object) -> str:
+        with pytest.raises(RowError) as raised:
+            parse_tokens(json.dumps({"quantized_tokens": tokens}).encode(), "x", CODEBOOKS)
+        return raised.value.reason
+
+    assert reason([*frames, [1, 500]]) == "x: frame 500, codebook 1: code 500 is outside 0 to 127"
+    assert reason([*frames, [1]]) == "x: frame 500 has 1 codes where frame 0 has 2"
+    assert reason([*frames, [1, True]]) == "x: frame 500, codebook 1: true or false, not an integer"
+    assert reason([*frames, 7]) == "x: not JSON with a list of frames of codes as its quantized_tokens"
+    assert reason("x" * 1000) == "x: not JSON with a list of frames of codes as its quantized_tokens"
+
+
+def test_a_large_document_takes_little_more_memory_than_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_files, "_PIECE_BYTES", 1 << 14)
+    frames = np.random.default_rng(0).integers(0, 127, (100_000, 3))
+    content = json.dumps({"quantized_tokens": frames.tolist(), "info": {"key": "x"}}).encode()
+    tracemalloc.start()
+    codes, _ = parse_tokens(content, "x", CODEBOOKS)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    np.testing.assert_array_equal(codes, frames)
+    assert most < 2 * len(content)  # the codes, and once more while they are joined
+
+
+ODD_HEADERS = [
+    f"{{'descr': '<i4', 'fortran_order': False, 'shape': ({10**30}, 0)}}",
+    f"{{'descr': '<i4', 'fortran_order': False, 'shape': (0, {2**63})}}",
+    f"{{'descr': '<i4', 'fortran_order': True, 'shape': ({2**62}, {2**62})}}",
+    "{'descr': '<i4', 'fortran_order': False, 'shape': (10**30, 0)}",
+    "{'descr': '<i4', 'fortran_order': False, 'shape': (True, False)}",
+    "{'descr': '<i4', 'fortran_order': False, 'shape': (-1, -1)}",
+    "{'descr': '<i4', 'fortran_order': False, 'shape': ()}",
+    "{'descr': '<i4', 'fortran_order': False, 'shape': (2, 2, 2)}",
+    "{'descr': [('a', '<i4')], 'fortran_order': False, 'shape': (1, 1)}",
+    "{'descr': ('<i4', (2,)), 'fortran_order': False, 'shape': (1, 1)}",
+    "{'descr': '<i4', 'fortran_order': 7, 'shape': (1, 1)}",
+    "{'descr': '', 'fortran_order': False, 'shape': (1, 1)}",
+    "{'descr': '|O', 'fortran_order': False, 'shape': (1, 1)}",
+    "{'descr': '<i4', 'fortran_order': False, 'shape': (1, 1)",
+    "{'descr': '" + "''",
+    "(" * 200,
+    "1 is 1",
+    "",
+]
+
+
+def npy(header: bytes, codes: bytes = b"") -> bytes:
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + codes
+
+
+@pytest.mark.parametrize("header", ODD_HEADERS)
+def test_odd_headers_of_arrays_are_refused_by_name(header: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RowError, match=r"^load: x: .") as raised:
+            parse_tokens(npy(header.encode(), bytes(64)), "x")
+    assert "\n" not in raised.value.reason
+
+
+@given(st.integers(0, 70), st.binary(max_size=3), st.binary(max_size=16))
+def test_any_damage_to_an_array_is_a_row_error(place: int, damage: bytes, codes: bytes) -> None:
+    header = b"{'descr': '<i4', 'fortran_order': False, 'shape': (2, 2), }"
+    content = npy(header[:place] + damage + header[place + len(damage) :], codes)
+    try:
+        found, _ = parse_tokens(content, "x")
+    except RowError:
+        return
+    assert found.ndim == 2

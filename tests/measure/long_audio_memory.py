@@ -1,6 +1,6 @@
 """Measures the memory of runs over hours of audio in one row, beside that of runs over some minutes.
 
-    python tests/e2e/long_audio_memory.py [--hours 3] [--policy segment|stream] [--model_path FOLDER]
+    python -m tests.measure.long_audio_memory [--hours 3] [--policy segment|stream] [--model_path FOLDER]
 
 The command is run as a user runs it, ``wav2token2wav`` with a loader process, on a flac file made for it; without a
 checkpoint on a small MiMo with random weights, or for ``stream`` a small MOSS with the published window. Memory is what
@@ -17,9 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-from tests.e2e.moss_hour import SMALL
+from tests.measure.moss_hour import SMALL
 from tests.support.checkpoints import write_mimo_checkpoint
 from tests.support.long_audio import anonymous_bytes, write_recording
 from tests.support.moss import write_moss_checkpoint

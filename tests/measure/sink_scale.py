@@ -1,8 +1,8 @@
 """Measures the sinks with very many short rows out of tars. A command, not a test.
 
-    python -m tests.e2e.sink_scale --rows 100000
-    python -m tests.e2e.sink_scale --without_model --rows 100000
-    python -m tests.e2e.sink_scale --compare --rows 4000
+    python -m tests.measure.sink_scale --rows 100000
+    python -m tests.measure.sink_scale --without_model --rows 100000
+    python -m tests.measure.sink_scale --compare --rows 4000
 
 Makes tars of short clips (``DISTINCT`` of them again and again, under new names) in a temporary folder and runs
 ``batch_tokenizer`` on them through each sink, with a tiny random model, so that the model is the least of it. For each:

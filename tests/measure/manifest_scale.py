@@ -1,6 +1,6 @@
 """Measures start-up at manifest scale: index, cached opening, planning, resume, failures. A command, not a test.
 
-    python -m tests.e2e.manifest_scale --rows 10000000
+    python -m tests.measure.manifest_scale --rows 10000000
 
 Makes a manifest of ``--rows`` rows and a ledger in which 90 % of them are done and 0.1 % failed, in a temporary folder
 (about 350 bytes a row), and runs each step in a fresh process, so that its memory is its own. Prints a table and, as
@@ -146,7 +146,15 @@ def main() -> None:
     results: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         for step, (_, reported) in STEPS.items():
-            command = [sys.executable, "-m", "tests.e2e.manifest_scale", "--rows", str(options.rows), "--folder", name]
+            command = [
+                sys.executable,
+                "-m",
+                "tests.measure.manifest_scale",
+                "--rows",
+                str(options.rows),
+                "--folder",
+                name,
+            ]
             done = subprocess.run([*command, "--step", step], stdout=subprocess.PIPE, text=True, check=True)
             if reported:
                 results[step] = json.loads(done.stdout)

@@ -1,6 +1,6 @@
 """Kills processes of a run a hundred times, and compares what comes out with an undisturbed run.
 
-    python tests/e2e/soak.py [--kills 100] [--rows 3000] [--seed 0] [--folder DIR]
+    python -m tests.measure.soak [--kills 100] [--rows 3000] [--seed 0] [--folder DIR]
 
 Ranks, torchrun's agent, loader processes, their fork servers, or all processes at once die by SIGKILL at random
 moments; the run is restarted with one to three ranks whenever torchrun does not do that by itself. The last line is
@@ -17,8 +17,6 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.support.runs import Killer, Run, Workspace, lingering, make_corpus
 

@@ -1,6 +1,6 @@
 """Measures how long a job of three ranks waits for one that is slowed down ten-fold.
 
-    python tests/e2e/straggler.py [--rows 3000] [--slowdown 10] [--folder DIR]
+    python -m tests.measure.straggler [--rows 3000] [--slowdown 10] [--folder DIR]
 
 The slow rank is suspended nine tenths of the time, from outside. Each rank's rate is taken from its own ledger file, so
 other load on the machine does no harm as long as it is even; a machine whose load changes gives noise, which is why
@@ -23,8 +23,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.support.runs import Workspace, make_corpus
 

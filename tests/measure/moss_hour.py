@@ -1,6 +1,6 @@
 """Measures MOSS on a long recording: an hour by default, from a wav file to codes and back to a wav file, as streams.
 
-    python tests/e2e/moss_hour.py [--seconds 3600] [--chunk_seconds 10] [--model_path FOLDER]
+    python -m tests.measure.moss_hour [--seconds 3600] [--chunk_seconds 10] [--model_path FOLDER]
 
 Without a checkpoint it makes a small one with random weights and the published context of 10 s. It prints resident
 memory along the way and how codes and audio agree with one pass over the first minutes; the last line is JSON. It
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 import threading
 import time
@@ -24,8 +23,6 @@ import numpy.typing as npt
 import psutil
 import soundfile
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from batch_tokenizer.codecs.checkpoint import Checkpoint
 from batch_tokenizer.codecs.moss.codec import MossCodec, load_codec, open_spec

@@ -1,6 +1,6 @@
 """Measures what it costs to decode long token sequences in windows: the seam error against one pass.
 
-    python -m tests.e2e.seams [--model_path FOLDER] [--seconds 250] [--window 60] [--audio FILE …]
+    python -m tests.measure.seams [--model_path FOLDER] [--seconds 250] [--window 60] [--audio FILE …]
 
 The clips of ``sample_data`` are laid end to end (or the given files), encoded in one pass and decoded twice: in one
 pass, and in windows with several contexts, as ``token2wav --long_audio segment`` does it for tokens that record no
