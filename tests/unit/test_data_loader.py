@@ -54,11 +54,12 @@ def workers() -> list[psutil.Process]:
 
 
 def server() -> psutil.Process:
-    """The fork server of this process."""
-    (found,) = [
-        child for child in psutil.Process().children() if "multiprocessing.forkserver" in " ".join(child.cmdline())
-    ]
-    return found
+    """The fork server of this process. Raises psutil.NoSuchProcess in the moment between one's death and the next."""
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "multiprocessing.forkserver" in " ".join(child.cmdline()):
+                return child
+    raise psutil.NoSuchProcess(os.getpid(), "fork server")
 
 
 def are_gone(processes: list[psutil.Process]) -> bool:
