@@ -134,7 +134,7 @@ def test_windows_faded_into_each_other_are_the_whole(
     """Where windows agree with the whole, so does what is put together, in whatever order they come."""
     whole = np.random.default_rng(count * step).uniform(-1, 1, count * step).astype(np.float32)
     context = max(context, width // 2)
-    file = _SampleFile(Path("."))
+    file = _SampleFile(Path("."), 1)
     numbers = list(range(count))
     order.shuffle(numbers)  # type: ignore[attr-defined]
     for number in numbers:
