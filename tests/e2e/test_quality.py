@@ -17,6 +17,7 @@ from batch_tokenizer.cli import main
 from batch_tokenizer.commands import report as run_report
 from batch_tokenizer.quality import evaluation as evaluate
 from batch_tokenizer.records import RunError
+from batch_tokenizer.runtime.ledger_lines import decode_entry, encode_shard, read_shard_lines
 from tests.support.checkpoints import write_mimo_checkpoint
 from tests.support.command import ROOT, batch_tokenizer, output_row, write_manifest
 from tests.support.html import parse
@@ -180,7 +181,9 @@ def test_what_is_not_in_its_place_in_a_shard_is_not_scored(tmp_path):
     assert main([*words, "--num_workers", "0", "--sink", "tar", "--output_dir", str(tmp_path / "shards")]) == 0
     run_dir = tmp_path / "data.wav2token.run"
     (ledger,) = (run_dir / "ledger").glob("*.*.jsonl")
-    ledger.write_bytes(b"".join(reversed(ledger.read_bytes().splitlines(keepends=True))))
+    lines = read_shard_lines(ledger)
+    assert lines is not None
+    ledger.write_bytes(encode_shard([decode_entry(line) for line in reversed(lines)]))
     found = evaluate.evaluate(evaluate.Request(run_dir=run_dir, metrics=("si_sdr",), model_path="model"))
     assert len(found.utterances) == 1, "the third of five is where it was"
     assert len(found.failed) == 4
