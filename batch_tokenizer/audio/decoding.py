@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from batch_tokenizer.audio.ffmpeg import open_with_ffmpeg
 from batch_tokenizer.audio.libsndfile import Unfit, ogg_is_chained, open_with_libsndfile
 from batch_tokenizer.audio.reader import AudioHeader, AudioReader, Samples
-from batch_tokenizer.audio.sizes import find_stale_size
+from batch_tokenizer.audio.sizes import HEAD_BYTES, find_stale_size
 from batch_tokenizer.records import RowError
 from batch_tokenizer.storage.names import display_name
 from batch_tokenizer.storage.opening import open_location
@@ -40,9 +40,11 @@ def open_audio(path: str, stream: int | None = None) -> Iterator[AudioReader]:
     name = display_name(path)
     with open_location(path) as (file, size):
         libsndfile_said = None
-        stale = find_stale_size(file, size, name)
+        head = file.read(HEAD_BYTES)
+        file.seek(0)
+        stale = find_stale_size(file, size, name, head)
         try:
-            with open_with_libsndfile(file, size, name, stale) as reader:
+            with open_with_libsndfile(file, size, name, head, stale) as reader:
                 if stream:
                     raise RowError("load", f"{name}: has 1 audio stream, so none with number {stream} from 0")
                 yield reader

@@ -21,7 +21,7 @@ import os
 import struct
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, BinaryIO, cast
 
 import numpy as np
@@ -47,6 +47,9 @@ _UNKNOWN_FRAMES = 2**62
 #: Encoders differ by a few MPEG frames of 1,152 samples in what they count as an mp3's length.
 MP3_TOLERANCE = 4 * 1152
 
+#: What files begin with that libmpg123 is not asked about.
+_NOT_MPEG = (b"RIFF", b"RF64", b"RIFX", b"riff", b"fLaC", b"OggS", b"FORM", b"caff", b".snd")
+
 #: What a wav's format chunk says of mp3 and mp2.
 _MPEG_TAGS = (b"\x55\0", b"\x50\0")
 
@@ -70,21 +73,21 @@ class Unfit(Exception):
 
 @contextmanager
 def open_with_libsndfile(
-    file: BinaryIO, size: int, name: str, stale: SampleBytes | None = None
+    file: BinaryIO, size: int, name: str, head: bytes, stale: SampleBytes | None = None
 ) -> Iterator[LibsndfileReader]:
     """The reader of a file.
 
     Args:
+        head: its first bytes, at least 22 where it has so many.
         stale: where its samples lie if its header's size of them is wrong.
 
     Raises:
         Unfit: FFmpeg has to read it.
         RowError: its header is damaged.
     """
-    head = read_at(file, 0, 22)
     if head[:2] == _SDS:
         raise Unfit
-    with _quiet(is_mpeg=_looks_like_mpeg(head)):
+    with _quiet() if _may_be_mpeg(head) else _AS_IS:
         try:
             sound = soundfile.SoundFile(_source(file), closefd=False)
         except soundfile.LibsndfileError as error:
@@ -94,7 +97,7 @@ def open_with_libsndfile(
         if stale is None:
             if _is_unfit(file, size, form, subtype, sound.frames):
                 raise Unfit
-            yield LibsndfileReader(name, sound, file, size)
+            yield LibsndfileReader(name, sound, form, subtype, file, size)
             return
         is_wav = form in ("WAV", "WAVEX", "RF64", "W64")
         if not (is_wav and subtype in _UNCOMPRESSED and sound.endian != "BIG"):
@@ -105,7 +108,7 @@ def open_with_libsndfile(
             subtype=subtype, endian="LITTLE",
         )  # fmt: skip
     with rest:
-        yield LibsndfileReader(name, rest, file, size)
+        yield LibsndfileReader(name, rest, "RAW", subtype, file, size)
 
 
 def _source(file: BinaryIO) -> Any:
@@ -170,10 +173,9 @@ def _mp3_knows_its_length(file: BinaryIO, size: int) -> bool:
     return flags & 3 == 3 and size - start <= 1.01 * audio_bytes + 4096
 
 
-def _looks_like_mpeg(head: bytes) -> bool:
-    if len(head) < 22 or head[:3] == b"ID3":
-        return len(head) == 22
-    return (head[0] == 0xFF and head[1] & 0xE0 == 0xE0) or (head[:4] == b"RIFF" and head[20:22] in _MPEG_TAGS)
+def _may_be_mpeg(head: bytes) -> bool:
+    """Whether libsndfile may ask libmpg123: it does with all that begins like no other format, too."""
+    return not head.startswith(_NOT_MPEG) or (head[:4] == b"RIFF" and head[20:22] in _MPEG_TAGS)
 
 
 def ogg_is_chained(file: BinaryIO, size: int) -> bool:
@@ -213,13 +215,12 @@ def _cause(error: soundfile.LibsndfileError) -> str:
 
 _quiet_lock = threading.Lock()
 
+_AS_IS = nullcontext()
+
 
 @contextmanager
-def _quiet(*, is_mpeg: bool) -> Iterator[None]:
+def _quiet() -> Iterator[None]:
     """Keeps libmpg123, which libsndfile decodes mp3 with, from writing to the process's standard error itself."""
-    if not is_mpeg:
-        yield
-        return
     with _quiet_lock:
         kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
         try:
@@ -234,9 +235,14 @@ def _quiet(*, is_mpeg: bool) -> Iterator[None]:
 class LibsndfileReader(AudioReader):
     """A file that libsndfile has opened."""
 
-    def __init__(self, name: str, sound: soundfile.SoundFile, file: BinaryIO, size: int) -> None:
-        # Each of these asks libsndfile.
-        self._form, self._subtype, frames = sound.format, sound.subtype, sound.frames
+    def __init__(
+        self, name: str, sound: soundfile.SoundFile, form: str, subtype: str, file: BinaryIO, size: int
+    ) -> None:
+        """
+        Args:
+            form, subtype: of ``sound``, which would ask libsndfile for them each time.
+        """
+        self._form, self._subtype, frames = form, subtype, sound.frames
         check_sample_rate(name, sound.samplerate)
         check_plausible(name, frames, size)
         self._sound = sound
@@ -251,7 +257,7 @@ class LibsndfileReader(AudioReader):
         sound, promised = self._sound, self._sound.frames
         check_length(self.name, promised, self.header.sample_rate, max_seconds)
         try:
-            with _quiet(is_mpeg=self._is_mp3):
+            with _quiet() if self._is_mp3 else _AS_IS:
                 if self._form in ("WAV", "WAVEX") and self._subtype == "PCM_16":
                     # libsndfile copies these as they are, and numpy scales them several times faster; by a power of
                     # two, so to the same values.
@@ -285,7 +291,7 @@ class LibsndfileReader(AudioReader):
                     position = min(position, _seekable_end(self._file, self._size, promised))
                 sound.seek(position)
             while position < end:
-                with _quiet(is_mpeg=self._is_mp3):
+                with _quiet() if self._is_mp3 else _AS_IS:
                     block = sound.read(min(_BLOCK, end - position), dtype="float32", always_2d=True)
                 if not len(block):
                     break

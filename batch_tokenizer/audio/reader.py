@@ -109,7 +109,7 @@ class AudioReader(ABC):
         self.name = name
         self.header = header
         self.seeks = seeks
-        self._rest = self._decode(0, None)
+        self._rest: Iterator[Block] | None = None
         self._recent: deque[Block] = deque()
 
     @abstractmethod
@@ -204,6 +204,8 @@ class AudioReader(ABC):
         if self._recent and start < self._recent[0][0]:
             raise AlreadyPassed
         yield from tuple(self._recent)
+        if self._rest is None:
+            self._rest = self._decode(0, None)
         for position, block in self._rest:
             self._recent.append((position, block))
             while len(self._recent) > 1 and self._recent[1][0] + _KEPT_SAMPLES < position:

@@ -59,7 +59,7 @@ _MORE_AUDIO = (b"RIFF", b"RF64", b"RIFX", b"FORM", b"riff", b"caff")
 _MOST_CHUNKS = 10_000
 
 #: Bytes that are read at first, which hold all chunks before the samples of most files.
-_HEAD = 4096
+HEAD_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,20 +73,22 @@ class SampleBytes:
     is_wav: bool
 
 
-def find_stale_size(file: BinaryIO, size: int, name: str) -> SampleBytes | None:
+def find_stale_size(file: BinaryIO, size: int, name: str, head: bytes) -> SampleBytes | None:
     """Where the samples lie if the header's size of them cuts some off; None if it does not.
 
     Args:
         size: of the file, in bytes.
+        head: its first ``HEAD_BYTES``.
 
     Raises:
         RowError: another recording follows.
     """
-    head = read_at(file, 0, _HEAD)
     if head[:4] == b".snd" and len(head) >= 12:
         offset, stated = struct.unpack(">II", head[4:12])
         there = size - offset
         return None if stated == 2**32 - 1 or stated >= there else SampleBytes(offset, stated, there, False)
+    if head[36:40] == b"data" and int.from_bytes(head[40:44], "little") == size - 44:
+        return None  # the header that nearly every wav has
     layout = _LAYOUTS.get(head[:4])
     if layout is None:
         return None

@@ -81,7 +81,7 @@ def row_location(path: str, row: int) -> str:
 
 def parse_row_location(location: str) -> tuple[str, int] | None:
     """(path, row) of a location that ``row_location`` made; None for any other."""
-    match = _PARQUET_ROW.fullmatch(location)
+    match = _PARQUET_ROW.fullmatch(location) if location.startswith("parquet://") else None
     return None if match is None else (match[2], int(match[1]))
 
 

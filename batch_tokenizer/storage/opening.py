@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import BinaryIO
 
 from batch_tokenizer.storage.files import open_file
@@ -12,8 +11,7 @@ from batch_tokenizer.storage.names import parse_row_location
 from batch_tokenizer.storage.parquet_rows import read_audio
 
 
-@contextmanager
-def open_location(location: str, what: str = "an audio file") -> Iterator[tuple[BinaryIO, int]]:
+def open_location(location: str, what: str = "an audio file") -> AbstractContextManager[tuple[BinaryIO, int]]:
     """As ``open_file``; the location may also be a row of a parquet file, whose audio is opened.
 
     Raises:
@@ -21,8 +19,6 @@ def open_location(location: str, what: str = "an audio file") -> Iterator[tuple[
     """
     row = parse_row_location(location)
     if row is None:
-        with open_file(location, what) as opened:
-            yield opened
-    else:
-        content = read_audio(*row)
-        yield io.BytesIO(content), len(content)
+        return open_file(location, what)
+    content = read_audio(*row)
+    return nullcontext((io.BytesIO(content), len(content)))

@@ -277,7 +277,7 @@ def test_a_part_of_any_file_has_the_bits_of_the_whole(
     soundfile.write(source, recording(samples, rate, channels, samples), rate)
     ffmpeg("-i", source, *options, path)
     whole, whole_rate = decode_audio(path)
-    assert abs(whole.shape[1] / whole_rate - samples / rate) < 0.2
+    assert abs(whole.shape[1] / whole_rate - samples / rate) < 0.3
     length = whole.shape[1]
     ends = [sorted(round(share * length) for share in pair) for pair in places]
     for start, stop in [*ends, (max(0, length - tail), None)]:
