@@ -16,14 +16,11 @@ from __future__ import annotations
 
 import argparse
 import logging
-import multiprocessing
 import sys
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -34,8 +31,14 @@ from tqdm import tqdm
 
 from batch_tokenizer.codecs.base import CodecSpec
 from batch_tokenizer.commands.status import seems_at_work
+from batch_tokenizer.commands.verify_processes import (
+    Checkers,
+    CheckingProcesses,
+    check_chunk,
+    check_shard,
+    checking_processes,
+)
 from batch_tokenizer.commands.verify_rows import (
-    CHUNK_LINES,
     DURATION,
     ChunkReport,
     ExpectedLengths,
@@ -62,7 +65,7 @@ from batch_tokenizer.runs.checks import OutputForm
 from batch_tokenizer.runs.finished_run import FinishedRun
 from batch_tokenizer.runtime.ledger import LedgerState, read_checksums, read_ledger
 from batch_tokenizer.runtime.ledger_writer import LedgerWriter
-from batch_tokenizer.runtime.processes import ProcessGroup, num_cores
+from batch_tokenizer.runtime.processes import ProcessGroup
 from batch_tokenizer.runtime.run_folder import RunFolder
 from batch_tokenizer.storage.atomic import atomic_write
 from batch_tokenizer.storage.json_lines import json_lines_writer
@@ -92,9 +95,6 @@ KINDS: Mapping[str, str] = {
 
 #: Kinds that taking rows back does not mend.
 _NOT_REPAIRED = {"pending", "stray", "orphan", "recomputed", DURATION}
-
-#: A manifest of fewer lines is checked by this process alone.
-_LEAST_LINES_FOR_PROCESSES = 4 * CHUNK_LINES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -252,7 +252,7 @@ class Verification:
             with (
                 atomic_write(path) as file,
                 json_lines_writer(file) as writer,
-                _checking_processes(checkers, self.manifest, workers) as processes,
+                checking_processes(checkers, self.manifest, workers) as processes,
             ):
                 findings = Findings(writer, show)
                 # 2. Each row's entries, and the files that it names.
@@ -288,7 +288,7 @@ class Verification:
         return ExpectedLengths(self.spec, self.run.task, self.run.settings.get("segment_samples"))
 
     def _check_rows(
-        self, processes: _CheckingProcesses, state: LedgerState, audit: LedgerAudit, findings: Findings
+        self, processes: CheckingProcesses, state: LedgerState, audit: LedgerAudit, findings: Findings
     ) -> set[int]:
         """Checks the ledger and the rows' own files; returns the lines that are wrong."""
         # Those of shards are in the shards' own ledger files.
@@ -300,7 +300,7 @@ class Verification:
         ledger = None if self.run.has_shards else self.ledger
         with _progress_bar(len(self.manifest)) as bar:
             reports: Iterator[ChunkReport]
-            reports = processes.map(_check_chunk, chunks(self.manifest, self._lengths, state, audit, checksums))
+            reports = processes.map(check_chunk, chunks(self.manifest, self._lengths, state, audit, checksums))
             for report in reports:
                 for problem in report.problems:
                     findings.add(problem)
@@ -317,13 +317,13 @@ class Verification:
                 findings.add(problem)
         return wrong_lines
 
-    def _check_shards(self, processes: _CheckingProcesses, wrong_lines: set[int], findings: Findings) -> None:
+    def _check_shards(self, processes: CheckingProcesses, wrong_lines: set[int], findings: Findings) -> None:
         """Checks the shards, and with ``--repair`` takes those back that are wrong or have a row that is."""
         folder = shard_folder(str(self.run.settings["output_dir"]))
         rows = RowLines(self.manifest)
         wrong: list[Shard] = []
         reports: Iterator[ShardReport]
-        reports = processes.map(_check_shard, shards_to_check(self.run, folder, self._lengths, rows))
+        reports = processes.map(check_shard, shards_to_check(self.run, folder, self._lengths, rows))
         for report in reports:
             shard = report.shard
             self.num_checked += 1
@@ -369,81 +369,6 @@ def _print_counts(run: FinishedRun, manifest: Manifest, state: LedgerState, audi
         keys = ", ".join(state.changed_keys)
         notes.append(f"{state.num_changed:,} rows were done with another manifest line ({keys})")
     print(f"ledger     {'; '.join(notes)}")
-
-
-# ----------------------------------------------------------------------------------------------------------- processes
-
-
-@dataclass(frozen=True, slots=True)
-class Checkers:
-    """What a process that checks files needs."""
-
-    rows: RowChecker
-    shards: ShardChecker
-
-
-_checkers: Checkers
-
-
-def _start_process(checkers: Checkers) -> None:
-    global _checkers
-    _checkers = checkers
-
-
-def _check_chunk(chunk: Any) -> ChunkReport:
-    return _checkers.rows.check(chunk)
-
-
-def _check_shard(shard: Shard) -> ShardReport:
-    return _checkers.shards.check(shard)
-
-
-class _CheckingProcesses:
-    """Applies a function to items in several processes, or in this one; results come in the order of the items."""
-
-    def __init__(self, pool: ProcessPoolExecutor | None, ahead: int) -> None:
-        self._pool = pool
-        self._ahead = ahead
-
-    def map(self, function: Callable[[Any], Any], items: Iterator[Any]) -> Iterator[Any]:
-        """As ``map``; takes only a few items ahead of the results that were taken.
-
-        Raises:
-            RunError: a process died.
-        """
-        if self._pool is None:
-            yield from map(function, items)
-            return
-        waiting: deque[Future[Any]] = deque()
-        try:
-            for item in items:
-                waiting.append(self._pool.submit(function, item))
-                if len(waiting) >= self._ahead:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        except BrokenProcessPool as error:
-            raise RunError(
-                "a process that checked files died (out of memory?): try fewer --workers", exit_code=1
-            ) from error
-
-
-@contextmanager
-def _checking_processes(checkers: Checkers, manifest: Manifest, workers: int | None) -> Iterator[_CheckingProcesses]:
-    if workers is None:
-        workers = num_cores() if manifest.num_lines >= _LEAST_LINES_FOR_PROCESSES else 1
-    if workers == 1:
-        _start_process(checkers)
-        yield _CheckingProcesses(None, 1)
-        return
-    # Not a fork of this process, which has torch's threads. The server imports this module once for all of them.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_process, initargs=(checkers,))
-    try:
-        yield _CheckingProcesses(pool, 4 * workers)
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _progress_bar(num_rows: int) -> tqdm[Any]:
