@@ -114,7 +114,7 @@ class Audio:
             return None
         kept = self._cache.get(index)
         if kept is not None:
-            return kept.astype(np.float32) / 32767  # 16 bits halve the memory
+            return kept.astype(np.float32) / np.float32(32767)
         try:
             samples = load_samples(self.files[index].path, self.sample_rate, cut=self.files[index].cut)
         except RowError as error:
@@ -127,7 +127,7 @@ class Audio:
         if kept.nbytes <= self._room:
             self._room -= kept.nbytes
             self._cache[index] = kept
-        return kept.astype(np.float32) / 32767
+        return kept.astype(np.float32) / np.float32(32767)
 
     def draw(self, rng: np.random.Generator) -> Samples:
         """A file: its voice with a chance in proportion to the root of its hours, then in proportion to its length."""

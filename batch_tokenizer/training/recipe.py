@@ -100,12 +100,17 @@ class Recipe:
         out: folder of the run: ``state.pt``, ``log.jsonl`` and ``checkpoint/``.
         held_out: manifest of audio to watch, never learned from; None for none.
         config: the model's ``config.json``.
+        start_from: checkpoint whose weights training begins with; None for random ones.
+        average_over: steps over which the exported weights are averaged, about.
         steps, minutes: the run ends at whichever comes first; the learning rate falls to zero towards it.
         batch_size: crops a step.
         token_frames: length of a crop, in frames of tokens.
         learning_rate: of AdamW at its peak, after ``warmup`` steps.
         quantize_from: the step at which the quantizer is put in.
         coarse_weight, commitment_weight: of the coarse mel's and of the codebooks' part of the loss.
+        adversarial_from: share of the run after which the discriminators take part.
+        adversarial_weight, feature_weight: of their scores' and their features' parts of the loss.
+        augmentation: how examples are varied.
         seed: of the model, the order of the data and all random choices.
         device: torch's name of it.
         num_workers: processes that load crops.
@@ -260,7 +265,7 @@ class Trainer:
     @torch.no_grad()
     def averaged(self) -> Iterator[None]:
         """Within it, the model has the averages of its weights."""
-        parameters = list(self.model.parameters())
+        parameters: list[Tensor] = list(self.model.parameters())
         current = [p.detach().clone() for p in parameters]
         torch._foreach_copy_(parameters, self.average)
         try:
@@ -302,6 +307,28 @@ class Trainer:
             round(perplexity(every[:, k], size), 1) for k, size in enumerate(self.config.codebook_size)
         ]
         return result
+
+    @torch.no_grad()
+    def calibrate(self, utterances: Sequence[Tensor]) -> float:
+        """Shifts all log-magnitudes so that utterances, samples (S,), keep their level on average. By how many dB.
+
+        Losses of magnitudes leave what is uncertain about 1 dB too quiet.
+        """
+        assert self.model.decoder is not None
+        with self.averaged():
+            changes = []
+            for utterance in utterances:
+                mel = torch.from_numpy(mel_of(utterance.numpy(), self.config)).to(self.device)
+                (made,) = self.model.decode_utterances(self.model.encode_utterances([mel]))
+                made, original = _unit_level(made, utterance.to(self.device))
+                if original.square().mean() > 0.5:  # not of silence
+                    changes.append(0.5 * float(made.square().mean().clamp(min=1e-6).log()))
+        change = sum(changes) / max(1, len(changes))
+        bias = self.model.decoder.vocoder.head.out.bias
+        index = [name for name, _ in self.model.named_parameters()].index("decoder.vocoder.head.out.bias")
+        for tensor in (bias, self.average[index]):
+            tensor[: len(tensor) // 2] -= change
+        return -20 / math.log(10) * change
 
     def save(self) -> None:
         """Writes ``state.pt``, from which the run goes on, and ``checkpoint``, which runs."""
@@ -449,6 +476,8 @@ def train(recipe: Recipe, stop: Callable[[], bool] = lambda: False) -> Trainer:
                 if watched and trainer.codebooks.ready:
                     _log(recipe.out, {"step": trainer.step, "held_out": trainer.watch(watched, numbers)})
                 saved = time.monotonic()
+    if trainer.progress >= 1 and trainer.codebooks.ready:
+        log.info("levels shifted by %.2f dB", trainer.calibrate(load_held_out(recipe.data, recipe.out, config, 32)))
     trainer.save()
     if watched and trainer.codebooks.ready and trainer.progress >= 1:
         _log(recipe.out, {"step": trainer.step, "held_out": trainer.watch(watched, numbers)})

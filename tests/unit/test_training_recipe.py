@@ -243,8 +243,8 @@ def test_a_change_of_all_mel_channels_alike_passes_a_group_norm() -> None:
         low, middle, high = (module(level * rows, Segments([50]))[0][10] for level in (-3.0, 0.0, 3.0))
     change = 3 * 0.02 * 8 * 3
     assert (plain[2] - plain[0]).mean().abs() < 0.3 * 2 * change
-    assert torch.allclose(high - middle, torch.full((32,), change), rtol=0.1)
-    assert torch.allclose(middle - low, torch.full((32,), change), rtol=0.1)
+    assert torch.allclose(high - middle, torch.full((32,), change), rtol=0.15)
+    assert torch.allclose(middle - low, torch.full((32,), change), rtol=0.15)
 
 
 def test_a_run_starts_from_a_checkpoint_that_may_have_fewer_vocoder_layers(manifest: Path, tmp_path: Path) -> None:
@@ -448,3 +448,12 @@ def test_the_command_trains_and_names_what_is_wrong(
     config.write_text("[]")
     assert main(["--data", str(manifest), *flags]) == 2
     assert "JSON object" in capsys.readouterr().err
+
+
+def test_calibration_leaves_no_change_of_level_on_average(manifest: Path, tmp_path: Path) -> None:
+    trainer = Trainer(tiny(manifest, tmp_path))
+    trainer.codebooks.start(torch.randn(200, CONFIG["d_model"]))
+    utterances = [torch.from_numpy(tone(0.8, pitch)) for pitch in (120, 180, 240)]
+    trainer.calibrate(utterances)
+    assert trainer.calibrate(utterances) == pytest.approx(0.0, abs=0.01)
+    assert abs(trainer.watch(utterances, [3])["level_3"]) < 0.1
