@@ -75,7 +75,7 @@ SMALL: Mapping[str, Any] = {
     "decoder_kernel_size": 3,
     "decoder_stride_size": 1,
     "vocoder_dim": 192,
-    "vocoder_num_layers": 4,
+    "vocoder_num_layers": 7,
     "vocoder_attention_heads": 4,
     "vocoder_intermediate_dim": 768,
     "vocoder_attn_window_size": [40, 10],

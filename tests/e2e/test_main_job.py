@@ -223,7 +223,7 @@ def test_the_quick_start_makes_speech_that_can_be_understood(tmp_path):
         if len(original) > 24000:
             scores.append(stoi(original, made[: len(original)], 24000))
     assert len(scores) >= 10
-    assert np.mean(scores) > 0.7  # noise of the same spectrum as speech has about 0.3
+    assert np.mean(scores) > 0.85  # 0.91 when this was written; noise of the same spectrum as speech has about 0.3
 
 
 def test_accelerate_launch_starts_the_ranks_of_a_run(tmp_path):
