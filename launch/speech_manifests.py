@@ -77,7 +77,7 @@ PACKAGES = {
 
 def decode(source: Path) -> npt.NDArray[np.float32]:
     """Samples (S,) of any audio file at 24 kHz, mono."""
-    with av.open(str(source), format=HEADERLESS.get(source.suffix)) as container:
+    with av.open(str(source), format=HEADERLESS.get(source.suffix), metadata_errors="replace") as container:
         mono = av.AudioResampler(format="flt", layout="mono")
         pieces = [piece.to_ndarray()[0] for frame in container.decode(audio=0) for piece in mono.resample(frame)]
         rate = container.streams.audio[0].rate
@@ -108,7 +108,11 @@ def main() -> None:
     manifests: dict[str, list[dict[str, object]]] = {"train": [], "heard": [], "never_heard": []}
     for name, package in PACKAGES.items():
         for source, language in files(folder / "unpacked", name, package):
-            samples = decode(source)
+            try:
+                samples = decode(source)
+            except av.FFmpegError as error:
+                print(f"left out: {source}: {error}", file=sys.stderr)
+                continue
             peak = float(np.abs(samples).max(initial=0.0))
             if len(samples) < SHORTEST * SAMPLE_RATE or peak < 1e-3:
                 continue
