@@ -10,6 +10,7 @@ arguments; 128 + n when signal n stopped it, 141 (SIGPIPE) when nobody reads the
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import logging
@@ -17,7 +18,6 @@ import os
 import select
 import signal
 import sys
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -46,9 +46,6 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "onnx": ("batch_tokenizer.commands.onnx", "export a codec as ONNX graphs, check graphs, describe them"),
     "codecs": ("batch_tokenizer.commands.codecs", "list the families of codecs, or describe a checkpoint"),
 }
-
-#: Names of threads that may outlive a command: writers, and scoring while a run goes.
-_LEFT_BEHIND = ("writer-", "quality")
 
 #: Seconds in which the other ranks of a machine end by themselves; torchrun lists those that it has to end.
 _OTHERS_END_SECONDS = 1.0
@@ -79,12 +76,13 @@ def run_parser() -> argparse.ArgumentParser:
 def console() -> NoReturn:
     """The console command: runs ``main`` and ends the process with its exit status."""
     status = main()
-    if any(thread.name.startswith(_LEFT_BEHIND) for thread in threading.enumerate()):
-        # A thread that hangs in a write, or is still scoring, is inside a native library, which would abort the process
-        # if the interpreter were taken down around it.
-        logging.shutdown()
-        os._exit(status)
-    sys.exit(status)
+    # Everything is closed. Taking the interpreter down as well costs up to a second of processor time, which a rank
+    # that was stopped may not have, and aborts if a thread that hangs in a write is in a native library.
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
