@@ -171,7 +171,7 @@ def test_console_script_under_torchrun(tmp_path):
         (["--data_list", "data.jsonl", "--task", "wav2wav"], "wav2wav"),
         (["--data_list", "data.jsonl", "--batch_size", "0"], "--batch_size 0"),
         (["--data_list", "data.jsonl", "--num_quantizers", "99"], "--num_quantizers 99"),
-        (["--data_list", "data.jsonl", "--model_path", "no/such/model"], "no/such/model"),
+        (["--data_list", "data.jsonl", "--model_path", "./no/such/model"], "./no/such/model"),
         (["--data_list", "data.jsonl", "--attention", "flash_attn", "--device", "cpu"], "flash_attn"),
         (["--data_list", "data.jsonl", "--shard", "3"], "--shard 3"),
     ],
