@@ -147,6 +147,8 @@ class FFmpegReader(AudioReader):
         for frame in self._frames():
             block = _float_samples(frame, self.name)
             if has_sought:
+                if frame.pts is None:
+                    raise RowError("load", f"{self.name}: its frames have no time, so no part of it can be found")
                 position, has_sought = frame.pts - origin, False
             if frame.sample_rate != rate or len(block) != self.header.channels:
                 raise RowError("load", f"{self.name}: its sample rate or number of channels changes part-way")

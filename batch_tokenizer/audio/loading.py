@@ -156,8 +156,12 @@ class _KeptReader(threading.local):
 
 _kept = _KeptReader()
 
+
 # While modules still are what their readers need.
-atexit.register(lambda: _kept.closing and _kept.closing.close())
+@atexit.register
+def _close_kept_reader() -> None:
+    if _kept.closing is not None:
+        _kept.closing.close()
 
 
 @contextmanager

@@ -73,7 +73,7 @@ class WorkerContext(ForkServerContext):
         super().__init__()
         self.processes: list[WorkerProcess] = []
 
-    def Process(self, *args: Any, **keywords: Any) -> WorkerProcess:
+    def Process(self, *args: Any, **keywords: Any) -> WorkerProcess:  # type: ignore[override]  # a class there
         """A process that the set can kill, and whose exit status it can read."""
         process = WorkerProcess(*args, **keywords)
         self.processes.append(process)

@@ -165,8 +165,10 @@ class RowDataset(IterableDataset[Any]):
             if isinstance(result, LoadedRow) and result.nbytes > MOST_ROW_BYTES:
                 result = Failed("load", f"{result.nbytes:,} bytes at once are too many; --long_audio segment takes it")
             if isinstance(result, LoadedRow):
-                result, end = _store(result, memory, end)
-            results.append((number, result))
+                stored, end = _store(result, memory, end)
+                results.append((number, stored))
+            else:
+                results.append((number, result))
             if end > MESSAGE_BYTES:
                 break
         results += [(number, None) for number, _ in rows[len(results) :]]
@@ -186,7 +188,8 @@ def _store(loaded: LoadedRow, memory: memoryview, end: int) -> tuple[Loaded, int
         stored.append(StoredArray(end, array.dtype.str, array.shape, array.nbytes))
         np.ndarray(array.shape, array.dtype, memory, end)[...] = array
         end += array.nbytes
-    return Loaded(*stored, loaded.num_samples, loaded.frames, loaded.load_seconds, loaded.pieces), end
+    features, codes = stored
+    return Loaded(features, codes, loaded.num_samples, loaded.frames, loaded.load_seconds, loaded.pieces), end
 
 
 def prepare_worker(worker: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -54,7 +55,7 @@ def bind_to_numa_node(device: torch.device, num_ranks: int) -> None:
 
 def _numa_node(gpu: int) -> int | None:
     """The NUMA node of a CUDA device; None where the machine has one, or the system does not tell."""
-    properties = torch.cuda.get_device_properties(gpu)
+    properties: Any = torch.cuda.get_device_properties(gpu)  # its declared type lacks what it has
     address = f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
     try:
         node = int(Path(f"/sys/bus/pci/devices/{address}/numa_node").read_text(encoding="ascii"))

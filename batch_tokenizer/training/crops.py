@@ -114,7 +114,7 @@ class Audio:
             return None
         kept = self._cache.get(index)
         if kept is not None:
-            return kept.astype(np.float32) / np.float32(32767)
+            return np.asarray(kept.astype(np.float32) / np.float32(32767), np.float32)
         try:
             samples = load_samples(self.files[index].path, self.sample_rate, cut=self.files[index].cut)
         except RowError as error:

@@ -124,7 +124,7 @@ class TransformerStack(nn.ModuleList):
         #: Runs a layer, as ``TransformerLayer.__call__`` does.
         self.run_layer: Callable[..., Tensor] = TransformerLayer.__call__
 
-    def compile(self, rows: int, backend: str = "inductor") -> None:  # type: ignore[override]
+    def compile(self, rows: int, backend: str = "inductor") -> None:
         """Compiles the layers for packs of ``rows`` rows, now: a run must not change its bits when it has begun.
 
         Raises:
@@ -132,7 +132,9 @@ class TransformerStack(nn.ModuleList):
         """
         from batch_tokenizer.codecs.mimo.compiled import CompiledLayers  # imports torch's compiler, which takes seconds
 
-        weight = self[0].fc1.weight  # type: ignore[union-attr]
+        first = self[0]
+        assert isinstance(first, TransformerLayer)
+        weight = first.fc1.weight
         self.run_layer = CompiledLayers(rows, backend)
         try:
             with torch.inference_mode():
