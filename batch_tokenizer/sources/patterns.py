@@ -93,7 +93,7 @@ def expand_braces(pattern: str) -> Iterator[str]:
             if number >= MOST_LOCATIONS:
                 raise too_many
             yield word
-    except braceexpand.UnbalancedBracesError:
+    except braceexpand.UnbalancedBracesError:  # type: ignore[attr-defined]  # its stub lacks it
         yield pattern
 
 
