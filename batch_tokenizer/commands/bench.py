@@ -137,7 +137,7 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> Bench:
     if size in published_sizes() and arguments.random_weights and arguments.model_path is None:
         shared["model_path"], size = str(write_random_checkpoint(size, folder / size)), None
     config = RunConfig(data_list=manifest, run_dir=folder / "run", overwrite=True, **shared)
-    context = open_context(config, size, arguments.random_weights and size is not None)
+    context = open_context(config, size, arguments.random_weights and size == arguments.config)
     for earlier in folder.glob(f"{PASS}*"):
         shutil.rmtree(earlier, ignore_errors=True)
     bench = Bench(context, folder, [str(wav) for wav in wavs], manifest_rows(manifest), arguments.repeats)
