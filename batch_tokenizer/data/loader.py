@@ -27,15 +27,16 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from batch_tokenizer.data.processes import ensure_fork_server
-from batch_tokenizer.data.worker import MESSAGE_BYTES, STARTING, Answer, Failed, Loaded, attempt
+from batch_tokenizer.data.worker import STARTING, Answer, Failed, Loaded, attempt
 from batch_tokenizer.data.workers import POLL_SECONDS, Death, WorkerSet
 from batch_tokenizer.records import LoadedRow, ManifestRow, RowFailure, RunError, first_line
 
 _log = logging.getLogger(__name__)
 
-#: Rows that are handed over in one message: as many as load in this many seconds, up to a bound. A message costs about
-#: as much as loading half a second of wav; rows wait for the others of their message.
-_MESSAGE_SECONDS, _MOST_ROWS = 5e-3, 8
+#: Rows that are handed over in one message: as many as load in this many seconds and fit in this many bytes, up to a
+#: bound. A message costs as much processor time as loading a wav of one to three seconds, but rows wait for the others
+#: in it, and what is more than the cache holds is slow to copy.
+_MESSAGE_SECONDS, _MESSAGE_BYTES, _MOST_ROWS = 5e-3, 8 << 20, 8
 
 #: Sets of processes that fail, one after the other, before any row was loaded: that is the machine's trouble.
 _FAILURES_IN_SUCCESSION = 3
@@ -63,7 +64,7 @@ class Loader:
         num_workers: loader processes. With 0, ``next`` loads in the calling thread, and ``row_timeout`` does not hold.
         rows_ahead: most rows that are being loaded or lie loaded.
         bytes_ahead: most bytes of arrays that lie loaded, if no row is larger. Each worker may have two more messages,
-            of one row or about 1 MB.
+            of one row or a part of so many bytes.
         row_timeout: seconds that loading one row may take.
 
     Rows come out in the order in which they are done. ``submit``, ``next`` and ``stop_loading`` may be called from any
@@ -84,6 +85,7 @@ class Loader:
         self._rows_ahead = rows_ahead
         self._bytes_ahead = bytes_ahead
         self._row_timeout = row_timeout
+        self._message_bytes = min(_MESSAGE_BYTES, bytes_ahead // (4 * max(1, num_workers)))
 
         # All of this is under the lock. A row is in one of the first four, by its number in the third.
         self._changed = threading.Condition()
@@ -217,7 +219,7 @@ class Loader:
         most = min(
             _MOST_ROWS,
             _MESSAGE_SECONDS / self._row_seconds,
-            MESSAGE_BYTES / row_bytes,
+            self._message_bytes / row_bytes,
             self._rows_ahead / (2 * self._num_workers),
             -(-len(self._queue) // self._num_workers),
         )
@@ -248,7 +250,7 @@ class Loader:
         self._alone = bool(self._suspects)
         # 1. Start them.
         try:
-            workers = WorkerSet(self._load, 1 if self._alone else self._num_workers)
+            workers = WorkerSet(self._load, 1 if self._alone else self._num_workers, self._message_bytes)
         except (OSError, EOFError, RuntimeError) as error:
             reason = "the fork server ended" if isinstance(error, EOFError) else first_line(error)
             remedy = "lower --num_workers or raise the limit on processes"
@@ -274,6 +276,8 @@ class Loader:
             with self._changed:
                 self._workers = None
             workers.close()
+        if self._stopped:
+            return
         # 3. Find out which rows are to blame, and queue the others again.
         with self._changed:
             blamed = self._settle(late, [] if server_died else deaths)

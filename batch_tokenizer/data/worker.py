@@ -36,9 +36,6 @@ JOB_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 #: What stands in place of the row in hand before a process has started, and while it has none.
 STARTING, IDLE = -2, -1
 
-#: An answer is sent before all its rows are loaded when their arrays have this many bytes.
-MESSAGE_BYTES = 1 << 20
-
 #: Most bytes of a row, so that a buffer always has room for it and for what was loaded before it.
 MOST_ROW_BYTES = BUFFER_BYTES - (1 << 30)
 
@@ -123,15 +120,22 @@ class RowDataset(IterableDataset[Any]):
         load: the pickled load function.
         tickets: rows to load, one queue for all processes: whichever is free takes the next.
         in_hand: the number of the row that each process has in hand, and last the fork server's process id.
+        message_bytes: an answer is sent before all its rows are loaded when their arrays have so many bytes.
     """
 
     def __init__(
-        self, load: bytes, buffers: SharedBuffers, tickets: SimpleQueue[Ticket], in_hand: MutableSequence[int]
+        self,
+        load: bytes,
+        buffers: SharedBuffers,
+        tickets: SimpleQueue[Ticket],
+        in_hand: MutableSequence[int],
+        message_bytes: int,
     ) -> None:
         self.load = load
         self.buffers = buffers
         self.tickets = tickets
         self.in_hand = in_hand
+        self.message_bytes = message_bytes
 
     def __iter__(self) -> Iterator[Answer | StartFault]:
         # 1. Import what loading needs. What fails here would fail for every row.
@@ -169,7 +173,7 @@ class RowDataset(IterableDataset[Any]):
                 results.append((number, stored))
             else:
                 results.append((number, result))
-            if end > MESSAGE_BYTES:
+            if end >= self.message_bytes:
                 break
         results += [(number, None) for number, _ in rows[len(results) :]]
         pickled = pickle.dumps(results, protocol=5)

@@ -70,12 +70,13 @@ class WorkerSet:
 
     Args:
         load: the load function; picklable.
+        message_bytes: about the most bytes of arrays in one answer, unless a single row has more.
 
     Raises:
         OSError, EOFError, RuntimeError: a process or a thread cannot be started.
     """
 
-    def __init__(self, load: Callable[[ManifestRow], LoadedRow], num_workers: int) -> None:
+    def __init__(self, load: Callable[[ManifestRow], LoadedRow], num_workers: int, message_bytes: int) -> None:
         ensure_fork_server(load)
         context = WorkerContext()
         self._processes = context.processes
@@ -86,10 +87,12 @@ class WorkerSet:
         self._looked = time.monotonic()
         self._seen = [(STARTING, 0.0)] * num_workers  # the row in hand at the last look, and for how many seconds
         self._answers: Any = None
+        pickled = pickle.dumps(load, protocol=5)
+        dataset = RowDataset(pickled, self._buffers, self._tickets, self._in_hand, message_bytes)
         try:
             self._answers = iter(
                 _QuietDataLoader(
-                    RowDataset(pickle.dumps(load, protocol=5), self._buffers, self._tickets, self._in_hand),
+                    dataset,
                     batch_size=None,
                     num_workers=num_workers,
                     prefetch_factor=_TICKETS_A_WORKER,
