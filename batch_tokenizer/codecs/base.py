@@ -223,7 +223,7 @@ class Codec(ABC):
     def begin(self, task: Task, inputs: Sequence[npt.NDArray[Any]], num_quantizers: int) -> Computation:
         """All of ``task`` for a batch of features, or of codes in ``token2wav``, where ``runs_ahead``.
 
-        It returns when the device has been told what to do, so that the next batch can be made ready meanwhile. Results
+        It returns when the work is queued on the device, so that the next batch can be made ready meanwhile. Results
         are those of ``encode`` and ``decode``.
         """
         raise NotImplementedError(f"{self.info.family} computes at once")

@@ -169,7 +169,7 @@ def to_host(parts: Sequence[Tensor], dtype: torch.dtype) -> list[npt.NDArray[Any
 
 
 class StageClock:
-    """Tells how long a device worked between two marks in what it was told to do; elsewhere, how long this took."""
+    """Measures how long a device worked between two marks in its queue; on a CPU, the time between the marks."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

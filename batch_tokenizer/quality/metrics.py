@@ -43,7 +43,7 @@ _SI_SDR_BOUNDS = (-60.0, 100.0)
 _MEL_FLOOR = math.log(1e-5)
 _NEPER_TO_DB = 20 / math.log(10)
 
-#: The least level, dB relative to full scale, that is told apart from silence.
+#: The least level, dB relative to full scale, that counts as more than silence.
 _LOWEST_LEVEL = -120.0
 
 _EXTRA = "pip install 'batch_tokenizer[quality]'"

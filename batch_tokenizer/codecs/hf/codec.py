@@ -115,16 +115,16 @@ def open_spec(checkpoint: Checkpoint) -> HfSpec:
             f"{checkpoint.folder}: config.json says {input_rate} Hz, preprocessor_config.json "
             f"{settings['sampling_rate']} Hz"
         )
-    told = checkpoint
+    fingerprinted = checkpoint
     if lengths.multiple > 1:  # another file says so, and tokens depend on it
-        told = replace(checkpoint, config={**checkpoint.config, "padded_to_multiple_of": lengths.multiple})
+        fingerprinted = replace(checkpoint, config={**checkpoint.config, "padded_to_multiple_of": lengths.multiple})
     info = CodecInfo(
         family=kind_name,
         name=checkpoint.name,
         sample_rate=input_rate,
         samples_per_frame=lengths.hop,
         codebook_sizes=sizes,
-        fingerprint=told.fingerprint(),
+        fingerprint=fingerprinted.fingerprint(),
         max_samples=MOST_SAMPLES if kind.limited and isinstance(lengths, PaddedConvs) else None,
         decoded_sample_rate=None if output_rate == input_rate else output_rate,
     )

@@ -60,7 +60,7 @@ def packed_log_mel(samples: Tensor, lengths: Lengths, axis: GappedAxis, form: Me
 
 Stats = dict[str, Any]
 
-#: Token frames of axis that a pack on CUDA has, unless told otherwise.
+#: Token frames of axis that a pack on CUDA has by default.
 DEFAULT_CAPACITY = 8192
 
 

@@ -19,7 +19,7 @@ from batch_tokenizer.codecs.moss.layers import Passage, PatchDown, PatchUp, Stag
 from batch_tokenizer.codecs.moss.quantizer import ResidualQuantizer
 from batch_tokenizer.kernels.segments import filler_runs, packs, to_device
 
-#: Token frames of axis that a pack on CUDA has, unless told otherwise.
+#: Token frames of axis that a pack on CUDA has by default.
 DEFAULT_CAPACITY = 4096
 
 #: Seconds of audio above which an utterance goes through in pieces, where utterances are not packed.

@@ -452,13 +452,16 @@ def _nano_description(checkpoint: Checkpoint) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))["codec_config"]
-        rate = int(told["sample_rate"])
+        stated = json.loads(path.read_text(encoding="utf-8"))["codec_config"]
+        rate = int(stated["sample_rate"])
         return {
             "sampling_rate": rate,
             "downsample_rate": round(rate / 12.5),
-            "number_channels": told["channels"],
-            "quantizer_kwargs": {"num_quantizers": told["num_quantizers"], "codebook_size": told.get("codebook_size")},
+            "number_channels": stated["channels"],
+            "quantizer_kwargs": {
+                "num_quantizers": stated["num_quantizers"],
+                "codebook_size": stated.get("codebook_size"),
+            },
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path}: is not the description of a codec's graphs: {error!r}") from error

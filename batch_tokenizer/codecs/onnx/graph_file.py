@@ -18,7 +18,7 @@ from batch_tokenizer.records import RunError, first_line
 if TYPE_CHECKING:
     import onnx
 
-#: What a user without the packages is told.
+#: The message for a user without the packages.
 INSTALL = "ONNX checkpoints need more packages: pip install 'batch_tokenizer[onnx]' (on a GPU also onnxruntime-gpu)"
 
 #: Bytes looked at in each external weight for the digest: this many blocks of this many bytes, evenly spread.

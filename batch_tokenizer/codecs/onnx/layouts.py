@@ -226,7 +226,7 @@ def _axes(graph: GraphFile, codes: Port, num_codebooks: int | None) -> str:
     books = "the codebooks" if num_codebooks is None else f"{num_codebooks} codebooks"
     raise RunError(
         f"{graph.path}: {codes}: cannot be ({books}, batch of 1, frames), and which axis is which is "
-        f"{'not told by it' if possible else 'not known'}; export it with free axes, or fix its config.json"
+        f"{'not stated in it' if possible else 'not known'}; export it with free axes, or fix its config.json"
     )
 
 

@@ -96,7 +96,7 @@ def open_graph(checkpoint: Checkpoint) -> tuple[GraphCheckpoint, S3Config]:
     return opened, _config(path, opened, checkpoint.config)
 
 
-def _config(path: Path, opened: GraphCheckpoint, told: Mapping[str, Any]) -> S3Config:
+def _config(path: Path, opened: GraphCheckpoint, stated: Mapping[str, Any]) -> S3Config:
     arrays = opened.arrays
     layers = {int(name.split(".")[2]) for name in arrays if name.startswith("encoder.blocks.")}
     fsmn = "encoder.blocks.0.attn.fsmn_block.weight" in arrays
@@ -109,7 +109,7 @@ def _config(path: Path, opened: GraphCheckpoint, told: Mapping[str, Any]) -> S3C
     strides = _strides(opened.graph)
     if len(strides) < 2 or strides[0] not in (1, 2) or strides[1] != 2:
         raise RunError(f"{path}: its convolutions have the strides {strides[:2]}, must have 1 or 2, and 2")
-    heads = told.get("n_audio_head", _heads(opened, width))
+    heads = stated.get("n_audio_head", _heads(opened, width))
     try:
         return S3Config(
             stride=strides[0],
