@@ -12,9 +12,10 @@ import torch
 
 from batch_tokenizer.codecs.base import Codec, CodecSpec
 from batch_tokenizer.codecs.checkpoint import Checkpoint
+from batch_tokenizer.codecs.memory import is_out_of_memory
 from batch_tokenizer.codecs.registry import Family, find_family
 from batch_tokenizer.config import AttentionBackend, Device, Dtype, FrontEnd
-from batch_tokenizer.records import RunError, Task
+from batch_tokenizer.records import RunError, Task, first_line
 from batch_tokenizer.runtime.devices import ComputeDevice, choose_device
 
 log = logging.getLogger(__name__)
@@ -108,13 +109,22 @@ class CodecSetup:
             frame_budget: most token frames computed at once, where it is not the codec's own.
 
         Raises:
-            RunError: the weights are not what the configuration implies, or cannot be read; or the attention backend
-                cannot run here.
+            RunError: the weights are not what the configuration implies, cannot be read, or do not fit in memory; or
+                the attention backend cannot run here.
         """
-        codec = self.family.load_codec(
-            self.checkpoint, self.spec, task=task, device=self.compute.device, dtype=self.compute.dtype,
-            attention=self.attention, threads=self.threads,
-        )  # fmt: skip
+        try:
+            codec = self.family.load_codec(
+                self.checkpoint, self.spec, task=task, device=self.compute.device, dtype=self.compute.dtype,
+                attention=self.attention, threads=self.threads,
+            )  # fmt: skip
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise RunError(
+                f"{self.checkpoint.folder}: the weights do not fit in the memory of {self.compute.device} "
+                f"({first_line(error)}); free it, or use a larger device",
+                exit_code=1,
+            ) from error
         if frame_budget is not None:
             codec.frame_budget = frame_budget
         return codec

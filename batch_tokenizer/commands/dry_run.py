@@ -22,13 +22,13 @@ import numpy.typing as npt
 from batch_tokenizer import __version__
 from batch_tokenizer.audio.decoding import probe_audio
 from batch_tokenizer.codecs.base import Codec, CodecSpec
+from batch_tokenizer.codecs.memory import is_out_of_memory
 from batch_tokenizer.commands.status import format_duration, format_size, seems_at_work
 from batch_tokenizer.data.loading import RowLoader
 from batch_tokenizer.data.pieces import PassLimit, piece_of
 from batch_tokenizer.manifest.manifest import Manifest
 from batch_tokenizer.manifest.row import LineState
 from batch_tokenizer.manifest.units import in_shard, plan_units
-from batch_tokenizer.pipeline.memory import is_out_of_memory
 from batch_tokenizer.pipeline.setup import RunContext
 from batch_tokenizer.records import LoadedRow, ManifestRow, RowError, RowForm, RunError, TokenizedRow
 from batch_tokenizer.runs.source import settings_of

@@ -16,12 +16,12 @@ import numpy as np
 import numpy.typing as npt
 
 from batch_tokenizer.codecs.base import Codec, CodecStream, Computation
+from batch_tokenizer.codecs.memory import in_memory
 from batch_tokenizer.config import RunConfig
 from batch_tokenizer.data.batching import Packer, split
 from batch_tokenizer.data.loader import Loader
 from batch_tokenizer.pipeline.claimed_rows import ClaimedRows
 from batch_tokenizer.pipeline.long_audio import LongRows
-from batch_tokenizer.pipeline.memory import in_memory
 from batch_tokenizer.pipeline.row_feed import RowFeed
 from batch_tokenizer.quality.live import LiveQuality
 from batch_tokenizer.records import (

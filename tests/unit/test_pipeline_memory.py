@@ -8,8 +8,11 @@ import weakref
 import pytest
 import torch
 
-from batch_tokenizer.pipeline.memory import in_memory, is_out_of_memory
+from batch_tokenizer.codecs.checkpoint import Checkpoint
+from batch_tokenizer.codecs.memory import in_memory, is_out_of_memory
+from batch_tokenizer.codecs.opening import CodecSetup
 from batch_tokenizer.records import RowError, RunError
+from batch_tokenizer.runtime.devices import choose_device
 
 
 class Activations:
@@ -78,3 +81,16 @@ def _raise(error: Exception):  # type: ignore[no-untyped-def]
         raise error
 
     return compute
+
+
+def test_weights_that_do_not_fit_are_one_line(tmp_path):
+    class Family:
+        def load_codec(self, *arguments, **settings):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.40 GiB\nmore")
+
+    checkpoint = Checkpoint(folder=tmp_path, name="large", config={})
+    cpu = choose_device("cpu", "auto", 0)
+    setup = CodecSetup(checkpoint, Family(), None, cpu, "auto", 1)
+    with pytest.raises(RunError, match="the weights do not fit in the memory of cpu") as caught:
+        setup.load()
+    assert "\n" not in str(caught.value)

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 
 from batch_tokenizer.records import RowError, RunError, Stage, first_line
 
@@ -31,6 +30,8 @@ def is_out_of_memory(error: Exception) -> bool:
         return True
     if not isinstance(error, RuntimeError):
         return False
+    from accelerate.utils.memory import should_reduce_batch_size  # takes a second to import, and is seldom needed
+
     return should_reduce_batch_size(error) or any(words in str(error) for words in _ALLOCATION_FAILURES)
 
 
