@@ -79,6 +79,9 @@ def console() -> NoReturn:
     # Everything is closed. Taking the interpreter down as well costs up to a second of processor time, which a rank
     # that was stopped may not have, and aborts if a thread that hangs in a write is in a native library.
     logging.shutdown()
+    if "multiprocessing.util" in sys.modules:
+        # Semaphores that are not given back are reported on the terminal by multiprocessing's resource tracker.
+        sys.modules["multiprocessing.util"]._run_finalizers()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()

@@ -10,6 +10,8 @@ from types import TracebackType
 
 
 def _print_one_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if isinstance(error, (FileNotFoundError, ConnectionError)):
+        return  # the rank has ended, and with it the socket's folder; the rank's own last line says why
     print(f"batch_tokenizer: loader processes' fork server: {error or kind.__name__}", file=sys.stderr)
 
 
