@@ -22,8 +22,8 @@ _log = logging.getLogger(__name__)
 #: Most bytes in a buffer, 24 hours of float32 at 48 kHz. They are addresses; memory is taken as it is written.
 BUFFER_BYTES = 1 << 34
 
-#: Bytes of a buffer that stay in memory from one use to the next: 87 s of float32 at 48 kHz.
-_KEPT_BYTES = 16 << 20
+#: Bytes of a buffer that stay in memory from one use to the next: two messages of the size that the loader aims at.
+_KEPT_BYTES = 32 << 20
 
 #: Bytes of a buffer that are reserved where it is a file on a disk.
 _RESERVED_BYTES = 1 << 20

@@ -36,7 +36,7 @@ _log = logging.getLogger(__name__)
 #: Rows that are handed over in one message: as many as load in this many seconds and fit in this many bytes, up to a
 #: bound. A message costs as much processor time as loading a wav of one to three seconds, but rows wait for the others
 #: in it, and what is more than the cache holds is slow to copy.
-_MESSAGE_SECONDS, _MESSAGE_BYTES, _MOST_ROWS = 5e-3, 8 << 20, 8
+_MESSAGE_SECONDS, _MESSAGE_BYTES, _MOST_ROWS = 20e-3, 16 << 20, 64
 
 #: Sets of processes that fail, one after the other, before any row was loaded: that is the machine's trouble.
 _FAILURES_IN_SUCCESSION = 3

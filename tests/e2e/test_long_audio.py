@@ -23,8 +23,9 @@ import soundfile
 
 from batch_tokenizer.cli import main
 from batch_tokenizer.pipeline.long_audio import LongRows
+from batch_tokenizer.quality.evaluation import recordings
 from batch_tokenizer.records import ManifestRow, TokenizedRow
-from batch_tokenizer.runs.scored_rows import open_source, recordings
+from batch_tokenizer.runs.scored_rows import open_source
 from tests.support.checkpoints import write_mimo_checkpoint
 from tests.support.long_audio import anonymous_bytes, write_recording
 from tests.support.moss import write_moss_checkpoint
