@@ -68,10 +68,11 @@ class LongRows:
                 self._start_rows()
                 return
             # Codes are in memory whole, so their pieces need no loading.
-            for piece in self._open(loaded).pieces_of_codes():
+            long = self._open(loaded)
+            for piece in long.pieces_of_codes():
                 if self._stop.requested or _id(piece.row) not in self._rows:
                     return
-                yield piece, None
+                yield piece, long.stream
         elif loaded.row.piece is None:
             yield loaded, None
         elif _id(loaded.row) in self._rows:
