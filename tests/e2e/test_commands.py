@@ -38,7 +38,7 @@ def processes(workspace, *command):
         env=run_environment(),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
 
 

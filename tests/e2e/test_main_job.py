@@ -158,7 +158,7 @@ def test_console_script_under_torchrun(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script,
          "--data_list", str(manifest)],
-        capture_output=True, text=True, timeout=240, env=environment(),
+        capture_output=True, text=True, timeout=600, env=environment(),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "a.json").exists()
@@ -191,7 +191,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path):
     manifest = write_manifest(tmp_path / "data.jsonl", [output_row("a", tmp_path / "a.wav", tmp_path / "out")])
     done = subprocess.run(
         [sys.executable, "-m", "batch_tokenizer", "--data_list", manifest, "--model_path", "nobody/nothing"],
-        capture_output=True, text=True, timeout=240, env=environment(HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "hf")),
+        capture_output=True, text=True, timeout=600, env=environment(HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "hf")),
     )  # fmt: skip
     assert done.returncode == 1
     assert "nobody/nothing" in done.stderr.strip().splitlines()[-1]

@@ -251,7 +251,8 @@ class TestPage:
                 for name in ("src", "href", "xlink:href"):
                     assert attributes.get(name, "data:").startswith(("data:", "#")), (tag, attributes[name][:80])
         assert not re.search(r"@import|url\((?!#|data:)", text)
-        assert not re.search(r"\bnan\b", text, re.IGNORECASE)
+        shown = re.sub(r"base64,[A-Za-z0-9+/=]*", "", text)  # base64 may contain any three letters
+        assert not re.search(r"\bnan\b", shown, re.IGNORECASE)
 
     def test_it_says_what_happened(self, report):
         _, text = report
@@ -302,7 +303,7 @@ class TestPage:
             [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
              f"--user-data-dir={tmp_path / 'profile'}", "--window-size=500,900", "--virtual-time-budget=20000",
              "--enable-logging=stderr", "--dump-dom", f"file://{tmp_path / 'probe.html'}"],
-            capture_output=True, text=True, timeout=180,
+            capture_output=True, text=True, timeout=600,
         )  # fmt: skip
         found = re.search(r'<pre id="probe">(.*?)</pre>', done.stdout)
         assert found, done.stderr[-2000:]

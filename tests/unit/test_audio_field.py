@@ -35,7 +35,7 @@ def recording(samples: int, rate: int, channels: int = 1, seed: int = 0) -> np.n
 
 def ffmpeg(*arguments: object) -> None:
     command = ["ffmpeg", "-v", "error", "-nostdin", "-y", *map(str, arguments)]
-    subprocess.run(command, check=True, timeout=60, stdin=subprocess.DEVNULL)
+    subprocess.run(command, check=True, timeout=600, stdin=subprocess.DEVNULL)
 
 
 # --- the files themselves

@@ -366,7 +366,7 @@ def test_two_processes_build_once(tmp_path: Path) -> None:
     )
     command = [sys.executable, "-c", program, str(path), str(tmp_path / "index")]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    outputs = [process.communicate(timeout=60) for process in both]
+    outputs = [process.communicate(timeout=600) for process in both]
     assert sorted(out for out, _ in outputs) == ["20\n", "built\n20\n"]
 
 

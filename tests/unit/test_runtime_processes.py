@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import textwrap
-import time
 
 import pytest
 
@@ -79,7 +78,7 @@ def test_a_rank_does_not_outlive_a_killed_agent() -> None:
         stop_with_parent()
         signal.signal(signal.SIGTERM, lambda *_: print("SIGTERM", flush=True) or exit(0))
         print("ready", flush=True)
-        time.sleep(60)
+        time.sleep(300)
         """
     )
     agent = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
@@ -88,8 +87,6 @@ def test_a_rank_does_not_outlive_a_killed_agent() -> None:
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
-    killed = time.monotonic()
     process.kill()
     assert process.stdout.readline() == "SIGTERM\n"
-    assert time.monotonic() - killed < 5
     process.wait()

@@ -75,9 +75,9 @@ def test_a_clock_that_jumps_changes_no_rate(tmp_path: Path, monkeypatch: pytest.
         monkeypatch.setattr(progress_module.time, "time", lambda: now - 86400)
         progress._began -= 1800
     status = read_status(tmp_path)
-    assert status.elapsed == pytest.approx(1800, abs=5)
-    assert status.hours_per_hour == pytest.approx(2.0, rel=0.01)
-    assert status.seconds_left == pytest.approx(9 * 1800, rel=0.01)
+    assert status.elapsed == pytest.approx(1800, abs=300)  # and no day more or less
+    assert status.hours_per_hour == pytest.approx(3600 / status.elapsed)
+    assert status.seconds_left == pytest.approx(9 * status.elapsed)
 
 
 def test_the_reporter_speaks_while_the_loop_is_busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,11 +85,15 @@ def test_the_reporter_speaks_while_the_loop_is_busy(tmp_path: Path, monkeypatch:
     stream = io.StringIO()
     progress = ProgressReporter(folder_of(tmp_path), rows_total=10, stream=stream)
     progress._interval = 0.05
+    began = time.monotonic()
     with progress:
         progress.row_done(1.0)
-        time.sleep(0.5)
+        while stream.getvalue().count("1/10 rows") < 3:
+            assert time.monotonic() < began + 300
+            time.sleep(0.01)
         assert read_status(tmp_path).rows_done == 1
-        assert 2 <= stream.getvalue().count("1/10 rows") <= 6
+        count = stream.getvalue().count("1/10 rows")
+        assert count <= (time.monotonic() - began) / 0.1 + 1
 
 
 def test_a_terminal_gets_one_moving_line(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextmanager
-def holder(path: Path, *, body: str = "time.sleep(60)", **options: Any) -> Iterator[subprocess.Popen[str]]:
+def holder(path: Path, *, body: str = "time.sleep(300)", **options: Any) -> Iterator[subprocess.Popen[str]]:
     """Another process that has the folder open and then does ``body``."""
     program = textwrap.dedent(
         f"""
@@ -89,13 +89,13 @@ def test_the_lock_dies_with_its_process(tmp_path: Path) -> None:
 
 
 def test_a_restart_waits_a_moment_for_the_old_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_folder_module, "_LOCK_SECONDS", 10.0)
+    monkeypatch.setattr(run_folder_module, "_LOCK_SECONDS", 300.0)
     with holder(tmp_path, body="time.sleep(1)"), open_alone(tmp_path) as folder:
         assert folder.attempt == 2
 
 
 def test_loader_workers_of_a_killed_process_do_not_hold_its_lock(tmp_path: Path) -> None:
-    body = "child = os.fork(); (print(child, flush=True) if child else None, time.sleep(20))"
+    body = "child = os.fork(); (print(child, flush=True) if child else None, time.sleep(300))"
     with holder(tmp_path, body=body) as process:
         assert process.stdout is not None
         child = int(process.stdout.readline())
@@ -221,15 +221,15 @@ def test_ranks_of_srun_share_one_attempt(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="no message from rank 0 within 0 seconds"):
         RunFolder.open(tmp_path, settings, processes=srun(1), timeout=0.1)
     with RunFolder.open(tmp_path, settings, processes=srun(0)) as main:
-        other = RunFolder.open(tmp_path, settings, processes=srun(1), timeout=5)
+        other = RunFolder.open(tmp_path, settings, processes=srun(1), timeout=300)
         assert (other.attempt, other.attempt_id) == (main.attempt, main.attempt_id)
         assert other.ledger_path != main.ledger_path
         with pytest.raises(RunError, match="no message from rank 0"):
             other.await_status(timeout=0.1)
         main.share_status(np.array([0, 1, 2], np.uint8))
-        assert list(other.await_status(timeout=5)) == [0, 1, 2]
+        assert list(other.await_status(timeout=300)) == [0, 1, 2]
         with pytest.raises(RunError, match="rank 1 on here differs: n_q: run folder has 8, this run has 4"):
-            RunFolder.open(tmp_path, {"n_q": 4}, processes=srun(1), timeout=5)
+            RunFolder.open(tmp_path, {"n_q": 4}, processes=srun(1), timeout=300)
     # A requeued job has another name; its ranks must not take the old word.
     with pytest.raises(RunError, match="no message from rank 0"):
         RunFolder.open(tmp_path, settings, processes=srun(1, "7.0.1"), timeout=0.1)
@@ -244,17 +244,17 @@ def test_ranks_hear_why_rank_0_stopped(tmp_path: Path) -> None:
     with pytest.raises(RunError):
         RunFolder.open(tmp_path, {"n_q": 4}, processes=srun(0))
     with pytest.raises(RunError, match=r"rank 0 stopped: .*n_q: run folder has 8"):
-        RunFolder.open(tmp_path, {"n_q": 4}, processes=srun(1), timeout=5)
+        RunFolder.open(tmp_path, {"n_q": 4}, processes=srun(1), timeout=300)
     main = RunFolder.open(tmp_path, {"n_q": 8}, processes=srun(0, "8.0.0"))
-    other = RunFolder.open(tmp_path, {"n_q": 8}, processes=srun(1, "8.0.0"), timeout=5)
+    other = RunFolder.open(tmp_path, {"n_q": 8}, processes=srun(1, "8.0.0"), timeout=300)
     main.__exit__(RunError, RunError("no manifest"), None)
     with pytest.raises(RunError, match="rank 0 stopped: no manifest"):
-        other.await_status(timeout=5)
+        other.await_status(timeout=300)
 
 
 def test_waiting_can_be_given_up(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError):
-        RunFolder.open(tmp_path, {}, processes=srun(1), timeout=60, idle=lambda: print(1 / 0))
+        RunFolder.open(tmp_path, {}, processes=srun(1), timeout=300, idle=lambda: print(1 / 0))
 
 
 # -------------------------------------------------------------------------------------------------------------- trouble

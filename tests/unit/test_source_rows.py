@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import os
 import tarfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,10 +62,9 @@ def test_braces(pattern: str, words: list[str]) -> None:
 
 
 def test_too_many_files_are_refused_at_once() -> None:
-    began = time.monotonic()
+    first = itertools.islice(expand_braces("{0..99999999999}"), 10_000_000)
     with pytest.raises(RunError, match="more than"):
-        sum(1 for _ in expand_braces("{0..99999999999}"))
-    assert time.monotonic() - began < 30
+        sum(1 for _ in first)
 
 
 def test_globs_lists_and_files_with_braces_in_their_names(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_submit_waits_while_too_much_is_pending() -> None:
         try:
             for released in range(7):
                 expected = min(6, released + 2) if released < 6 else 7
-                deadline = time.monotonic() + 5
+                deadline = time.monotonic() + 300
                 while len(submitted) < expected and time.monotonic() < deadline:
                     time.sleep(0.005)
                 time.sleep(0.03)
@@ -96,7 +96,7 @@ def test_drain_gives_up_after_its_timeout() -> None:
         drained = pool.drain(timeout=0.05)
         gate.set()
         assert not drained
-        assert pool.drain(timeout=5)
+        assert pool.drain(timeout=300)
 
 
 @pytest.mark.parametrize("place", ["write", "on_done"])
