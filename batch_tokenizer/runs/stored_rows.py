@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jsonlines
 import numpy as np
@@ -27,7 +27,7 @@ from batch_tokenizer.storage.files import open_file
 from batch_tokenizer.storage.json_lines import json_lines_reader
 from batch_tokenizer.storage.names import display_name, member_name, split_member_name
 from batch_tokenizer.storage.parquet_rows import TokenParquet, row_info
-from batch_tokenizer.storage.tar import SeekableByteStream, TornTar, walk
+from batch_tokenizer.storage.tar import ByteStream, SeekableByteStream, TornTar, walk
 
 #: Bytes that one member of a row may have.
 _MOST_MEMBER = 1 << 32
@@ -75,28 +75,38 @@ class _Group:
 
 
 def _tar_rows(path: str) -> Iterator[StoredRow]:
-    name = display_name(path)
-    group = _Group("")
     with open_file(path, "a tar") as (file, _):
-        stream = SeekableByteStream.of_file(file)
-        try:
-            for member in walk(stream, lambda kind, name: None):
-                base, ending = split_member_name(member.name) or (member.name, "")
-                if base != group.base:
-                    if group.members:
-                        yield _tar_row(name, group)
-                    group = _Group(base)
-                if member.size > _MOST_MEMBER:
-                    raise RowError("load", f"{name}: member {member.name!a} of {member.size:,} bytes is too large")
-                if ending in group.members:
-                    raise RowError("load", f"{name}: member {member.name!a} is there twice")
-                group.members[ending] = stream.read(member.size)
-        except TornTar as error:
-            raise RowError("load", f"{name}: {error}") from error
-        except OSError as error:
-            raise RowError("load", f"{name}: cannot be read: {error.strerror}") from error
-        if group.members:
-            yield _tar_row(name, group)
+        yield from tar_stream_rows(SeekableByteStream.of_file(file), display_name(path))
+
+
+def tar_stream_rows(stream: ByteStream, name: str) -> Iterator[StoredRow]:
+    """The rows of a tar, or of a part of one that begins with a row's first member and has the mark of a tar's end.
+
+    Args:
+        name: for messages.
+
+    Raises:
+        RowError: it cannot be read to its end, or has what is no row.
+    """
+    group = _Group("")
+    try:
+        for member in walk(stream, lambda kind, name: None):
+            base, ending = split_member_name(member.name) or (member.name, "")
+            if base != group.base:
+                if group.members:
+                    yield _tar_row(name, group)
+                group = _Group(base)
+            if member.size > _MOST_MEMBER:
+                raise RowError("load", f"{name}: member {member.name!a} of {member.size:,} bytes is too large")
+            if ending in group.members:
+                raise RowError("load", f"{name}: member {member.name!a} is there twice")
+            group.members[ending] = stream.read(member.size)
+    except TornTar as error:
+        raise RowError("load", f"{name}: {error}") from error
+    except OSError as error:
+        raise RowError("load", f"{name}: cannot be read: {error.strerror}") from error
+    if group.members:
+        yield _tar_row(name, group)
 
 
 def _tar_row(name: str, group: _Group) -> StoredRow:
@@ -132,12 +142,17 @@ def _parquet_rows(path: str) -> Iterator[StoredRow]:
             if "key" not in table.column_names:
                 raise RowError("load", f"{parquet.name}: has no column key")
             for number in range(len(table)):
-                yield _parquet_row(parquet, table, number)
+                yield parquet_row(parquet, table, number)
     finally:
         parquet.close()
 
 
-def _parquet_row(parquet: TokenParquet, table: Any, number: int) -> StoredRow:
+def parquet_row(parquet: TokenParquet, table: Any, number: int) -> StoredRow:
+    """The row at ``number`` of a table of the file's columns.
+
+    Raises:
+        RowError: it has no key, or what are no codes.
+    """
     key = table.column("key")[number].as_py()
     if not isinstance(key, str):
         raise RowError("load", f"{parquet.name}: a row has no key")
@@ -178,29 +193,83 @@ def stored_rows(source: str, key: str | None = None) -> Iterator[StoredRow]:
         raise RunError(error.reason, exit_code=1) from error
 
 
-def _rows(source: str, key: str | None) -> Iterator[StoredRow]:
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Rows of a source that lie together.
+
+    Attributes:
+        kind: ``tar`` and ``parquet`` are shards; ``lines`` is JSON lines whose rows name their files; ``files`` is a
+            folder of token files, or one such file; ``run`` is a run folder whose rows are in files.
+        ledger: of a run's shard, the ledger file that names its rows.
+    """
+
+    kind: Literal["tar", "parquet", "lines", "files", "run"]
+    location: str
+    ledger: Path | None = None
+
+
+def find_parts(source: str) -> Iterator[Part]:
+    """The parts of a source, in order.
+
+    Raises:
+        RunError: the source is none.
+    """
     folder = Path(source)
     if not folder.is_dir():
         for found in find_sources(source):
-            if found.kind in ("tar", "parquet"):
-                yield from shard_rows(found.location)
+            if found.kind == "tar" or found.kind == "parquet":
+                yield Part(found.kind, found.location)
             elif found.kind == "rows":
-                yield from _manifest_rows(_objects(found.location), key)
+                yield Part("lines", found.location)
+            elif found.kind == "folder":
+                yield from _folder_parts(Path(found.location))
             else:
-                yield from _folder_rows(Path(found.location), key)
+                yield Part("files", found.location)
     elif (folder / "run.json").exists():
-        yield from _run_rows(FinishedRun.open(folder), key)
+        run = FinishedRun.open(folder)
+        if not run.has_shards:
+            yield Part("run", source)
+            return
+        for shard in run.shards():
+            yield Part(_shard_kind(shard.location), shard.location, shard.ledger)
     else:
-        yield from _folder_rows(folder, key)
+        yield from _folder_parts(folder)
+
+
+def _folder_parts(folder: Path) -> Iterator[Part]:
+    """A folder of shards, of what ``convert`` wrote, or of token files."""
+    names = sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith("."))
+    shards = [name for name in names if name.endswith(_SHARD_ENDINGS)]
+    if shards:
+        _refuse_mixture(folder, shards)
+        for name in shards:
+            yield Part(_shard_kind(name), str(folder / name))
+    elif "data.jsonl" in names:
+        yield Part("lines", str(folder / "data.jsonl"))
+    else:
+        yield Part("files", str(folder))
+
+
+def _shard_kind(name: str) -> Literal["tar", "parquet"]:
+    return "parquet" if name.endswith(".parquet") else "tar"
+
+
+def _rows(source: str, key: str | None) -> Iterator[StoredRow]:
+    wanted = None if key is None else orjson.dumps(key)
+    for part in find_parts(source):
+        if part.kind == "tar" or part.kind == "parquet":
+            if wanted is None or part.ledger is None or wanted in part.ledger.read_bytes():
+                yield from shard_rows(part.location)
+        elif part.kind == "lines":
+            yield from _manifest_rows(_objects(part.location), key)
+        elif part.kind == "run":
+            yield from _run_rows(FinishedRun.open(Path(part.location)), key)
+        else:
+            yield from _token_file_rows(part.location)
 
 
 def _run_rows(run: FinishedRun, key: str | None) -> Iterator[StoredRow]:
-    if run.has_shards:
-        wanted = None if key is None else orjson.dumps(key)
-        for shard in run.shards():
-            if wanted is None or wanted in shard.ledger.read_bytes():
-                yield from shard_rows(shard.location)
-        return
+    """Rows of a run whose outputs are files."""
     manifest = run.manifest()
     done = read_ledger(run.path, manifest).status == RowStatus.DONE
     if key is not None:
@@ -211,27 +280,25 @@ def _run_rows(run: FinishedRun, key: str | None) -> Iterator[StoredRow]:
                 yield from _manifest_rows(iter([dict(item.fields)]), key)
 
 
-def _folder_rows(folder: Path, key: str | None) -> Iterator[StoredRow]:
-    """A folder of shards, of what ``convert`` wrote, or of token files."""
-    names = sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith("."))
-    shards = [name for name in names if name.endswith(_SHARD_ENDINGS)]
-    if shards:
-        _refuse_mixture(folder, shards)
-        for name in shards:
-            yield from shard_rows(str(folder / name))
-    elif "data.jsonl" in names:
-        yield from _manifest_rows(_objects(str(folder / "data.jsonl")), key)
-    else:
-        found = False
-        for path in _token_files(folder):
-            found = True
-            codes, info = read_any_tokens(str(path))
-            said = info.get("key")
-            yield StoredRow(
-                said if isinstance(said, str) else str(path.relative_to(folder).with_suffix("")), codes, info
-            )
-        if not found:
-            raise RunError(f"{folder}: has neither shards (.tar, .parquet) nor token files (.json, .npy)")
+def _token_file_rows(location: str) -> Iterator[StoredRow]:
+    found = False
+    for path in token_files(location):
+        found = True
+        yield token_file_row(location, path)
+    if not found:
+        raise RunError(f"{location}: has neither shards (.tar, .parquet) nor token files (.json, .npy)")
+
+
+def token_file_row(location: str, path: str) -> StoredRow:
+    """The row of a token file that was found at ``location``; its key is the file's, or its path there without ending.
+
+    Raises:
+        RowError: it cannot be read, or is no token file.
+    """
+    codes, info = read_any_tokens(path)
+    said = info.get("key")
+    name = os.path.basename(path) if path == location else os.path.relpath(path, location)
+    return StoredRow(said if isinstance(said, str) else os.path.splitext(name)[0], codes, info)
 
 
 def _refuse_mixture(folder: Path, shards: list[str]) -> None:
@@ -243,12 +310,16 @@ def _refuse_mixture(folder: Path, shards: list[str]) -> None:
         )
 
 
-def _token_files(folder: Path) -> Iterator[Path]:
-    for place, folders, names in os.walk(folder):
+def token_files(location: str) -> Iterator[str]:
+    """The paths of the token files of a folder, in order; of one such file, its own."""
+    if not os.path.isdir(location):
+        yield location
+        return
+    for place, folders, names in os.walk(location):
         folders.sort()
         for name in sorted(names):
             if name.endswith(_FILE_ENDINGS) and not name.startswith("."):
-                yield Path(place) / name
+                yield os.path.join(place, name)
 
 
 def _objects(location: str) -> Iterator[dict[str, Any]]:
@@ -267,18 +338,26 @@ def _objects(location: str) -> Iterator[dict[str, Any]]:
 
 def _manifest_rows(rows: Iterator[dict[str, Any]], key: str | None) -> Iterator[StoredRow]:
     for row in rows:
-        if key is not None and row["key"] != key:
-            continue
-        tokens, audio = row.get("quantized_tokens"), row.get("reconstructed_wav")
-        if not isinstance(tokens, str):
-            raise RunError(f"row {row['key']}: has no quantized_tokens")
-        codes, info = read_any_tokens(tokens)
-        about = {**row, **info}
-        if isinstance(audio, str) and os.path.exists(audio):
-            content = _read(audio)
-            yield StoredRow(row["key"], codes, about, content, "flac" if content[:4] == b"fLaC" else "wav")
-        else:
-            yield StoredRow(row["key"], codes, about)
+        if key is None or row["key"] == key:
+            yield manifest_row(row)
+
+
+def manifest_row(row: Mapping[str, Any]) -> StoredRow:
+    """The row of a manifest's line, with what its files have.
+
+    Raises:
+        RunError: it names no token file.
+        RowError: a file cannot be read.
+    """
+    tokens, audio = row.get("quantized_tokens"), row.get("reconstructed_wav")
+    if not isinstance(tokens, str):
+        raise RunError(f"row {row['key']}: has no quantized_tokens")
+    codes, info = read_any_tokens(tokens)
+    about = {**row, **info}
+    if isinstance(audio, str) and os.path.exists(audio):
+        content = _read(audio)
+        return StoredRow(row["key"], codes, about, content, "flac" if content[:4] == b"fLaC" else "wav")
+    return StoredRow(row["key"], codes, about)
 
 
 def _read(path: str) -> bytes:
