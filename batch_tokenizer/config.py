@@ -58,6 +58,7 @@ class Option:
         parse: from the text on the command line to the value, where that is more than ``value_type(text)``.
         metavar: what stands for the value in the help; N for whole numbers and SECONDS for others unless it is given.
         repeated: whether the flag may be given several times.
+        short: a second name, such as ``-o``.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Option:
     parse: Callable[[str], Any] | None
     metavar: str | None
     repeated: bool
+    short: str
 
     @property
     def default_text(self) -> str:
@@ -104,7 +106,7 @@ class Option:
                 keywords["choices"] = self.choices
             if self.repeated:
                 keywords |= {"action": "append", "default": list(self.default)}
-        parser.add_argument(f"--{self.name}", **keywords)
+        parser.add_argument(*filter(None, (self.short,)), f"--{self.name}", **keywords)
 
 
 def option(
@@ -117,11 +119,12 @@ def option(
     parse: Callable[[str], Any] | None = None,
     metavar: str | None = None,
     repeated: bool = False,
+    short: str = "",
 ) -> Any:
     """A field of ``RunConfig`` with the declaration of its flag; parameters are those of ``Option``."""
     declared = {
         "group": group, "help": help, "unset": unset, "minimum": minimum, "parse": parse, "metavar": metavar,
-        "repeated": repeated,
+        "repeated": repeated, "short": short,
     }  # fmt: skip
     return field(default=default, metadata=declared)
 
@@ -162,7 +165,7 @@ class RunConfig:
     sink: Sink = option("json", "output",
         "write a token file for each row (json, npy), or shards of many rows (tar, parquet)")
     output_dir: str | None = option(None, "output",
-        "folder or URL of the shards, or of the files of rows that name none", metavar="DIR")
+        "folder or URL of the shards, or of the files of rows that name none", metavar="DIR", short="-o")
     audio_format: AudioFormat = option("wav", "output", "file format of reconstructed audio")
     shard_megabytes: int = option(256, "output", "size at which a shard is closed", minimum=1)
 

@@ -7,6 +7,7 @@ none. A line that is no JSON object stays as it is: the manifest refuses it, by 
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -39,6 +40,21 @@ def output_path(output_dir: str, key: str, ending: str) -> str:
     """
     digest = blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
     return f"{output_dir.rstrip('/') or '/'}/{digest[:2]}/{digest[2:4]}/{_name(key, digest)}{ending}"
+
+
+def mirrored_path(output_dir: str, key: str, ending: str, source: str) -> str:
+    """Where the output of a file goes that was found by its name: to the same place below ``output_dir``.
+
+    Names that are too long, and outputs that would lie beside the file, have ``output_path``.
+
+    Args:
+        key: the path of the file without its ending.
+        source: the path of the file.
+    """
+    path = f"{output_dir.rstrip('/') or '/'}/{key}{ending}"
+    names_fit = all(name not in ("", ".", "..") and len(name.encode()) <= MOST_NAME for name in key.split("/"))
+    is_beside = os.path.dirname(os.path.abspath(path)) == os.path.dirname(os.path.abspath(source))
+    return output_path(output_dir, key, ending) if is_beside or not names_fit else path
 
 
 def _name(key: str, digest: str) -> str:
@@ -103,10 +119,12 @@ class Finisher:
 
     Attributes:
         base: folder that relative paths of inputs lie in; empty for the working directory.
+        mirrored: whether outputs lie in the output folder as the inputs lie in theirs.
     """
 
     settings: SourceSettings
     base: str = ""
+    mirrored: bool = False
 
     def line(self, text: bytes) -> Iterator[bytes]:
         """A line of somebody's manifest to lines of ours, without line ends."""
@@ -141,8 +159,14 @@ class Finisher:
             if self.settings.output_dir is None or not missing:
                 yield part
                 continue
-            folder = self.settings.output_dir
-            yield part | {name: output_path(folder, part["key"], ending) for name, ending in missing.items()}
+            yield part | {name: self._output(part, ending) for name, ending in missing.items()}
+
+    def _output(self, row: Mapping[str, Any], ending: str) -> str:
+        folder, key, source = self.settings.output_dir, row["key"], row.get(self.settings.input_field)
+        assert folder is not None
+        if self.mirrored and isinstance(source, str):
+            return mirrored_path(folder, key, ending, source)
+        return output_path(folder, key, ending)
 
     def _channels(self, row: dict[str, Any], key: str) -> Iterator[dict[str, Any]]:
         wanted = self.settings.channels

@@ -45,7 +45,7 @@ from batch_tokenizer.storage.streams import GZIP_MAGIC, StreamReader
 
 log = logging.getLogger(__name__)
 
-_VERSION = 2
+_VERSION = 3
 
 _THREADS = 8
 
@@ -265,15 +265,29 @@ def _tasks(source: Source, settings: SourceSettings, left_out: LeftOut) -> Itera
         found = walk_folder(location, field_name, left_out.add)
         while part := list(islice(found, _CHUNK)):
             rows = map(partial(folder_row, location, field_name), part)
-            yield partial(_finish_rows, rows, Finisher(settings))
+            yield partial(_finish_rows, rows, Finisher(settings, mirrored=_is_mirrored(source, settings)))
     elif source.kind == "rows":
         yield from _line_tasks(location, settings)
     else:
         rows_of_list = partial(_rows_of_list, source, field_name)
-        finisher = Finisher(settings, _base_of(location, islice(rows_of_list(), _LOOKED_AT), settings))
+        base = _base_of(location, islice(rows_of_list(), _LOOKED_AT), settings)
+        finisher = Finisher(settings, base, _is_mirrored(source, settings))
         listed = rows_of_list()
         while part_of_list := list(islice(listed, _CHUNK)):
             yield partial(_finish_rows, iter(part_of_list), finisher)
+
+
+def _is_mirrored(source: Source, settings: SourceSettings) -> bool:
+    """Whether outputs lie in the output folder as the inputs lie in theirs.
+
+    Only those of local files that were found by their names; and not where they would lie in the folder of the source,
+    from which a later start would list them. Addresses may have names that no file system takes.
+    """
+    target = settings.output_dir
+    if source.kind not in ("folder", "audio") or target is None or is_url(source.location) or is_url(target):
+        return False
+    folder = os.path.realpath(source.location)
+    return source.kind == "audio" or os.path.commonpath((folder, os.path.realpath(target))) != folder
 
 
 def _segments_of(location: str) -> str:

@@ -26,7 +26,8 @@ def flags_table(group: str) -> str:
             shown = option.default_text
             plain = option.default is None or not shown
             default = (shown or ("off" if option.value_type is bool else "–")) if plain else f"`{shown}`"
-            lines.append(f"| `--{option.name}` | {option.help}{choices} | {default} |")
+            names = f"`--{option.name}`" + (f", `{option.short}`" if option.short else "")
+            lines.append(f"| {names} | {option.help}{choices} | {default} |")
     return "\n".join(lines) + "\n"
 
 
@@ -89,6 +90,78 @@ def test_other_commands_share_flags_and_may_have_other_defaults():
     assert "(default: token2wav)" in " ".join(parser.format_help().split())
 
 
+class TestInputsWithoutAFlag:
+    @pytest.fixture(autouse=True)
+    def place(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "folder").mkdir()
+        for number in range(12):
+            (tmp_path / f"{number}.WAV").touch()
+
+    def config(self, *words):
+        return cli._run_config(cli.run_parser().parse_intermixed_args(words))
+
+    @pytest.mark.parametrize(
+        ("words", "data_list", "task"),
+        [
+            (["0.WAV", "-o", "out"], "0.WAV", "wav2token2wav"),
+            (["-o", "out", "folder"], "folder", "wav2token"),
+            (["folder", "--task", "wav2token2wav"], "folder", "wav2token2wav"),
+            (["0.WAV", "--task", "wav2token"], "0.WAV", "wav2token"),
+            (["s3://bucket/x.wav"], "s3://bucket/x.wav", "wav2token"),
+            (["--data_list", "0.WAV"], "0.WAV", "wav2token"),
+        ],
+    )
+    def test_source_and_task(self, words, data_list, task):
+        config = self.config(*words)
+        assert (config.data_list, config.task) == (data_list, task)
+        assert config.output_dir == ("out" if "-o" in words else None)
+
+    def test_flags_may_stand_between_inputs_and_many_files_are_only_encoded(self):
+        names = [f"{number}.WAV" for number in range(12)]
+        few = self.config(*names[:4], "-o", "out", *names[4:10])
+        many = self.config(*names)
+        assert (few.task, many.task) == ("wav2token2wav", "wav2token")
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["stauts"], "stauts: no such file or folder, did you mean the command status?"),
+            (["none.wav"], r"none.wav: no such file or folder \(batch_tokenizer --help"),
+            (["folder", "none.wav"], "none.wav: no such file"),
+            (["folder", "--data_list", "0.WAV"], "both folder and --data_list 0.WAV name the utterances"),
+        ],
+    )
+    def test_what_cannot_be_meant_is_refused(self, words, message):
+        with pytest.raises(RunError, match=message):
+            self.config(*words)
+
+
+def test_no_arguments_show_a_short_usage_with_examples(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([]) == 2
+    usage = capsys.readouterr().err
+    assert usage.count("\n  ") >= 3
+    assert len(usage.splitlines()) < 20
+    assert "batch_tokenizer recordings/ -o tokens" in usage
+
+
+@pytest.mark.parametrize("command", ["status", "evaluate", "convert"])
+def test_help_of_a_command(command, capsys):
+    assert cli.main(["help", command]) == 0
+    assert capsys.readouterr().out.startswith(f"usage: batch_tokenizer {command} ")
+
+
+def test_help_names_every_command_with_what_it_does(capsys, caplog):
+    assert cli.main(["help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name, (_, about) in cli.COMMANDS.items():
+        assert f"  {name:<10} {about}" in lines
+        assert len(about) < 68
+    assert cli.main(["help", "stats"]) == 2
+    assert "there is no command stats, did you mean status?" in caplog.text
+
+
 class TestErrorsOfAllRanks:
     """Rank 0 prints what every rank finds, and torchrun hears of it from one rank of each machine."""
 
@@ -110,7 +183,7 @@ class TestErrorsOfAllRanks:
             ([], "no data.jsonl in the working directory: name the utterances with --data_list"),
             (["--data_list", "none.jsonl"], "--data_list none.jsonl does not exist"),
             (["--batch_size", "0"], "--batch_size 0: must be at least 1"),
-            (["--bach_size", "1"], "unrecognized arguments: --bach_size 1"),
+            (["--bach_size", "1"], "unrecognized arguments: --bach_size; did you mean --batch_size?"),
         ],
     )
     def test_one_line_from_rank_0(self, monkeypatch, tmp_path, caplog, words, message):

@@ -473,6 +473,26 @@ def test_distinct_keys_have_distinct_paths_inside_the_folder(keys: list[str]) ->
         assert not name.startswith((".", "-"))
 
 
+def test_outputs_of_files_lie_as_the_files_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("talks/a/1.flac", "talks/Two words.wav", f"talks/{'n' * 200}.wav"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_bytes(b"")
+
+    def outputs(source: str, output_dir: str) -> list[str]:
+        settings = SourceSettings("wav2token2wav", output_dir=output_dir)
+        return [row["reconstructed_wav"] for row in rows_of(source, tmp_path, settings)]
+
+    two, long, one = outputs("talks", "out")
+    assert (two, one) == ("out/Two words.wav", "out/a/1.wav")
+    assert long == output_path("out", "n" * 200, ".wav")  # no file system takes longer names with our endings
+    assert outputs("talks/a/1.flac", "out/") == ["out/talks/a/1.wav"]
+    assert outputs(f"{tmp_path}/talks/a/1.flac", "out") == [f"out{tmp_path}/talks/a/1.wav"]
+    # In the folder itself they would be listed at the next start, or replace what was read.
+    for source, output_dir in (("talks", "talks"), ("talks", "talks/out"), ("talks/Two words.wav", ".")):
+        assert all(len(Path(output).relative_to(output_dir).parts[0]) == 2 for output in outputs(source, output_dir))
+
+
 def test_plain_keys_keep_their_names() -> None:
     assert output_path("out/", "utt-00012_3.a", ".json").endswith("/utt-00012_3.a.json")
     # A key that looks like another's name with its hash does not get that name.
