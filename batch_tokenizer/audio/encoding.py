@@ -24,13 +24,8 @@ def encoded_bytes(samples: npt.NDArray[np.float32], sample_rate: int, form: str)
     return stream.getvalue()
 
 
-def flac_bytes(samples: npt.NDArray[np.float32], sample_rate: int) -> bytes:
-    """Float samples (S,) or (channels, S) as 16-bit FLAC; what is beyond full scale is clipped, as in a wav file."""
-    return encoded_bytes(samples, sample_rate, "flac")
-
-
 def write_flac(file: BinaryIO, samples: npt.NDArray[np.float32], sample_rate: int) -> None:
-    """As ``flac_bytes`` into a file, for samples that need not be in memory.
+    """As ``encoded_bytes`` of ``flac`` into a file, for samples that need not be in memory.
 
     Raises:
         RowError: a sample is NaN or infinite.

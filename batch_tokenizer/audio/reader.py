@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from batch_tokenizer.records import RowError
+from batch_tokenizer.records import AudioCut, RowError
 
 #: Hz. Outside of these a header is damaged: no recording is made at such rates, and resampling would explode or vanish.
 LOWEST_SAMPLE_RATE, HIGHEST_SAMPLE_RATE = 100, 1_000_000
@@ -55,6 +55,14 @@ class AudioHeader:
     sample_rate: int
     channels: int
     exact: bool = False
+
+    def seconds(self, cut: AudioCut | None = None) -> float | None:
+        """Length of the file, or of the part that ``cut`` names; None where the header does not say."""
+        if cut is not None and cut.end is not None:
+            return cut.end - cut.start
+        if self.frames is None:
+            return None
+        return max(0.0, self.frames / self.sample_rate - (0.0 if cut is None else cut.start))
 
 
 def check_sample_rate(name: str, sample_rate: int) -> None:

@@ -37,7 +37,7 @@ from batch_tokenizer.runtime.processes import ProcessGroup
 from batch_tokenizer.runtime.run_settings import read_settings, setting_differences
 from batch_tokenizer.sources.listing import local_manifest
 from batch_tokenizer.storage.names import display_name, is_url
-from batch_tokenizer.writers.open import output_bytes, run_settings
+from batch_tokenizer.writers.open import output_bytes
 
 #: Rows of which the input is opened, and of these, rows that are decoded.
 SAMPLE_ROWS, DECODED_ROWS = 32, 8
@@ -171,7 +171,6 @@ def _describe_manifest(manifest: Manifest, source: str) -> Iterator[str]:
 def _earlier_run(context: RunContext, run_dir: Path, manifest: Manifest) -> tuple[npt.NDArray[np.uint8], list[str]]:
     """Each line's status as the run would find it, and why an earlier run's folder could not be resumed."""
     config = context.config
-    settings = run_settings(config, context.num_quantizers, {**context.info, **context.limit.settings})
     fresh = np.where(manifest.is_blank, RowStatus.BLANK, RowStatus.PENDING).astype(np.uint8)
     if not run_dir.exists():
         _print("run folder", f"{run_dir}, new")
@@ -182,7 +181,7 @@ def _earlier_run(context: RunContext, run_dir: Path, manifest: Manifest) -> tupl
     if seems_at_work(run_dir):
         trouble.append(f"run folder {run_dir}: a job seems to be at work on it")
     before = read_settings(run_dir)
-    differences = [] if before is None else setting_differences(before, settings)
+    differences = [] if before is None else setting_differences(before, context.run_settings)
     if differences and config.overwrite:
         _print("run folder", f"{run_dir}: discarded, it was made with other settings ({'; '.join(differences)})")
         return fresh, trouble
@@ -229,12 +228,7 @@ def _open_sample(
             if context.config.task == "token2wav":
                 seconds: float | None = load(row).num_samples / load.spec.info.sample_rate
             else:
-                header = probe_audio(str(row.wav))
-                seconds = None if header.frames is None else header.frames / header.sample_rate
-                if row.cut is not None and row.cut.end is not None:
-                    seconds = row.cut.end - row.cut.start
-                elif row.cut is not None and seconds is not None:
-                    seconds -= row.cut.start
+                seconds = probe_audio(str(row.wav)).seconds(row.cut)
         except RowError as error:
             trouble.append(f"line {row.line + 1}, {row.key}: {error}")
         else:

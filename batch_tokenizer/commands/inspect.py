@@ -7,7 +7,6 @@ It writes a folder: ``KEY.json`` (the tokens, as a run writes them), ``KEY.wav``
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from batch_tokenizer.codecs.base import CodecInfo
 from batch_tokenizer.codecs.offline import at_input_rate, check_num_quantizers, decode, encode
 from batch_tokenizer.codecs.opening import open_codec
 from batch_tokenizer.config import add_options
-from batch_tokenizer.quality.aggregates import heading
+from batch_tokenizer.quality.aggregates import score_texts
 from batch_tokenizer.quality.codebooks import bit_rate
 from batch_tokenizer.quality.metrics import METRICS, Scorer, Scores, mel_db
 from batch_tokenizer.quality.recordings import Recording, align
@@ -111,16 +110,8 @@ def summary(source: str, info: CodecInfo, codes: npt.NDArray[np.uint16], num_sam
     if frames > _FRAMES_PRINTED:
         lines.append(f"  … {frames - _FRAMES_PRINTED} more")
     lines.append("reconstruction against original:")
-    lines += [f"  {heading(name):<22}{value}" for name, value in _outcomes(scores).items()]
+    lines += [f"  {heading:<22}{text}" for heading, text in score_texts(scores.values, scores.reasons).items()]
     return lines
-
-
-def _outcomes(scores: Scores) -> Mapping[str, str]:
-    return {
-        name: f"{scores.values[name]:.{about.decimals}f}" if name in scores.values else scores.reasons[name]
-        for name, about in METRICS.items()
-        if name in scores.values or name in scores.reasons
-    }
 
 
 def _draw(path: Path, original: Recording, made: Recording, codes: npt.NDArray[np.uint16], info: CodecInfo) -> bool:

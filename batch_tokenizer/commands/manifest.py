@@ -210,18 +210,15 @@ def _with_header(row: dict[str, Any], text: bytes) -> tuple[bytes, float | None]
     if not isinstance(wav, str) or not wav:
         raise ValueError('field "wav" is missing')
     header = probe_audio(wav)
-    whole = None if header.frames is None else header.frames / header.sample_rate
     added: dict[str, Any] = {
         "original_sample_rate": header.sample_rate,
         "original_channels": header.channels,
     }
     cut = cut_of(row)
-    if cut is not None and (cut.start > 0 or cut.end is not None):
-        seconds = cut.end - cut.start if cut.end is not None else None if whole is None else max(0.0, whole - cut.start)
-    else:
-        seconds = whole
-        if whole is not None:
-            added["duration"] = round(whole, 6)
+    seconds = header.seconds(cut)
+    if cut is None or (cut.start == 0 and cut.end is None):
+        if seconds is not None:
+            added["duration"] = round(seconds, 6)
         elif isinstance(row.get("duration"), (int, float)):
             seconds = float(row["duration"])
     return dump_json(row | added), seconds
@@ -308,12 +305,7 @@ def _facts(row: ManifestRow) -> tuple[int, int, float | None] | str:
         header = probe_audio(str(row.wav))
     except RowError as error:
         return error.reason
-    whole = None if header.frames is None else header.frames / header.sample_rate
-    if row.cut is not None and row.cut.end is not None:
-        whole = row.cut.end - row.cut.start
-    elif row.cut is not None and whole is not None:
-        whole = max(0.0, whole - row.cut.start)
-    return header.sample_rate, header.channels, whole
+    return header.sample_rate, header.channels, header.seconds(row.cut)
 
 
 def _print_histogram(seconds: npt.NDArray[np.float64]) -> None:

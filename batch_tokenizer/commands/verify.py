@@ -307,7 +307,7 @@ class Verification:
                 wrong_lines.update(line for line, _ in report.wrong_rows)
                 if ledger is not None:
                     for line, key in report.wrong_rows:
-                        ledger.append(LedgerEntry(line, f"{int(self.manifest.digests[line]):016x}", key, "redo"))
+                        ledger.append(LedgerEntry(line, self.manifest.digest(line), key, "redo"))
                     self.num_taken_back += len(report.wrong_rows)
                 self.num_checked += report.num_files
                 folders |= report.folders

@@ -140,10 +140,10 @@ class Recomputation:
         return comparisons
 
     def _open_codec(self, run: FinishedRun, dtype: Any) -> tuple[Codec, str]:
-        recorded = run.summary().get("model_path")
-        path = self.model_path or (recorded if isinstance(recorded, str) else None)
         # Features are made where a run makes them.
-        setup = CodecSetup.open(Checkpoint.open(path), device=self.device, dtype=dtype, front_end="auto")
+        setup = CodecSetup.open(
+            Checkpoint.open(self.model_path or run.model_path), device=self.device, dtype=dtype, front_end="auto"
+        )
         codec = replace(setup, spec=setup.spec.with_recorded(run.settings)).load("wav2token")
         return codec, str(setup.compute.device)
 

@@ -81,11 +81,6 @@ class Codebooks:
 ANY_CODEBOOKS = Codebooks("any codec", (1 << 16,) * 256)
 
 
-def read_codes(location: str, info: CodecInfo) -> npt.NDArray[np.uint16]:
-    """The codes of ``read_tokens`` alone."""
-    return read_tokens(location, info)[0]
-
-
 def read_tokens(
     location: str, info: CodecInfo, beside: Mapping[str, Any] | None = None
 ) -> tuple[npt.NDArray[np.uint16], Mapping[str, Any]]:

@@ -42,7 +42,7 @@ from batch_tokenizer.records import (
     Sink,
     Task,
 )
-from batch_tokenizer.storage.atomic import exclusive_lock
+from batch_tokenizer.storage.file_lock import exclusive_lock
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ class Manifest:
         try:
             if not _is_whole(index):
                 index_dir.mkdir(parents=True, exist_ok=True)
-                with exclusive_lock(index_dir / "lock", "indexing the manifest", lambda: report(0, size)):
+                with exclusive_lock(index_dir / "lock", lambda: report(0, size), purpose="indexing the manifest"):
                     if not _is_whole(index):
                         # A damaged index is a cache that is of no use: it is removed, and built again.
                         if index.exists():
@@ -131,6 +131,10 @@ class Manifest:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Manifest, (self.path, self.form, self._index)
+
+    def digest(self, line: int) -> str:
+        """The digest of a line as rows and the ledger have it: 16 hexadecimal digits."""
+        return f"{int(self.digests[line]):016x}"
 
     @property
     def task(self) -> Task:

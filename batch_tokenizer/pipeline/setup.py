@@ -156,11 +156,16 @@ class RunContext:
             "version": __version__,
         }
 
+    @property
+    def run_settings(self) -> dict[str, Any]:
+        """What all commands on one run folder must have in common."""
+        return run_settings(self.config, self.num_quantizers, {**self.info, **self.limit.settings})
+
     def open_folder(self) -> RunFolder:
         """The run folder, which refuses other settings than its own."""
         return RunFolder.open(
             self.config.run_dir or self.config.default_run_dir(),
-            run_settings(self.config, self.num_quantizers, {**self.info, **self.limit.settings}),
+            self.run_settings,
             processes=self.processes,
             num_shards=self.config.num_shards,
             shard=self.config.shard,

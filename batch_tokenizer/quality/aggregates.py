@@ -115,7 +115,7 @@ def score_table(groups: Sequence[Group], metrics: Sequence[str], width: int) -> 
     """
     head = ["", *(heading(metric) for metric in metrics), "utterances"]
     columns = [
-        [_name(one, groups), *(_cell(one, metric) for metric in metrics), f"{one.count:,}"] for one in groups
+        [column_name(one, groups), *(_cell(one, metric) for metric in metrics), f"{one.count:,}"] for one in groups
     ]  # fmt: skip
     tables = []
     while columns:
@@ -131,7 +131,8 @@ def score_table(groups: Sequence[Group], metrics: Sequence[str], width: int) -> 
     return "\n\n".join([*tables, *(["\n".join(notes)] if notes else [])]) + "\n"
 
 
-def _name(one: Group, groups: Sequence[Group]) -> str:
+def column_name(one: Group, groups: Sequence[Group]) -> str:
+    """What a table calls a group: with its number of codebooks where the groups have several."""
     several = len({other.num_quantizers for other in groups}) > 1
     return f"{one.name}, {one.num_quantizers} codebooks" if several else one.name
 
@@ -184,6 +185,15 @@ def heading(metric: str) -> str:
     """The metric's label, with its unit where it has one."""
     about = METRICS[metric]
     return f"{about.label} ({about.unit})" if about.unit else about.label
+
+
+def score_texts(scores: Mapping[str, float], reasons: Mapping[str, str]) -> dict[str, str]:
+    """One utterance's metrics by their headings: the value, or the reason why there is none."""
+    return {
+        heading(name): f"{scores[name]:.{about.decimals}f}" if name in scores else reasons[name]
+        for name, about in METRICS.items()
+        if name in scores or name in reasons
+    }
 
 
 def _cell(one: Group, metric: str) -> str:

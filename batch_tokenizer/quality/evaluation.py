@@ -28,7 +28,7 @@ from batch_tokenizer.quality.results import ResultsFolder
 from batch_tokenizer.quality.scoring import Record, ScoringTask, score_utterances
 from batch_tokenizer.quality.speakers import SpeakerEncoder
 from batch_tokenizer.records import ManifestRow, Pieces, RowError, RowFailure, RunError
-from batch_tokenizer.runs.scored_rows import Source, load_input, open_source
+from batch_tokenizer.runs.scored_rows import Source, load_input, open_source, rows_with_outputs
 
 log = logging.getLogger(__name__)
 
@@ -169,7 +169,7 @@ def evaluate(request: Request, source: Source | None = None) -> Evaluation:
     # 2. The sample. By digest, which is as good as chance: a larger sample holds the smaller one, and rows that the run
     #    did since then leave most of it as it was, so little is scored twice.
     order = np.argsort(source.manifest.digests[source.lines], kind="stable")[: request.sample]
-    digests = {int(line): source.digest(line) for line in np.sort(source.lines[order])}
+    digests = {int(line): source.manifest.digest(line) for line in np.sort(source.lines[order])}
     # 3. Score what has no score.
     scored = _scored(results, digests, Scorer(request.metrics, request.speaker_model))
     left = [line for line in digests if not all((line, number) in scored for number in source.num_quantizers)]
@@ -206,7 +206,7 @@ def _score_all(source: Source, lines: Sequence[int], request: Request, results: 
     on_terminal = sys.stderr.isatty()
     log.info("scoring %d utterances, %d at a time", len(lines), workers)
     with tqdm(total=len(lines), unit="utterance", mininterval=0.5 if on_terminal else 30.0) as bar:
-        tasks = _scoring_tasks(source, source.rows(lines), results)
+        tasks = _scoring_tasks(source, rows_with_outputs(source.run, source.manifest, lines), results)
         for records in score_utterances(tasks, request.metrics, request.speaker_model, workers):
             results.append(records)
             bar.update()

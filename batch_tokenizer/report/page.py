@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from batch_tokenizer.audio.encoding import flac_bytes
+from batch_tokenizer.audio.encoding import encoded_bytes
 from batch_tokenizer.quality.recordings import Recording
 
 
@@ -135,4 +135,6 @@ def render(title: str, subtitle: str, numbers: Mapping[str, str], sections: Sequ
 
 def audio_url(sound: Recording) -> str:
     """``data:audio/flac;base64,…`` of 16-bit samples: FLAC is exact, and every browser plays it."""
-    return "data:audio/flac;base64," + base64.b64encode(flac_bytes(sound.samples, sound.sample_rate)).decode()
+    return (
+        "data:audio/flac;base64," + base64.b64encode(encoded_bytes(sound.samples, sound.sample_rate, "flac")).decode()
+    )

@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from batch_tokenizer.manifest.manifest import Manifest
-from batch_tokenizer.quality.aggregates import Group, heading, level_notes, reason_lines
+from batch_tokenizer.quality.aggregates import Group, column_name, heading, level_notes, reason_lines, score_texts
 from batch_tokenizer.quality.evaluation import Evaluation, recordings
 from batch_tokenizer.quality.metrics import METRICS
 from batch_tokenizer.quality.recordings import Recording
@@ -37,9 +37,9 @@ from batch_tokenizer.report.page import (
     audio_url,
 )
 from batch_tokenizer.runs.finished_run import FinishedRun
-from batch_tokenizer.runs.scored_rows import Source
+from batch_tokenizer.runs.scored_rows import Source, rows_with_outputs
 from batch_tokenizer.runtime.ledger import LedgerState, iter_failures
-from batch_tokenizer.runtime.progress import RankStatus
+from batch_tokenizer.runtime.progress import RankStatus, read_rank_statuses
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class RunFacts:
     @classmethod
     def of(cls, run: FinishedRun, manifest: Manifest, state: LedgerState) -> RunFacts:
         """Reads status files and summary."""
-        return cls(run, manifest, state, run.statuses(), run.summary())
+        return cls(run, manifest, state, tuple(read_rank_statuses(run.path)), run.summary())
 
     @property
     def audio_hours(self) -> float:
@@ -257,8 +257,7 @@ def quality(evaluation: Evaluation) -> Section:
     """Mean scores, a row a metric and a column a group of utterances."""
     groups = evaluation.groups
     names = [name for name in METRICS if any(name in one.estimates or name in one.reasons for one in groups)]
-    several = len({one.num_quantizers for one in groups}) > 1
-    head = ["", *(f"{one.name}, {one.num_quantizers} codebooks" if several else one.name for one in groups)]
+    head = ["", *(column_name(one, groups) for one in groups)]
     rows = [(heading(name), *(_cell(one, name) for one in groups)) for name in names]
     rows.append(("utterances", *(f"{one.count:,}" for one in groups)))
     caption = "Mean scores, with the 95 % confidence interval of the mean (bootstrap over utterances)"
@@ -368,7 +367,8 @@ def listen(evaluation: Evaluation, source: Source, count: int) -> Section:
 
 
 def _comparisons(chosen: Sequence[Mapping[str, Any]], source: Source) -> Iterator[Comparison | Paragraph]:
-    rows = {row.line: (row, known) for row, known in source.rows([record["line"] for record in chosen])}
+    lines = [record["line"] for record in chosen]
+    rows = {row.line: (row, known) for row, known in rows_with_outputs(source.run, source.manifest, lines)}
     for record in chosen:
         row, known = rows[record["line"]]
         try:
@@ -387,17 +387,7 @@ def _comparisons(chosen: Sequence[Mapping[str, Any]], source: Source) -> Iterato
         about = [f"{name}: {value}" for name, value in record["row"].items() if name != "duration"]
         if about:
             notes.append(" · ".join(about))
-        yield Comparison(str(record["key"]), notes, sides, _score_texts(record))
-
-
-def _score_texts(record: Mapping[str, Any]) -> dict[str, str]:
-    texts = {}
-    for name, metric in METRICS.items():
-        if name in record["scores"]:
-            texts[heading(name)] = f"{record['scores'][name]:.{metric.decimals}f}"
-        elif name in record["not_scored"]:
-            texts[heading(name)] = record["not_scored"][name]
-    return texts
+        yield Comparison(str(record["key"]), notes, sides, score_texts(record["scores"], record["not_scored"]))
 
 
 def _first_seconds(one: Recording) -> Recording:

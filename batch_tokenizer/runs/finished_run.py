@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +9,11 @@ from typing import Any, NamedTuple, cast
 
 from batch_tokenizer.manifest.manifest import Manifest
 from batch_tokenizer.records import SHARD_SINKS, TASKS, RunError, Sink, Task
-from batch_tokenizer.runs.source import find_manifest, recorded_source
+from batch_tokenizer.runs.source import find_manifest, read_record, recorded_source
 from batch_tokenizer.runtime.ledger_lines import read_shard_lines
-from batch_tokenizer.runtime.progress import RankStatus
-from batch_tokenizer.runtime.run_files import shard_of_ledger_file
+from batch_tokenizer.runtime.run_files import ledger_files, shard_name
 from batch_tokenizer.runtime.run_settings import read_settings
 from batch_tokenizer.writers.shard_folder import shard_folder
-
-log = logging.getLogger(__name__)
 
 
 class PublishedShard(NamedTuple):
@@ -73,6 +68,12 @@ class FinishedRun:
         return self.sink in SHARD_SINKS
 
     @property
+    def model_path(self) -> str | None:
+        """The checkpoint as the user named it; None for the bundled one, and where nothing recorded it."""
+        recorded = self.summary().get("model_path")
+        return recorded if isinstance(recorded, str) else None
+
+    @property
     def data_list(self) -> str | None:
         """The source of the rows as the user named it; None where nothing recorded it."""
         return recorded_source(self.path)
@@ -90,21 +91,7 @@ class FinishedRun:
 
     def summary(self) -> dict[str, Any]:
         """``summary.json``; empty where the run has not come to its end."""
-        try:
-            summary = json.loads((self.path / "summary.json").read_bytes())
-        except (FileNotFoundError, ValueError):
-            return {}
-        return summary if isinstance(summary, dict) else {}
-
-    def statuses(self) -> list[RankStatus]:
-        """The latest status of every process of every attempt, by attempt and rank; damaged files are left out."""
-        found = []
-        for path in sorted((self.path / "status").glob("[0-9]*.json")):
-            try:
-                found.append(RankStatus(**json.loads(path.read_bytes())))
-            except (OSError, ValueError, TypeError):
-                log.warning("%s is damaged: ignored", path)
-        return found
+        return read_record(self.path / "summary.json")
 
     def shards(self) -> Iterator[PublishedShard]:
         """The shards that count, earliest first. One whose ledger file is damaged does not: its rows are done again.
@@ -114,9 +101,9 @@ class FinishedRun:
         """
         folder = shard_folder(str(self.settings.get("output_dir")))
         try:
-            for path in sorted((self.path / "ledger").glob("*.jsonl")):
-                name = shard_of_ledger_file(path.name, self.task, self.sink)
-                if name is not None and read_shard_lines(path) is not None:
-                    yield PublishedShard(name, folder.location(name), path)
+            for file in ledger_files(self.path):
+                if file.shard is not None and read_shard_lines(file.path) is not None:
+                    name = f"{shard_name(self.task, file.attempt, file.rank, file.shard)}.{self.sink}"
+                    yield PublishedShard(name, folder.location(name), file.path)
         except OSError as error:
             raise RunError(f"ledger in {self.path} cannot be read: {error.strerror}", exit_code=1) from error

@@ -54,24 +54,13 @@ class Source:
     info: CodecInfo | None
     fingerprint: str
 
-    def digest(self, line: int) -> str:
-        """Of a line of the manifest, as the ledger has it."""
-        return f"{int(self.manifest.digests[line]):016x}"
-
-    def rows(self, lines: Sequence[int]) -> Iterator[tuple[ManifestRow | RowFailure, Mapping[str, Any]]]:
-        """Rows that name where their outputs lie, in the order in which these lie where they are in shards; and with
-        each what is known of its tokens should they say nothing of themselves.
-
-        Raises:
-            RunError: a shard's ledger file or storage cannot be read.
-        """
-        return rows_with_outputs(self.run, self.manifest, lines)
-
 
 def rows_with_outputs(
     run: FinishedRun | None, manifest: Manifest, lines: Sequence[int]
 ) -> Iterator[tuple[ManifestRow | RowFailure, Mapping[str, Any]]]:
-    """Rows that name where their outputs lie, as ``Source.rows`` has them.
+    """Rows with the locations of their outputs, and with each the ``info`` of tokens that have none of their own.
+
+    Rows in shards come in the order of the shards, others in that of ``lines``.
 
     Raises:
         RunError: a shard's ledger file or storage cannot be read.
@@ -81,7 +70,7 @@ def rows_with_outputs(
             row = _row(manifest, line)
             yield row, row.fields if isinstance(row, ManifestRow) else {}
         return
-    left = {f"{int(manifest.digests[line]):016x}": line for line in lines}
+    left = {manifest.digest(line): line for line in lines}
     for digest, place in find_places(run, left):
         if digest not in left:  # a second place, which ``verify`` reports
             continue
@@ -139,8 +128,7 @@ def open_source(
     settings = run.settings
     manifest = run.manifest(data_list)
     lines = np.flatnonzero(read_ledger(run_dir, manifest).status == RowStatus.DONE)
-    recorded = run.summary().get("model_path")
-    model_path = model_path or (recorded if isinstance(recorded, str) else None)
+    model_path = model_path or run.model_path
     numbers = check_num_quantizers(num_quantizers, settings["num_quantizers"])
     needs_codec = run.task == "wav2token" or numbers != (settings["num_quantizers"],)
     codec = open_codec(model_path, device, dtype, settings) if needs_codec else None
@@ -177,7 +165,7 @@ def load_input(source: Source, row: ManifestRow, known: Mapping[str, Any]) -> tu
     """The row's samples where the codec starts from audio; else its codes, and the segments that they were made in.
 
     Args:
-        known: what came with the row from ``Source.rows``.
+        known: what came with the row from ``rows_with_outputs``.
 
     Raises:
         RowError: they cannot be had.

@@ -63,7 +63,7 @@ def find_manifest(run_dir: Path, data_list: str | Path | None) -> Path:
     Raises:
         RunError: it is not to be found.
     """
-    record = _read(run_dir / "source.json")
+    record = read_record(run_dir / "source.json")
     if record and data_list in (None, record.get("data_list")):
         path = run_dir / "index" / str(record.get("manifest"))  # an absolute path stays itself
         if path.is_file():
@@ -72,7 +72,7 @@ def find_manifest(run_dir: Path, data_list: str | Path | None) -> Path:
         settings = record.get("settings")
         known = SourceSettings(**settings) if isinstance(settings, dict) else SourceSettings()
         return local_manifest(str(data_list), run_dir / "index", known)
-    recorded = _read(run_dir / "summary.json").get("data_list")
+    recorded = read_record(run_dir / "summary.json").get("data_list")
     if isinstance(recorded, str) and Path(recorded).is_file():
         return Path(recorded)
     parts = run_dir.resolve().name.rsplit(".", 2)
@@ -85,7 +85,7 @@ def find_manifest(run_dir: Path, data_list: str | Path | None) -> Path:
 
 def recorded_source(run_dir: Path) -> str | None:
     """What the user named as the source of a run's rows, without credentials; None where nothing recorded it."""
-    record = _read(run_dir / "source.json").get("data_list")
+    record = read_record(run_dir / "source.json").get("data_list")
     return display_name(record) if isinstance(record, str) else None
 
 
@@ -95,8 +95,12 @@ def typed(data_list: str | Path) -> str:
     return str(path.resolve()) if path.exists() else display_name(str(data_list))
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """An object of a JSON file; empty where there is none."""
+def read_record(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a run folder; empty where there is none, or the file is damaged.
+
+    Raises:
+        RunError: the file cannot be read (exit code 1).
+    """
     try:
         content = json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):

@@ -29,7 +29,6 @@ class ProcessGroup:
         world_size: processes of the job.
         local_rank: this process among those on its machine, from 0.
         launcher: what started the job.
-        restart_count: how often the launcher restarted this process. Under torchrun, machines may disagree about it.
         host: this machine's name.
         pid: this process.
         job: the launcher's name of the job; one restart under srun is another job.
@@ -40,7 +39,6 @@ class ProcessGroup:
     world_size: int
     local_rank: int
     launcher: Launcher
-    restart_count: int
     host: str
     pid: int
     job: str
@@ -71,7 +69,6 @@ class ProcessGroup:
                 world_size=_number(environment, "WORLD_SIZE"),
                 local_rank=_number(environment, "LOCAL_RANK"),
                 launcher="torchrun",
-                restart_count=_number(environment, "TORCHELASTIC_RESTART_COUNT", 0),
                 host=host,
                 pid=pid,
                 job=environment["TORCHELASTIC_RUN_ID"],
@@ -90,12 +87,11 @@ class ProcessGroup:
                     world_size=world_size,
                     local_rank=_number(environment, "SLURM_LOCALID", 0),
                     launcher="srun",
-                    restart_count=restarts,
                     host=host,
                     pid=pid,
                     job=f"{_text(environment, 'SLURM_JOB_ID')}.{step}.{restarts}",
                 )
-        return cls(0, 1, 0, "single", 0, host, pid, f"{host}.{pid}")
+        return cls(0, 1, 0, "single", host, pid, f"{host}.{pid}")
 
 
 def _text(environment: Mapping[str, str], name: str) -> str:

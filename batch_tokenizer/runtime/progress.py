@@ -13,7 +13,7 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -133,20 +133,24 @@ class JobStatus:
         return ", ".join(words)
 
 
+def read_rank_statuses(run_dir: Path, attempt: int | None = None) -> Iterator[RankStatus]:
+    """What each process of one attempt, or of all, last wrote, earliest attempt first; damaged files are left out."""
+    for path in status_files(run_dir, attempt):
+        try:
+            yield RankStatus(**json.loads(path.read_bytes()))
+        except FileNotFoundError:
+            continue  # its run was just discarded
+        except (OSError, ValueError, TypeError):
+            logger.warning("%s is damaged: ignored", path)
+
+
 def read_status(run_dir: Path, attempt: int | None = None) -> JobStatus:
     """The last attempt of every shard, or the one given, as far as its processes have written.
 
     Empty where nothing has started. With ``attempt``, only its files are read, which is what to use again and again.
     """
     latest: dict[tuple[int, int], dict[int, RankStatus]] = {}
-    for path in status_files(run_dir, attempt):
-        try:
-            status = RankStatus(**json.loads(path.read_bytes()))
-        except FileNotFoundError:
-            continue  # its run was just discarded
-        except (ValueError, TypeError):
-            logger.warning("%s is damaged: ignored", path)
-            continue
+    for status in read_rank_statuses(run_dir, attempt):
         ranks = latest.setdefault((status.num_shards, status.shard), {})
         if any(other.attempt != status.attempt for other in ranks.values()):
             ranks.clear()  # file names rise with the attempt

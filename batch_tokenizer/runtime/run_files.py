@@ -135,14 +135,6 @@ def parse_shard_name(task: str, name: str) -> tuple[int, int, int] | None:
     return None if match is None else (int(match[1]), int(match[2]), int(match[3]))
 
 
-def shard_of_ledger_file(name: str, task: str, suffix: str) -> str | None:
-    """The name of the shard whose rows a ledger file has; None of ledger files that are no shard's."""
-    file = parse_ledger_file(Path(name))
-    if file is None or file.shard is None:
-        return None
-    return f"{shard_name(task, file.attempt, file.rank, file.shard)}.{suffix}"
-
-
 def status_file(run_dir: Path, attempt: int, rank: int) -> Path:
     """The progress of one process."""
     return run_dir / "status" / f"{attempt:06d}-{rank:05d}.json"

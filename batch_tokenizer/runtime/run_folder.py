@@ -22,7 +22,6 @@ import numpy as np
 import numpy.typing as npt
 
 from batch_tokenizer.records import RunError
-from batch_tokenizer.runtime.file_lock import FileLock, exclusive_lock
 from batch_tokenizer.runtime.processes import ProcessGroup
 from batch_tokenizer.runtime.rank_channel import FIRST, open_channel
 from batch_tokenizer.runtime.run_files import (
@@ -43,6 +42,7 @@ from batch_tokenizer.runtime.run_settings import (
 )
 from batch_tokenizer.runtime.work_queue import no_idle
 from batch_tokenizer.storage.atomic import atomic_write
+from batch_tokenizer.storage.file_lock import FileLock, exclusive_lock
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +159,7 @@ class RunFolder:
         Raises:
             RunError: another job has held it for a minute (exit code 1).
         """
-        return exclusive_lock(self.path / "lock", self._idle)
+        return exclusive_lock(self.path / "lock", self._idle, timeout=60.0)
 
     def _other_locks(self) -> list[FileLock]:
         return [FileLock(path) for path in sorted(self.path.glob("lock.shard-*-of-*")) if path != self._lock.path]

@@ -37,7 +37,8 @@ from batch_tokenizer.sources.parquet_rows import parquet_rows
 from batch_tokenizer.sources.patterns import DESCRIPTIONS, Source, find_sources
 from batch_tokenizer.sources.tar_rows import tar_rows
 from batch_tokenizer.storage import remote
-from batch_tokenizer.storage.atomic import atomic_write, exclusive_lock
+from batch_tokenizer.storage.atomic import atomic_write
+from batch_tokenizer.storage.file_lock import exclusive_lock
 from batch_tokenizer.storage.json_lines import parse_json
 from batch_tokenizer.storage.names import PIPE, display_name, is_url
 from batch_tokenizer.storage.remote import StorageError
@@ -116,7 +117,7 @@ def local_manifest(
         if path.exists():
             return path
         folder.mkdir(parents=True, exist_ok=True)
-        with exclusive_lock(folder / "source.lock", "listing the same source", idle):
+        with exclusive_lock(folder / "source.lock", idle, purpose="listing the same source"):
             if not path.exists():
                 _list(sources, path, settings, idle)
     except OSError as error:

@@ -11,7 +11,7 @@ from batch_tokenizer.storage.names import parse_row_location
 from batch_tokenizer.storage.parquet_rows import read_audio
 
 
-def open_location(location: str, what: str = "an audio file") -> AbstractContextManager[tuple[BinaryIO, int]]:
+def open_location(location: str) -> AbstractContextManager[tuple[BinaryIO, int]]:
     """As ``open_file``; the location may also be a row of a parquet file, whose audio is opened.
 
     Raises:
@@ -19,6 +19,6 @@ def open_location(location: str, what: str = "an audio file") -> AbstractContext
     """
     row = parse_row_location(location)
     if row is None:
-        return open_file(location, what)
+        return open_file(location)
     content = read_audio(*row)
     return nullcontext((io.BytesIO(content), len(content)))

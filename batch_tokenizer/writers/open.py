@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from batch_tokenizer.audio.encoding import flac_bytes, write_flac
+from batch_tokenizer.audio.encoding import encoded_bytes, write_flac
 from batch_tokenizer.config import OUTPUT_SETTINGS, RunConfig
 from batch_tokenizer.records import OUTPUT_FIELDS, SHARD_SINKS, LedgerEntry, RowError, TokenizedRow
 from batch_tokenizer.runtime.run_folder import RunFolder
@@ -67,7 +67,7 @@ def _flac(samples: npt.NDArray[np.float32], sample_rate: int) -> bytes:
     if not np.isfinite(samples).all():
         count = int((~np.isfinite(samples)).sum())
         raise RowError("decode", f"the codec made {count} of {samples.size} samples NaN or infinite")
-    return flac_bytes(samples, sample_rate)
+    return encoded_bytes(samples, sample_rate, "flac")
 
 
 def _encode_long(

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from batch_tokenizer.data import token_files
 from batch_tokenizer.data.loading import RowLoader
-from batch_tokenizer.data.token_files import Codebooks, parse_tokens, read_codes
+from batch_tokenizer.data.token_files import Codebooks, parse_tokens, read_tokens
 from batch_tokenizer.records import RowError
 from batch_tokenizer.storage.names import display_name
 from tests.support.loading import INFO, FakeSpec, make_row
@@ -37,7 +37,7 @@ def write(folder: Path, content: object) -> str:
 
 def reason_of(path: str) -> str:
     with pytest.raises(RowError) as raised:
-        read_codes(path, INFO)
+        read_tokens(path, INFO)
     assert raised.value.stage == "load"
     assert raised.value.reason.startswith(f"{display_name(path)}: ")
     assert "\n" not in raised.value.reason
@@ -98,7 +98,7 @@ def test_token_rows_come_out_as_codes(tmp_path: Path, num_quantizers: int | None
     ],
 )
 def test_accepted_forms(tmp_path: Path, document: object) -> None:
-    assert read_codes(write(tmp_path, document), INFO).tolist() == CODES
+    assert read_tokens(write(tmp_path, document), INFO)[0].tolist() == CODES
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_any_document_is_codes_or_a_row_error(tmp_path_factory: pytest.TempPathF
     """No document gets through that is not codes, and none ends in another exception."""
     path = write(tmp_path_factory.getbasetemp(), {"quantized_tokens": document})
     try:
-        codes = read_codes(path, INFO)
+        codes, _ = read_tokens(path, INFO)
     except RowError:
         return
     assert codes.tolist() == document

@@ -149,7 +149,7 @@ class TestPlan:
         assert re.search(r"would fail: line 3, r2: .*no such file", capsys.readouterr().out)
 
     def test_other_ranks_say_nothing(self, capsys):
-        processes = ProcessGroup(1, 2, 1, "torchrun", 0, "host", 1, "job")
+        processes = ProcessGroup(1, 2, 1, "torchrun", "host", 1, "job")
         with open_context(RunConfig(data_list="data.jsonl", dry_run=True)) as context:
             assert dry_run(replace(context, processes=processes)) == 0
         assert capsys.readouterr().out == ""

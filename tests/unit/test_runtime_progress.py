@@ -19,7 +19,7 @@ from batch_tokenizer.runtime.run_folder import RunFolder
 def folder_of(path: Path, rank: int = 0, world_size: int = 1, attempt: int = 1, **shards: int) -> RunFolder:
     """A folder as one rank sees it, without the other ranks that opening it would wait for."""
     (path / "status").mkdir(exist_ok=True)
-    processes = ProcessGroup(rank, world_size, rank, "srun", 0, f"node{rank}", os.getpid(), "job")
+    processes = ProcessGroup(rank, world_size, rank, "srun", f"node{rank}", os.getpid(), "job")
     folder = RunFolder(path, processes, shards.get("num_shards", 1), shards.get("shard", 0), None)  # type: ignore[arg-type]
     folder.attempt = attempt
     return folder

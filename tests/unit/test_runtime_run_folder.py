@@ -21,13 +21,13 @@ import numpy as np
 import pytest
 
 from batch_tokenizer.records import RunError
-from batch_tokenizer.runtime import file_lock
 from batch_tokenizer.runtime import run_folder as run_folder_module
 from batch_tokenizer.runtime.processes import ProcessGroup
 from batch_tokenizer.runtime.run_folder import RunFolder
 from batch_tokenizer.runtime.run_settings import read_settings
+from batch_tokenizer.storage import file_lock
 
-ALONE = ProcessGroup(0, 1, 0, "single", 0, "here", os.getpid(), "job")
+ALONE = ProcessGroup(0, 1, 0, "single", "here", os.getpid(), "job")
 
 
 def open_alone(path: Path, settings: dict[str, Any] | None = None, **options: Any) -> RunFolder:
@@ -35,7 +35,7 @@ def open_alone(path: Path, settings: dict[str, Any] | None = None, **options: An
 
 
 def srun(rank: int, job: str = "7.0.0") -> ProcessGroup:
-    return ProcessGroup(rank, 2, rank, "srun", 0, "here", os.getpid(), job)
+    return ProcessGroup(rank, 2, rank, "srun", "here", os.getpid(), job)
 
 
 @pytest.fixture(autouse=True)

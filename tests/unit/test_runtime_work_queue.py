@@ -20,7 +20,7 @@ from tests.support.runs import HANG_SECONDS
 
 
 def group(launcher: Launcher, rank: int, world_size: int) -> ProcessGroup:
-    return ProcessGroup(rank, world_size, rank, launcher, 0, "here", 1, "job", ("127.0.0.1", 9))
+    return ProcessGroup(rank, world_size, rank, launcher, "here", 1, "job", ("127.0.0.1", 9))
 
 
 def claims(queue: WorkQueue) -> list[int]:

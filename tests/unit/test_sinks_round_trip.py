@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from batch_tokenizer.audio.decoding import decode_audio
-from batch_tokenizer.audio.encoding import flac_bytes
 from batch_tokenizer.codecs.base import CodecInfo
 from batch_tokenizer.data.token_files import parse_tokens, read_tokens
 from batch_tokenizer.manifest.row import REFUSED
@@ -32,6 +31,7 @@ from batch_tokenizer.storage.names import member_name, row_location
 from batch_tokenizer.storage.parquet_rows import TokenParquet
 from batch_tokenizer.writers import parquet_shard
 from batch_tokenizer.writers.file_sink import FileSink
+from batch_tokenizer.writers.open import audio_encoder
 from batch_tokenizer.writers.row_encoding import RowEncoder, npy_bytes, tokens_as_npy
 from batch_tokenizer.writers.shard_sink import shard_form
 from tests.support.loading import INFO
@@ -49,7 +49,7 @@ ROWS = st.lists(st.tuples(KEYS, CODES), min_size=1, max_size=6, unique_by=lambda
 def write_shard(path: Path, results: list[Any], *, audio: bool = False, audio_format: str = "wav") -> Path:
     encode = RowEncoder("wav2token2wav" if audio else "wav2token", RUN_INFO, 24000)
     if audio_format == "flac":
-        encode = replace(encode, encode_audio=flac_bytes, audio_format="flac")
+        encode = replace(encode, encode_audio=audio_encoder("flac"), audio_format="flac")
     form = shard_form(path.suffix[1:], RUN_INFO, 3, audio)
     with path.open("wb") as stream:
         shard = form.open(stream)

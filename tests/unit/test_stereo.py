@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import soundfile
 
-from batch_tokenizer.audio.encoding import flac_bytes
 from batch_tokenizer.audio.loading import load_samples
 from batch_tokenizer.cli import main
 from batch_tokenizer.codecs.opening import open_codec
 from batch_tokenizer.records import AudioCut
+from batch_tokenizer.writers.open import audio_encoder
 from batch_tokenizer.writers.row_encoding import wav_bytes
 from tests.support.command import output_row, write_manifest
 from tests.support.moss import tiny, write_moss_checkpoint
@@ -55,7 +55,7 @@ def test_channels_of_a_file(tmp_path, resampler, file_rate):
     np.testing.assert_allclose(named, [separate[1][800:2000]] * 2, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("encode", [wav_bytes, flac_bytes])
+@pytest.mark.parametrize("encode", [wav_bytes, audio_encoder("flac")])
 def test_files_of_two_channels(tmp_path, encode):
     samples = noise(2, 5001)
     (tmp_path / "a").write_bytes(encode(samples, RATE))

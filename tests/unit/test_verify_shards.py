@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from batch_tokenizer.audio.encoding import flac_bytes
 from batch_tokenizer.cli import main
 from batch_tokenizer.codecs.checkpoint import Checkpoint
 from batch_tokenizer.codecs.registry import find_family
@@ -24,7 +23,7 @@ from batch_tokenizer.runtime.ledger import RowStatus, read_ledger
 from batch_tokenizer.runtime.ledger_lines import decode_entry, encode_shard, read_shard_lines
 from batch_tokenizer.runtime.processes import ProcessGroup
 from batch_tokenizer.runtime.run_folder import RunFolder
-from batch_tokenizer.writers.open import open_sink, recover_shards, run_settings
+from batch_tokenizer.writers.open import audio_encoder, open_sink, recover_shards, run_settings
 from tests.support.checkpoints import write_mimo_checkpoint
 from tests.support.shards import read_shards
 
@@ -211,17 +210,20 @@ def test_a_ledger_that_contradicts_the_arithmetic(run: ShardRun) -> None:
     run.repair()
 
 
+flac = audio_encoder("flac")
+
+
 @pytest.mark.parametrize(
     ("content", "kind"),
     [
         (b"RIFF" + bytes(60), "unreadable"),
-        (flac_bytes(np.zeros(100, np.float32), 24000)[:20], "unreadable"),
-        (flac_bytes(np.zeros(99, np.float32), 24000), "length"),
-        (flac_bytes(np.zeros(100, np.float32), 16000), "content"),
+        (flac(np.zeros(100, np.float32), 24000)[:20], "unreadable"),
+        (flac(np.zeros(99, np.float32), 24000), "length"),
+        (flac(np.zeros(100, np.float32), 16000), "content"),
     ],
 )
 def test_flac_is_looked_at(content: bytes, kind: str) -> None:
-    check_audio("flac", flac_bytes(np.zeros(100, np.float32), 24000), 999, sample_rate=24000, num_samples=100)
+    check_audio("flac", flac(np.zeros(100, np.float32), 24000), 999, sample_rate=24000, num_samples=100)
     with pytest.raises(CheckFailed) as raised:
         check_audio("flac", content, len(content), sample_rate=24000, num_samples=100)
     assert raised.value.kind == kind

@@ -45,7 +45,7 @@ class FileLock:
                 raise
             if not FileLock._warned:
                 logger.warning(
-                    "%s: this file system has no locks, so nothing keeps a second job out of the run folder. "
+                    "%s: this file system has no locks, so nothing keeps a second job out of the folder. "
                     "It would do rows twice, with the same result.",
                     self.path,
                 )
@@ -75,20 +75,28 @@ os.register_at_fork(after_in_child=FileLock.release_in_child)
 
 
 @contextmanager
-def exclusive_lock(path: Path, idle: Callable[[], None], timeout: float = 60.0) -> Iterator[None]:
-    """Holds the lock on ``path`` for the moments of the block, so that looking and acting are one step.
+def exclusive_lock(
+    path: Path, idle: Callable[[], None], *, purpose: str = "", timeout: float | None = None
+) -> Iterator[None]:
+    """Holds the lock on ``path`` during the block.
 
     Args:
         idle: called while waiting; an exception of its ends the wait.
+        purpose: of locks that are held for long, what the other process is doing, for the log.
+        timeout: seconds to wait; None for no limit.
 
     Raises:
+        OSError: the file cannot be made or locked.
         RunError: another process has held it for ``timeout`` seconds (exit code 1).
     """
     lock = FileLock(path)
-    deadline = time.monotonic() + timeout
+    began, logged = time.monotonic(), False
     while not lock.acquire():
-        if time.monotonic() > deadline:
+        if timeout is not None and time.monotonic() > began + timeout:
             raise RunError(f"{path} has been locked for {timeout:g} s: is a job hanging?", exit_code=1)
+        if purpose and not logged:
+            logger.info("another process is %s; waiting for it", purpose)
+            logged = True
         idle()
         time.sleep(0.05)
     try:
