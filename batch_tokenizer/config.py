@@ -14,6 +14,8 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from batch_tokenizer.records import (
+    CODES_FIELD,
+    OUTPUT_FIELDS,
     SHARD_SINKS,
     AttentionWindow,
     DecoderChunks,
@@ -38,6 +40,12 @@ Group = Literal["input", "output", "model", "single codecs", "speed", "long audi
 #: Settings of a run that decide where its outputs go and in which form, but not what is computed.
 OUTPUT_SETTINGS = ("sink", "output_dir", "audio_format")
 
+
+#: Fields and columns that stand beside the codes of a row.
+_OTHER_FIELDS = frozenset(
+    ("key", "codec", "fingerprint", "num_frames", "num_samples", "duration", "audio", "info", "manifest_row",
+     "batch_tokenizer")
+)  # fmt: skip
 
 _METAVARS = {int: "N", float: "SECONDS"}
 
@@ -163,11 +171,13 @@ class RunConfig:
     allow_pipe: bool = option(False, "input", "let pipe: sources and rows run their shell commands")
 
     sink: Sink = option("json", "output",
-        "write a token file for each row (json, npy), or shards of many rows (tar, parquet)")
+        "write a token file for each row (json, npy), or shards of many rows: JSON lines with the row's own fields and its "
+        "codes (jsonl), webdataset tars (tar), or parquet")
     output_dir: str | None = option(None, "output",
         "folder or URL of the shards, or of the files of rows that name none", metavar="DIR", short="-o")
     audio_format: AudioFormat = option("wav", "output", "file format of reconstructed audio")
     shard_megabytes: int = option(256, "output", "size at which a shard is closed", minimum=1)
+    codes_field: str = option(CODES_FIELD, "output", "jsonl, parquet: field or column of a row's codes", metavar="NAME")
 
     model_path: str | None = option(None, "model", "checkpoint folder or hub id", metavar="MODEL",
         unset="the small bundled model")
@@ -248,6 +258,11 @@ class RunConfig:
                 raise RunError(f"--stop_below {metric}: choose one of {', '.join(get_args(StopMetric))}")
         if self.sink in SHARD_SINKS and self.output_dir is None:
             raise RunError(f"--sink {self.sink} needs --output_dir, the folder of its shards")
+        check_codes_field(self.codes_field)
+        if self.sink == "jsonl" and "reconstructed_wav" in OUTPUT_FIELDS[self.task]:
+            raise RunError(
+                f"--sink jsonl holds tokens and fields, and --task {self.task} makes audio: use --sink tar or parquet"
+            )
         if self.shard >= self.num_shards:
             raise RunError(f"--shard {self.shard}: must be below --num_shards {self.num_shards}")
 
@@ -260,6 +275,16 @@ class RunConfig:
     def default_run_dir(self) -> Path:
         """Beside the manifest, one folder a task: ``data.jsonl`` and ``wav2token`` give ``data.wav2token.run``."""
         return beside(self.data_list, f".{self.task}.run")
+
+
+def check_codes_field(name: str) -> None:
+    """
+    Raises:
+        RunError: the name cannot be that of the codes, as it is empty or that of something else beside them.
+    """
+    if not name or name in _OTHER_FIELDS:
+        others = ", ".join(sorted(_OTHER_FIELDS))
+        raise RunError(f"--codes_field {name!r}: a name other than {others}")
 
 
 @lru_cache(maxsize=1)

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 Task = Literal["wav2token", "token2wav", "wav2token2wav"]
-Sink = Literal["json", "npy", "tar", "parquet"]
+Sink = Literal["json", "npy", "jsonl", "tar", "parquet"]
 Stage = Literal["manifest", "load", "encode", "decode", "write"]
 LongAudio = Literal["native", "segment", "stream"]
 AttentionWindow = Literal["full", "published"]
@@ -29,7 +29,11 @@ Downmix = Literal["mean", "first"]
 TASKS: tuple[Task, ...] = ("wav2token", "token2wav", "wav2token2wav")
 
 #: Sinks that gather many rows in one file, so that rows name no files of their own.
-SHARD_SINKS: tuple[Sink, ...] = ("tar", "parquet")
+SHARD_SINKS: tuple[Sink, ...] = ("jsonl", "tar", "parquet")
+
+#: Sinks whose rows have a field or a column of codes, whose name ``--codes_field`` sets, and that name by default.
+CODES_FIELD_SINKS: tuple[Sink, ...] = ("jsonl", "parquet")
+CODES_FIELD = "audio_codes"
 
 #: Fields that make a row's audio a part of the file that ``wav`` names.
 CUT_FIELDS = frozenset(("start", "end", "offset", "channel", "audio_stream"))

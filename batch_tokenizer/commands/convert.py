@@ -1,6 +1,6 @@
 """``batch_tokenizer convert``: tokens from one form of storage into another, without the model.
 
-    batch_tokenizer convert RUN_OR_SHARDS --to json|npy|tar|parquet --out DIR
+    batch_tokenizer convert RUN_OR_SHARDS --to json|npy|jsonl|tar|parquet --out DIR
     batch_tokenizer convert RUN_OR_SHARDS --to megatron|flat --pattern interleaved|delayed --out DIR
 
 It reads whatever ``runs/stored_rows.py`` reads, and writes a new folder, which appears whole or not at all: token files
@@ -27,15 +27,17 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from batch_tokenizer import __version__
-from batch_tokenizer.records import RowError, RunError
+from batch_tokenizer.config import add_options, check_codes_field
+from batch_tokenizer.records import SHARD_SINKS, RowError, RunError, Sink
 from batch_tokenizer.runs.stored_rows import StoredRow, stored_rows
 from batch_tokenizer.sources.finishing import output_path
 from batch_tokenizer.storage.json_lines import json_lines_writer
-from batch_tokenizer.writers.row_encoding import RUN_INFO_FIELDS, EncodedRow, tokens_as_json, tokens_as_npy
+from batch_tokenizer.storage.row_info import RUN_INFO_FIELDS, split_info
+from batch_tokenizer.writers.row_encoding import EncodedRow, tokens_as_json, tokens_as_npy
 from batch_tokenizer.writers.shard_sink import MOST_ROWS, OpenShard, ShardForm, shard_form
 from batch_tokenizer.writers.token_streams import FlatFile, Layout, MegatronFile, Pattern, TokenStream
 
-Form = Literal["json", "npy", "tar", "parquet", "megatron", "flat"]
+Form = Literal["json", "npy", "jsonl", "tar", "parquet", "megatron", "flat"]
 
 ToBytes = Callable[[npt.NDArray[np.uint16], Mapping[str, Any]], bytes]
 
@@ -72,7 +74,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--codebook_sizes", type=_sizes, metavar="N,N,…",
         help="megatron, flat: where the tokens do not say (files of other programs)")  # fmt: skip
     add("--tokens_only", action="store_true", help="leave audio behind")
-    add("--shard_megabytes", type=int, default=256, help="tar, parquet: size at which a shard is closed (%(default)s)")
+    add_options(parser, "codes_field")
+    add(
+        "--shard_megabytes",
+        type=int,
+        default=256,
+        help="jsonl, tar, parquet: size at which a shard is closed (%(default)s)",
+    )
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -83,6 +91,7 @@ def main(arguments: argparse.Namespace) -> int:
     """
     if arguments.shard_megabytes < 1:
         raise RunError(f"--shard_megabytes {arguments.shard_megabytes}: must be at least 1")
+    check_codes_field(arguments.codes_field)
     rows = stored_rows(arguments.source)
     with _new_folder(arguments.out) as folder:
         target: Target = _target(arguments, folder)
@@ -118,8 +127,8 @@ def _target(arguments: argparse.Namespace, folder: Path) -> Target:
     form: Form = arguments.form
     if form in ("json", "npy"):
         return FileTarget(folder, arguments.out, tokens_as_json if form == "json" else tokens_as_npy, f".{form}")
-    if form in ("tar", "parquet"):
-        return ShardTarget(folder, form, arguments.shard_megabytes * 1_000_000)
+    if form in SHARD_SINKS:
+        return ShardTarget(folder, form, arguments.shard_megabytes * 1_000_000, arguments.codes_field)
     return StreamTarget(folder, form, arguments.pattern, arguments.codebook_sizes)
 
 
@@ -226,9 +235,10 @@ class FileTarget:
 class ShardTarget:
     """Shards ``tokens-000000.tar`` and so on."""
 
-    def __init__(self, folder: Path, form: Literal["tar", "parquet"], most_bytes: int) -> None:
+    def __init__(self, folder: Path, form: Sink, most_bytes: int, codes_field: str) -> None:
         self._folder = folder
         self._kind = form
+        self._codes_field = codes_field
         self._most_bytes = most_bytes
         self._common = Common()
         self._form: ShardForm | None = None
@@ -243,15 +253,17 @@ class ShardTarget:
         if self._form is None:
             self._has_audio = row.audio is not None
             width = None if codes is None else codes.shape[1]
-            self._form = shard_form(self._kind, self._common.fields, width, self._has_audio)
+            self._form = shard_form(self._kind, self._common.fields, width, self._has_audio, self._codes_field)
+        if self._kind == "jsonl" and (codes is None or row.audio is not None):
+            what = "has no tokens" if codes is None else "has audio, which JSON lines do not hold: give --tokens_only"
+            raise RunError(f"row {row.key}: {what}")
         if (row.audio is not None) != self._has_audio:
             raise RunError(
                 f"row {row.key}: {'has' if row.audio is not None else 'has no'} audio, unlike those before it: "
                 "--tokens_only leaves audio behind"
             )
-        info = {**row.info, "key": row.key} if codes is None else _info_of(row, codes)
-        info.setdefault("num_frames", 0)
-        encoded = self._form.encode(EncodedRow(row.key, info, codes, row.audio, row.audio_format))
+        fields, about = split_info({**row.info, "key": row.key} if codes is None else _info_of(row, codes))
+        encoded = self._form.encode(EncodedRow(row.key, fields, about, codes, row.audio, row.audio_format))
         if self._shard is None:
             self._stream = (self._folder / f"tokens-{self._num_shards:06d}.{self._form.suffix}").open("xb")
             self._shard = self._form.open(self._stream)

@@ -4,6 +4,7 @@
     a.npy                           integers (T, K); behind the array, info as JSON, or nothing
     tar://1536+480/a.tokens.npy::x.tar, s3://…     either of them, wherever ``storage`` finds it; known by its content
     parquet://7::x.parquet          row 7, counted from 0, of a parquet file
+    jsonl://1536+480::x.jsonl       a line of JSON that has the codes in one of its fields
 
 Token files may come from anywhere, so nothing in them is believed, and none takes much more memory than its own size: a
 large JSON file is parsed some frames at a time, as Python's numbers take 34 times the space of their digits. The check
@@ -19,17 +20,26 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import orjson
 
 from batch_tokenizer.codecs.base import CodecInfo
-from batch_tokenizer.records import RowError, first_line
+from batch_tokenizer.records import CODES_FIELD, RowError, first_line
 from batch_tokenizer.storage.files import open_file
-from batch_tokenizer.storage.names import display_name, parse_member, parse_row_location
+from batch_tokenizer.storage.json_lines import dump_json, parse_json
+from batch_tokenizer.storage.jsonl_rows import (
+    CODES_FIELDS,
+    FRAMES_MARK,
+    codes_field_of,
+    line_info,
+    parse_line,
+    read_line,
+)
+from batch_tokenizer.storage.names import display_name, parse_line_location, parse_member, parse_row_location
 from batch_tokenizer.storage.parquet_rows import read_row
 
 #: Largest token file that is read; a day of audio at 20 codebooks takes about 200 MB.
@@ -57,11 +67,13 @@ _FRAMES_BEGIN = re.compile(rb'"quantized_tokens"\s*:\s*(?=\[)|\A\s*(?=\[)')
 _BETWEEN_FRAMES = re.compile(rb"\s*,\s*")
 _FRAMES_END = re.compile(rb"\]\s*\]")
 
+#: In a line of JSON: the field that has the codes, where it says so.
+_CODES_FIELD_NAMED = re.compile(rb'"codes_field"\s*:\s*("(?:[^"\\]|\\.)*")')
+
+Rest = TypeVar("Rest")
+
 #: Places that are tried as the beginning of the frames.
 _MOST_PLACES = 8
-
-#: Stands in place of the frames while the rest of a large file is parsed.
-_FRAMES_MARK = "the frames, which are parsed by themselves 6f1c5a0e"
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +139,19 @@ def parse_tokens(
     return raw.check(name, codebooks), origin if isinstance(origin, Mapping) else {}
 
 
+def parse_codes_line(content: bytes, name: str) -> tuple[npt.NDArray[np.uint16], dict[str, Any]]:
+    """Codes uint16 (T, K) of a line of JSON, and what it says beside them.
+
+    Args:
+        name: for messages.
+
+    Raises:
+        RowError: it is no such line.
+    """
+    raw, info = parse_token_line(content, name)
+    return raw.check(name, ANY_CODEBOOKS), info
+
+
 def read_any_tokens(location: str) -> tuple[npt.NDArray[np.uint16], Mapping[str, Any]]:
     """As ``read_tokens``, of whatever codec.
 
@@ -142,6 +167,9 @@ def _open(location: str) -> tuple[_Frames | _Array, object]:
     if row is not None:
         values, about = read_row(*row)
         return _Array(values), about
+    line = parse_line_location(location)
+    if line is not None:
+        return parse_token_line(read_line(*line), display_name(location))
     return parse_token_file(_read(location), display_name(location))
 
 
@@ -165,12 +193,31 @@ def parse_token_file(content: bytes, name: str) -> tuple[_Frames | _Array, objec
     if content.startswith(_NPY):
         return _parse_npy(content, name)
     if len(content) > _PIECE_BYTES:
-        return _split_large_json(content, name)
+        return _split_large_json(content, name, _FRAMES_BEGIN, partial(_tokens_of, name=name))
     document = _parse_json(content, name)
     tokens, origin = _tokens_of(document, name)
     if not isinstance(tokens, list):
         raise RowError("load", f"{name}: quantized_tokens is {_kind(tokens)}, not a list of frames")
     return _Frames(lambda: [(tokens, _may_hold_bools(content))]), origin
+
+
+def parse_token_line(content: bytes, name: str) -> tuple[_Frames | _Array, dict[str, Any]]:
+    """As ``parse_token_file``, of a line of JSON that has codes in one of its fields."""
+    if len(content) > _PIECE_BYTES:
+        named = _CODES_FIELD_NAMED.findall(content)
+        fields = (*(parse_json(text) for text in named), *CODES_FIELDS)
+        begins = re.compile(b"|".join(rb"%b\s*:\s*(?=\[)" % re.escape(dump_json(field)) for field in fields))
+        frames, (row, field) = _split_large_json(content, name, begins, partial(_line_parts, name=name))
+        return frames, line_info(row, field)
+    tokens, (row, field) = _line_parts(parse_line(content, name), name)
+    return _Frames(lambda: [(tokens, _may_hold_bools(content))]), line_info(row, field)
+
+
+def _line_parts(row: Any, name: str) -> tuple[Any, tuple[dict[str, Any], str]]:
+    field = codes_field_of(row) if isinstance(row, dict) else None
+    if field is None:
+        raise RowError("load", f"{name}: has no field with codes, such as {CODES_FIELD}")
+    return row[field], (row, field)
 
 
 # --------------------------------------------------------------------------------------------------------------- arrays
@@ -230,8 +277,8 @@ def _parse_npy(content: bytes, name: str) -> tuple[_Array, object]:
     if end == len(content):
         return _Array(values), None
     try:
-        document = orjson.loads(content[end:])
-    except orjson.JSONDecodeError as error:
+        document = parse_json(content[end:])
+    except ValueError as error:
         raise RowError("load", f"{name}: {len(content) - end} bytes behind the array that are not JSON") from error
     return _Array(values), document.get("info") if isinstance(document, Mapping) else None
 
@@ -260,21 +307,28 @@ class _Frames:
         return checked[0] if len(checked) == 1 else np.concatenate(checked)
 
 
-def _split_large_json(content: bytes, name: str) -> tuple[_Frames, object]:
-    """As ``parse_token_file``. Frames are found by their brackets, and parsed only when they are checked."""
-    for before in islice(_FRAMES_BEGIN.finditer(content), _MOST_PLACES):
+def _split_large_json(
+    content: bytes, name: str, begins: re.Pattern[bytes], parts: Callable[[Any], tuple[Any, Rest]]
+) -> tuple[_Frames, Rest]:
+    """As ``parse_token_file``. Frames are found by their brackets, and parsed only when they are checked.
+
+    Args:
+        begins: matches what stands before the list of frames.
+        parts: what a document has in place of codes, and the rest that is returned beside them; raises ``RowError``.
+    """
+    for before in islice(begins.finditer(content), _MOST_PLACES):
         begin = before.end() + 1
         # 1. No codes are lists, so the first two brackets that close end the list of frames.
         last = _FRAMES_END.search(content, begin)
         if last is None or len(content) - (last.end() - before.end()) > _MOST_INFO_BYTES:
             continue
         # 2. The rest of the file shows whether these are the frames, and not a field of that name inside ``info``.
-        rest = b'%b"%b"%b' % (content[: before.end()], _FRAMES_MARK.encode(), content[last.end() :])
+        rest = b'%b"%b"%b' % (content[: before.end()], FRAMES_MARK.encode(), content[last.end() :])
         try:
-            tokens, origin = _tokens_of(_parse_json(rest, name), name)
+            tokens, origin = parts(_parse_json(rest, name))
         except RowError:
             continue
-        if tokens == _FRAMES_MARK:
+        if tokens == FRAMES_MARK:
             end = last.start() + 1
             return _Frames(lambda: _parse_pieces(content, begin, end, name)), origin  # noqa: B023 - returned at once
     raise RowError("load", f"{name}: not JSON with a list of frames of codes as its quantized_tokens")
@@ -292,8 +346,8 @@ def _parse_pieces(content: bytes, begin: int, end: int, name: str) -> Iterator[t
 
 def _parse_json(content: bytes, name: str) -> Any:
     try:
-        return orjson.loads(content)
-    except orjson.JSONDecodeError as error:
+        return parse_json(content)
+    except ValueError as error:
         raise RowError("load", f"{name}: not JSON: {error}") from error
 
 

@@ -31,7 +31,7 @@ from batch_tokenizer.writers.row_encoding import codes_checksum
 AUDIO_HEADER_BYTES = 4096
 
 #: Settings of a run that its outputs do not name.
-_NOT_IN_INFO = ("task", "num_quantizers", "segment_samples", *OUTPUT_SETTINGS)
+_NOT_IN_INFO = ("task", "num_quantizers", "segment_samples", "codes_field", *OUTPUT_SETTINGS)
 
 _STREAM_INFO_BYTES = 34
 

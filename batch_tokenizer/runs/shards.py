@@ -18,7 +18,8 @@ from batch_tokenizer.records import OUTPUT_FIELDS, RowError, RunError
 from batch_tokenizer.runs.finished_run import FinishedRun
 from batch_tokenizer.runtime.ledger_lines import read_shard_lines
 from batch_tokenizer.sources.tar_rows import tar_rows
-from batch_tokenizer.storage.names import display_name, row_location
+from batch_tokenizer.storage.jsonl_rows import numbered_lines
+from batch_tokenizer.storage.names import display_name, line_location, row_location
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +71,28 @@ def find_places(run: FinishedRun, digests: Container[str]) -> Iterator[tuple[str
         if run.sink == "tar":
             yield from _in_tar(shard.location, outputs, wanted)
             continue
+        if run.sink == "jsonl":
+            yield from _in_lines(shard.location, wanted)
+            continue
         for number, entry in wanted.items():
             locations = dict.fromkeys(outputs, row_location(shard.location, number))
             yield entry["digest"], StoredPlace.of(locations, {})
+
+
+def _in_lines(shard: str, wanted: dict[int, dict[str, Any]]) -> Iterator[tuple[str, StoredPlace | RowError]]:
+    trouble = RowError(
+        "load", f"{display_name(shard)}: ends before this row: batch_tokenizer verify says what is wrong"
+    )
+    try:
+        for number, (begin, line) in enumerate(numbered_lines(shard)):
+            if (entry := wanted.pop(number, None)) is not None:
+                yield entry["digest"], StoredPlace(line_location(shard, begin, len(line)), None, {})
+            if not wanted:
+                return
+    except RowError as error:
+        trouble = error
+    for entry in wanted.values():
+        yield entry["digest"], trouble
 
 
 def _in_tar(

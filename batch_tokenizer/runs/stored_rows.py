@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from batch_tokenizer.data.token_files import parse_tokens, read_any_tokens
+from batch_tokenizer.data.token_files import parse_codes_line, parse_tokens, read_any_tokens
 from batch_tokenizer.records import TASKS, ManifestRow, RowError, RunError, first_line
 from batch_tokenizer.runs.finished_run import FinishedRun
 from batch_tokenizer.runtime.ledger import RowStatus, read_ledger
@@ -24,7 +24,8 @@ from batch_tokenizer.runtime.run_files import parse_shard_name
 from batch_tokenizer.sources.listing import lines_of
 from batch_tokenizer.sources.patterns import find_sources
 from batch_tokenizer.storage.files import open_file
-from batch_tokenizer.storage.json_lines import json_lines_reader
+from batch_tokenizer.storage.json_lines import json_lines_reader, parse_json
+from batch_tokenizer.storage.jsonl_rows import holds_codes, numbered_lines
 from batch_tokenizer.storage.names import display_name, member_name, split_member_name
 from batch_tokenizer.storage.parquet_rows import TokenParquet, row_info
 from batch_tokenizer.storage.tar import ByteStream, SeekableByteStream, TornTar, walk
@@ -58,12 +59,36 @@ class StoredRow:
 
 
 def shard_rows(path: str) -> Iterator[StoredRow]:
-    """The rows of ``x.tar`` or ``x.parquet``, in order.
+    """The rows of ``x.tar``, ``x.parquet`` or ``x.jsonl``, in order.
 
     Raises:
         RowError: it cannot be read to its end, or has what is no row.
     """
+    if path.endswith(".jsonl"):
+        return _jsonl_rows(path)
     return _parquet_rows(path) if path.endswith(".parquet") else _tar_rows(path)
+
+
+def _jsonl_rows(path: str) -> Iterator[StoredRow]:
+    name = display_name(path)
+    for number, (_, line) in enumerate(numbered_lines(path), 1):
+        yield jsonl_row(line, f"{name}: line {number}")
+
+
+def jsonl_row(line: bytes, name: str) -> StoredRow:
+    """The row of a line of JSON that has codes in it.
+
+    Args:
+        name: for messages.
+
+    Raises:
+        RowError: it is no such line.
+    """
+    codes, info = parse_codes_line(line, name)
+    key = info.get("key")
+    if not isinstance(key, str):
+        raise RowError("load", f"{name} has no key")
+    return StoredRow(key, codes, info, stored={"line": line})
 
 
 @dataclass(slots=True)
@@ -114,8 +139,8 @@ def _tar_row(name: str, group: _Group) -> StoredRow:
     info: Any = {}
     if "json" in members:
         try:
-            info = orjson.loads(members["json"])
-        except orjson.JSONDecodeError as error:
+            info = parse_json(members["json"])
+        except ValueError as error:
             raise RowError("load", f"{name}: {group.base}.json is not JSON: {error}") from error
         if not isinstance(info, dict):
             raise RowError("load", f"{name}: {group.base}.json is no object")
@@ -198,12 +223,13 @@ class Part:
     """Rows of a source that lie together.
 
     Attributes:
-        kind: ``tar`` and ``parquet`` are shards; ``lines`` is JSON lines whose rows name their files; ``files`` is a
+        kind: ``tar``, ``parquet`` and ``jsonl`` (lines with codes in them) are shards; ``lines`` is JSON lines whose
+            rows name their files; ``files`` is a
             folder of token files, or one such file; ``run`` is a run folder whose rows are in files.
         ledger: of a run's shard, the ledger file that names its rows.
     """
 
-    kind: Literal["tar", "parquet", "lines", "files", "run"]
+    kind: Literal["tar", "parquet", "jsonl", "lines", "files", "run"]
     location: str
     ledger: Path | None = None
 
@@ -220,7 +246,7 @@ def find_parts(source: str) -> Iterator[Part]:
             if found.kind == "tar" or found.kind == "parquet":
                 yield Part(found.kind, found.location)
             elif found.kind == "rows":
-                yield Part("lines", found.location)
+                yield Part("jsonl" if holds_codes(found.location) else "lines", found.location)
             elif found.kind == "folder":
                 yield from _folder_parts(Path(found.location))
             else:
@@ -240,6 +266,7 @@ def _folder_parts(folder: Path) -> Iterator[Part]:
     """A folder of shards, of what ``convert`` wrote, or of token files."""
     names = sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith("."))
     shards = [name for name in names if name.endswith(_SHARD_ENDINGS)]
+    shards += [name for name in names if name.endswith(".jsonl") and holds_codes(str(folder / name))]
     if shards:
         _refuse_mixture(folder, shards)
         for name in shards:
@@ -250,14 +277,16 @@ def _folder_parts(folder: Path) -> Iterator[Part]:
         yield Part("files", str(folder))
 
 
-def _shard_kind(name: str) -> Literal["tar", "parquet"]:
+def _shard_kind(name: str) -> Literal["tar", "parquet", "jsonl"]:
+    if name.endswith(".jsonl"):
+        return "jsonl"
     return "parquet" if name.endswith(".parquet") else "tar"
 
 
 def _rows(source: str, key: str | None) -> Iterator[StoredRow]:
     wanted = None if key is None else orjson.dumps(key)
     for part in find_parts(source):
-        if part.kind == "tar" or part.kind == "parquet":
+        if part.kind in ("tar", "parquet", "jsonl"):
             if wanted is None or part.ledger is None or wanted in part.ledger.read_bytes():
                 yield from shard_rows(part.location)
         elif part.kind == "lines":

@@ -36,10 +36,12 @@ from batch_tokenizer.sources.list_rows import path_rows, scp_rows, table_rows
 from batch_tokenizer.sources.parquet_rows import parquet_rows
 from batch_tokenizer.sources.patterns import DESCRIPTIONS, Source, find_sources
 from batch_tokenizer.sources.tar_rows import tar_rows
+from batch_tokenizer.sources.token_lines import token_line_rows
 from batch_tokenizer.storage import remote
 from batch_tokenizer.storage.atomic import atomic_write
 from batch_tokenizer.storage.file_lock import exclusive_lock
 from batch_tokenizer.storage.json_lines import parse_json
+from batch_tokenizer.storage.jsonl_rows import holds_codes
 from batch_tokenizer.storage.names import PIPE, display_name, is_url
 from batch_tokenizer.storage.remote import StorageError
 from batch_tokenizer.storage.streams import GZIP_MAGIC, StreamReader
@@ -128,7 +130,7 @@ def local_manifest(
 
 def _is_ours(location: str, settings: SourceSettings) -> bool:
     """Whether a JSON-lines file can be taken as it stands. One that cannot be read is: the manifest has the words."""
-    if is_url(location) or settings.changes_rows:
+    if is_url(location) or settings.changes_rows or _has_codes(location, settings):
         return False
     try:
         if not os.path.isfile(location):
@@ -144,6 +146,11 @@ def _is_ours(location: str, settings: SourceSettings) -> bool:
         return all(complete(row, settings.input_field, base) is row for row in _rows_of(head))
     except Refused:
         return False
+
+
+def _has_codes(location: str, settings: SourceSettings) -> bool:
+    """Whether rows that are read for their codes have them in their lines, and do not name files of them."""
+    return settings.input_field == "quantized_tokens" and holds_codes(location)
 
 
 def _rows_of(head: bytes) -> Iterator[dict[str, Any]]:
@@ -267,6 +274,8 @@ def _tasks(source: Source, settings: SourceSettings, left_out: LeftOut) -> Itera
         while part := list(islice(found, _CHUNK)):
             rows = map(partial(folder_row, location, field_name), part)
             yield partial(_finish_rows, rows, Finisher(settings, mirrored=_is_mirrored(source, settings)))
+    elif source.kind == "rows" and _has_codes(location, settings):
+        yield lambda: _finish_rows(token_line_rows(location), Finisher(settings))
     elif source.kind == "rows":
         yield from _line_tasks(location, settings)
     else:

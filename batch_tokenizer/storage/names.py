@@ -6,6 +6,7 @@
     targz://7/a.flac::x.tar.gz            the eighth regular member of a tar that can only be read from its beginning:
                                           a compressed one, or what a ``pipe:`` command prints
     parquet://7::x.parquet                row 7, counted from 0, of a parquet file: its tokens or its audio, as is asked
+    jsonl://1536+480::x.jsonl             the line of 480 bytes from byte 1,536 on, which has tokens in it
 
 The member's name in a location is for people and for telling formats apart; it opens nothing.
 """
@@ -29,6 +30,7 @@ _NOT_PLAIN = re.compile(r"[^A-Za-z0-9_-]+")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)://")
 _TAR_MEMBER = re.compile(r"tar://(\d{1,18})\+(\d{1,18})/([^:]*)::(.+)", re.DOTALL)
 _STREAMED_MEMBER = re.compile(r"targz://(\d{1,18})/([^:]*)::(.+)", re.DOTALL)
+_JSON_LINE = re.compile(r"jsonl://(\d{1,18})\+(\d{1,18})::(.+)", re.DOTALL)
 _PARQUET_ROW = re.compile(r"parquet://(\d{1,12})::(.+)", re.DOTALL)
 
 _LEADING_DOT = re.compile(r"^(\./+)+")
@@ -85,6 +87,17 @@ def parse_row_location(location: str) -> tuple[str, int] | None:
     return None if match is None else (match[2], int(match[1]))
 
 
+def line_location(path: str, begin: int, size: int) -> str:
+    """The location of a line of JSON: ``size`` bytes from byte ``begin`` on."""
+    return f"jsonl://{begin}+{size}::{path}"
+
+
+def parse_line_location(location: str) -> tuple[str, int, int] | None:
+    """(path, begin, size) of a location that ``line_location`` made; None for any other."""
+    match = _JSON_LINE.fullmatch(location) if location.startswith("jsonl://") else None
+    return None if match is None else (match[3], int(match[1]), int(match[2]))
+
+
 def scheme_of(location: str) -> str | None:
     """``s3`` of ``s3://bucket/key``, in lower case; None where the location does not begin so."""
     match = _SCHEME.match(location)
@@ -93,7 +106,7 @@ def scheme_of(location: str) -> str | None:
 
 def is_url(location: str) -> bool:
     """Whether fsspec has to fetch it: it begins with a scheme, but not with one of the locations above."""
-    return scheme_of(location) not in (None, "tar", "targz", "parquet")
+    return scheme_of(location) not in (None, "tar", "targz", "parquet", "jsonl")
 
 
 def file_name(location: str) -> str:
@@ -114,6 +127,9 @@ def display_name(location: str) -> str:
     row = parse_row_location(location)
     if row is not None:
         return f"row {row[1]} of {display_name(row[0])}"
+    line = parse_line_location(location)
+    if line is not None:
+        return f"the line at byte {line[1]:,} of {display_name(line[0])}"
     if scheme_of(location) is not None:
         try:
             parts = urlsplit(location)

@@ -19,6 +19,7 @@ import orjson
 
 from batch_tokenizer.records import RowError, first_line
 from batch_tokenizer.storage.files import open_file
+from batch_tokenizer.storage.json_lines import parse_json
 from batch_tokenizer.storage.names import display_name
 
 #: Files, and groups of rows, that a process caches.
@@ -203,7 +204,7 @@ def row_info(table: Any, number: int) -> dict[str, Any]:
         return {}
     text = table.column("info")[number].as_py()
     try:
-        info = orjson.loads(text) if isinstance(text, str) else None
-    except orjson.JSONDecodeError:
+        info = parse_json(text) if isinstance(text, str) else None
+    except ValueError:
         return {}
     return info if isinstance(info, dict) else {}

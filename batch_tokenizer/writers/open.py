@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from batch_tokenizer.audio.encoding import encoded_bytes, write_flac
 from batch_tokenizer.config import OUTPUT_SETTINGS, RunConfig
-from batch_tokenizer.records import OUTPUT_FIELDS, SHARD_SINKS, LedgerEntry, RowError, TokenizedRow
+from batch_tokenizer.records import CODES_FIELD_SINKS, OUTPUT_FIELDS, SHARD_SINKS, LedgerEntry, RowError, TokenizedRow
 from batch_tokenizer.runtime.run_folder import RunFolder
 from batch_tokenizer.runtime.shard_ledger import ShardJournal
 from batch_tokenizer.writers.file_sink import FileSink
@@ -55,6 +55,8 @@ class ResultSink(Protocol):
 def run_settings(config: RunConfig, num_quantizers: int, run_info: Mapping[str, Any]) -> dict[str, Any]:
     """What the run folder holds a run to."""
     outputs = {name: getattr(config, name) for name in OUTPUT_SETTINGS}
+    if config.sink in CODES_FIELD_SINKS:
+        outputs["codes_field"] = config.codes_field
     return {"task": config.task, "num_quantizers": num_quantizers, **outputs, **run_info}
 
 
@@ -140,7 +142,7 @@ def output_bytes(
 def _shard_form(config: RunConfig, run_info: Mapping[str, Any], num_quantizers: int) -> ShardForm:
     outputs = OUTPUT_FIELDS[config.task]
     width = num_quantizers if "quantized_tokens" in outputs else None
-    return shard_form(config.sink, run_info, width, "reconstructed_wav" in outputs)
+    return shard_form(config.sink, run_info, width, "reconstructed_wav" in outputs, config.codes_field)
 
 
 def open_sink(

@@ -134,7 +134,7 @@ def parquet_row(row: EncodedRow, common: Mapping[str, Any]) -> ParquetRow:
     return ParquetRow(
         row.key,
         row.codes,
-        int(row.info["num_frames"]),
+        int(row.about.get("num_frames", 0)),
         num_samples / rate if isinstance(num_samples, int) and isinstance(rate, int) and rate > 0 else None,
         text,
         info.decode(),

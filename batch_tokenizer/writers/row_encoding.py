@@ -18,12 +18,7 @@ import numpy.typing as npt
 import orjson
 
 from batch_tokenizer.records import OUTPUT_FIELDS, LedgerEntry, RowError, Task, TokenizedRow
-
-#: What the ``info`` of every row of a run says alike.
-RUN_INFO_FIELDS = (
-    "codec", "fingerprint", "sample_rate", "frame_rate", "codebook_sizes", "dtype", "resampler", "segment_samples",
-    "loudness", "attention_window", "window_merge", "version",
-)  # fmt: skip
+from batch_tokenizer.storage.row_info import join_info
 
 
 def token_json(result: TokenizedRow, run_info: Mapping[str, Any]) -> bytes:
@@ -120,17 +115,24 @@ class EncodedRow:
     """A row as a sink takes it.
 
     Attributes:
-        info: what is known of the row, ``key`` among it; see ``row_info``.
+        fields: of the manifest's row, ``key`` among them.
+        about: what the run says of it: codec, fingerprint and so on, and its lengths; see ``row_about``.
         codes: uint16 (T, K); None where tokens are no output.
         audio: an audio file's bytes; None where audio is no output.
         audio_format: of those bytes, and the suffix of their file's name.
     """
 
     key: str
-    info: Mapping[str, Any]
+    fields: Mapping[str, Any]
+    about: Mapping[str, Any]
     codes: npt.NDArray[np.uint16] | None
     audio: bytes | memoryview | None = None
     audio_format: str = "wav"
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """Both in one object, for sinks that have one place for them."""
+        return join_info(self.fields, self.about)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,33 +163,30 @@ class RowEncoder:
                 raise ValueError("a row without samples has no audio file")
             audio = self.encode_audio(result.samples, self.sample_rate)
         codes = result.codes if "quantized_tokens" in outputs else None
-        return EncodedRow(result.row.key, row_info(result, self.run_info), codes, audio, self.audio_format)
+        about = row_about(result, self.run_info)
+        return EncodedRow(result.row.key, result.row.fields, about, codes, audio, self.audio_format)
 
 
 def row_info(result: TokenizedRow, run_info: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest's row, then ``run_info``, then ``num_samples`` (input samples at the codec's rate), ``num_frames``
-    (T) and ``num_quantizers`` (K), and ``segments`` where the row was encoded in such: the first frame and the first
-    sample of each. Fields of the row that differ from another one of their name there are kept under ``manifest_row``.
-    """
+    """The manifest's row, then ``run_info`` and the row's lengths; see ``join_info`` and ``row_about``."""
+    return join_info(result.row.fields, row_about(result, run_info))
+
+
+def row_about(result: TokenizedRow, run_info: Mapping[str, Any]) -> dict[str, Any]:
+    """``run_info``, then ``num_samples`` (input samples at the codec's rate), ``num_frames`` (T) and
+    ``num_quantizers`` (K), and ``segments`` where the row was encoded in such: the first frame and the first sample of
+    each."""
     if result.codes is None:
         raise ValueError("a row without codes has no tokens")
-    ours = {
+    about = {
         **run_info,
         "num_samples": result.num_samples,
         "num_frames": result.codes.shape[0],
         "num_quantizers": result.codes.shape[1],
     }
     if result.segments is not None:
-        ours["segments"] = [list(segment) for segment in result.segments]
-    fields = result.row.fields
-    reserved = {*ours, "manifest_row", "segments"}
-    hidden = {
-        name: value for name, value in fields.items() if name in reserved and (name not in ours or ours[name] != value)
-    }
-    info = {**{name: value for name, value in fields.items() if name not in reserved}, **ours}
-    if hidden:
-        info["manifest_row"] = hidden
-    return info
+        about["segments"] = [list(segment) for segment in result.segments]
+    return about
 
 
 def done_entry(result: TokenizedRow, stored: Mapping[str, bytes | memoryview]) -> LedgerEntry:

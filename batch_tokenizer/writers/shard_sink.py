@@ -19,8 +19,9 @@ from functools import partial
 from types import TracebackType
 from typing import Any, BinaryIO, Protocol
 
-from batch_tokenizer.records import LedgerEntry, RunError, TokenizedRow, first_line
+from batch_tokenizer.records import CODES_FIELD, LedgerEntry, RunError, TokenizedRow, first_line
 from batch_tokenizer.runtime.shard_ledger import ShardJournal
+from batch_tokenizer.writers.jsonl_shard import JsonlShard, jsonl_line
 from batch_tokenizer.writers.parquet_shard import ParquetShard, parquet_row, require_pyarrow
 from batch_tokenizer.writers.row_encoding import EncodedRow, RowEncoder, done_entry
 from batch_tokenizer.writers.shard_folder import ShardFolder
@@ -62,18 +63,29 @@ class ShardForm:
     open: Callable[[BinaryIO], OpenShard]
 
 
-def shard_form(sink: str, run_info: Mapping[str, Any], num_quantizers: int | None, has_audio: bool) -> ShardForm:
-    """The form of ``tar`` or ``parquet`` shards.
+def shard_form(
+    sink: str,
+    run_info: Mapping[str, Any],
+    num_quantizers: int | None,
+    has_audio: bool,
+    codes_field: str = CODES_FIELD,
+) -> ShardForm:
+    """The form of ``jsonl``, ``tar`` or ``parquet`` shards.
 
     Args:
         run_info: what is the same for all rows.
         num_quantizers: K of all rows; None where there are no tokens.
+        codes_field: the name of the codes in ``jsonl`` and ``parquet``.
 
     Raises:
         RunError: a library is not installed.
     """
     if sink == "tar":
         return ShardForm(TarShard.suffix, TarShard.encode, TarShard.stored, TarShard)
+    if sink == "jsonl":
+        return ShardForm(
+            JsonlShard.suffix, lambda row: jsonl_line(row, codes_field), lambda line: {"line": line}, JsonlShard
+        )
     require_pyarrow()
     has_tokens = num_quantizers is not None
     common = {**run_info, "num_quantizers": num_quantizers} if has_tokens else run_info

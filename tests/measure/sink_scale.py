@@ -53,7 +53,7 @@ from tests.support.runs import run_environment
 RATE = 24000
 DISTINCT = 400
 ROWS_PER_TAR = 2000
-SINKS = ("json", "npy", "tar", "parquet")
+SINKS = ("json", "npy", "jsonl", "tar", "parquet")
 
 
 @dataclass(frozen=True)

@@ -32,9 +32,10 @@ def tokenized(line: int, codes: Any = None, samples: Any = None, **fields: Any) 
 
 
 def read_shard(path: Path) -> dict[str, dict[str, Any]]:
-    """Key to ``codes``, ``info`` and ``audio`` of a tar or parquet shard. A key that is there twice is an error."""
+    """Key to ``codes``, ``info`` and ``audio`` of a shard. A key that is there twice is an error."""
     rows: dict[str, dict[str, Any]] = {}
-    for key, row in _tar_rows(path) if path.suffix == ".tar" else _parquet_rows(path):
+    readers = {".tar": _tar_rows, ".parquet": _parquet_rows, ".jsonl": _jsonl_rows}
+    for key, row in readers[path.suffix](path):
         assert key not in rows, f"{key} is twice in {path}"
         rows[key] = row
     return rows
@@ -64,6 +65,15 @@ def _tar_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
         info = json.loads(sample["json"])
         codes = np.load(io.BytesIO(sample["tokens.npy"])) if "tokens.npy" in sample else None
         rows.append((info["key"], {"codes": codes, "info": info, "audio": sample.get("wav", sample.get("flac"))}))
+    return rows
+
+
+def _jsonl_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        info = {**row["batch_tokenizer"], **row}
+        rows.append((row["key"], {"codes": np.array(row["audio_codes"], np.uint16), "info": info, "audio": None}))
     return rows
 
 

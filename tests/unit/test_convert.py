@@ -73,13 +73,28 @@ def test_a_tar_and_a_parquet_file_by_their_names(tmp_path: Path, manifest: Path)
     assert {audio for _, _, audio in contents(f"{out}/*.tar").values()} == {None}
 
 
+def test_json_lines_hold_tokens_and_the_rows_own_fields(tmp_path: Path, manifest: Path) -> None:
+    words = ["convert", str(manifest), "--to", "jsonl", "--out", str(tmp_path / "none")]
+    assert main(words) == 2  # it has audio
+    assert main([*words, "--tokens_only", "--codes_field", "key"]) == 2
+    out = convert(manifest, "jsonl", tmp_path / "j", "--tokens_only", "--codes_field", "codes")
+    rows = [json.loads(line) for line in (out / "tokens-000000.jsonl").read_text().splitlines()]
+    assert [row["key"] for row in rows] == KEYS
+    assert {row["codec"] for row in rows} == {"fake"}
+    expected = {key: (codes, text, None) for key, (codes, text, _) in contents(manifest).items()}
+    assert {row["key"]: (row["codes"], row["text"], None) for row in rows} == expected
+    for form in ("parquet", "jsonl", "npy"):
+        out = convert(out, form, tmp_path / f"{form}-again")
+        assert contents(out) == expected, form
+
+
 def test_shards_are_cut_at_their_size(tmp_path: Path) -> None:
     sink = FileSink("wav2token", 24000, RUN_INFO, form="npy")
     rng = np.random.default_rng(0)
     for number in range(40):
         codes = rng.integers(0, 128, (10_000, 3)).astype(np.uint16)
         sink.write(tokenized(number, codes, quantized_tokens=str(tmp_path / f"in/{number}.npy"), text=""))
-    for form in ("tar", "parquet"):
+    for form in ("tar", "parquet", "jsonl"):
         out = convert(tmp_path / "in", form, tmp_path / form, "--shard_megabytes", 1)
         assert len(list(out.iterdir())) > 1
         assert len(list(stored_rows(str(out)))) == 40

@@ -92,7 +92,7 @@ class Place:
         assert [path for path in (self.run_dir / "shards").rglob("*") if path.is_file()] == []
 
 
-@pytest.mark.parametrize("sink", ["tar", "parquet"])
+@pytest.mark.parametrize("sink", ["tar", "parquet", "jsonl"])
 @pytest.mark.parametrize("killed_after", range(NUM_STEPS + 1))
 def test_killed_between_any_two_steps(tmp_path: Path, sink: str, killed_after: int) -> None:
     place = Place(tmp_path, sink)
@@ -263,7 +263,7 @@ class TestSink:
             **{"most_bytes": 1 << 30, **limits},  # type: ignore[arg-type]
         )
 
-    @pytest.mark.parametrize("form", ["tar", "parquet"])
+    @pytest.mark.parametrize("form", ["tar", "parquet", "jsonl"])
     @pytest.mark.parametrize("limits", [{"most_rows": 3}, {"most_bytes": 400}, {"most_seconds": 0}])
     def test_shards_are_closed_at_their_limits(self, tmp_path: Path, form: str, limits: dict[str, float]) -> None:
         place = Place(tmp_path, form)

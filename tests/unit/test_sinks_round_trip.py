@@ -27,6 +27,7 @@ from batch_tokenizer.records import RowError, RunError, Sink
 from batch_tokenizer.runs.stored_rows import shard_rows
 from batch_tokenizer.sources.parquet_rows import parquet_rows
 from batch_tokenizer.sources.tar_rows import tar_rows
+from batch_tokenizer.sources.token_lines import token_line_rows
 from batch_tokenizer.storage.names import member_name, row_location
 from batch_tokenizer.storage.parquet_rows import TokenParquet
 from batch_tokenizer.writers import parquet_shard
@@ -59,8 +60,15 @@ def write_shard(path: Path, results: list[Any], *, audio: bool = False, audio_fo
     return path
 
 
+def listed(path: str) -> Iterator[dict[str, Any]]:
+    """The rows of a shard as ``--task token2wav`` lists them."""
+    if path.endswith(".jsonl"):
+        return token_line_rows(path)
+    return parquet_rows(path) if path.endswith(".parquet") else tar_rows(path, "quantized_tokens", print)  # type: ignore[arg-type]
+
+
 @settings(max_examples=60, deadline=None)
-@given(rows=ROWS, sink=st.sampled_from(["json", "npy", "tar", "parquet"]))
+@given(rows=ROWS, sink=st.sampled_from(["json", "npy", "jsonl", "tar", "parquet"]))
 def test_what_goes_in_comes_out(
     tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, Any]], sink: Sink
 ) -> None:
@@ -77,7 +85,7 @@ def test_what_goes_in_comes_out(
         locations = iter([dict(result.row.fields) for result in results])
     else:
         path = str(write_shard(folder / f"x.{sink}", results))
-        locations = parquet_rows(path) if sink == "parquet" else tar_rows(path, "quantized_tokens", print)  # type: ignore[arg-type]
+        locations = listed(path)
         for (key, codes), stored in zip(rows, shard_rows(path), strict=True):
             assert (stored.key, stored.info["key"]) == (key, key)
             assert np.array_equal(stored.codes, codes)  # type: ignore[arg-type]
@@ -89,7 +97,7 @@ def test_what_goes_in_comes_out(
         assert (about["fingerprint"], about["num_frames"]) == ("feedface", len(codes))
 
 
-@pytest.mark.parametrize("sink", ["json", "npy", "tar", "parquet"])
+@pytest.mark.parametrize("sink", ["json", "npy", "jsonl", "tar", "parquet"])
 def test_the_same_row_has_the_same_bytes(tmp_path: Path, sink: Sink) -> None:
     contents = []
     for number in range(2):
@@ -342,3 +350,33 @@ class TestHostile:
         [row] = tar_rows(str(path), "quantized_tokens", print)  # type: ignore[arg-type]
         assert row["key"] == "mine"
         assert [stored.key for stored in shard_rows(str(path))] == ["mine"]
+
+
+FIELD_NAMES = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=6) | st.sampled_from(
+    ["text", "speaker", "audio_codes", "num_frames", "codec", "sample_rate", "manifest_row", "batch_tokenizer", "info"]
+)
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**80), 2**80) | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(exclude_categories=("Cs",)), max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(FIELD_NAMES, inner, max_size=3),
+    max_leaves=6,
+)  # fmt: skip
+FIELDS = st.dictionaries(FIELD_NAMES, JSON_VALUES, max_size=5)
+
+
+@settings(max_examples=80, deadline=None)
+@given(rows=ROWS, fields=FIELDS)
+def test_a_line_has_the_rows_fields_as_they_were(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, Any]], fields: dict[str, Any]
+) -> None:
+    """Fields that have one of our names and say something else are kept under ``manifest_row``; nothing is lost."""
+    path = tmp_path_factory.mktemp("sink") / "x.jsonl"
+    results = [tokenized(line, codes, **{**fields, "key": key}) for line, (key, codes) in enumerate(rows)]
+    write_shard(path, results)
+    for line, result in zip(path.read_bytes().splitlines(), results, strict=True):
+        row = json.loads(line)
+        assert row["audio_codes"] == result.codes.tolist()
+        assert (row["num_frames"], row["codec"], row["fingerprint"]) == (len(result.codes), "fake", "feedface")
+        for name, value in result.row.fields.items():
+            ours = name in ("audio_codes", "num_frames", "codec", "fingerprint", "batch_tokenizer", "manifest_row")
+            assert row[name] == value or (ours and row["manifest_row"][name] == value)

@@ -21,7 +21,7 @@ from batch_tokenizer.writers.shard_folder import ShardFolder
 from batch_tokenizer.writers.shard_sink import ShardSink, shard_form
 from tests.support.shards import RUN_INFO, tokenized
 
-SINKS = ["tar", "parquet"]
+SINKS = ["tar", "parquet", "jsonl"]
 
 
 class FullDisk(io.RawIOBase):

@@ -1,0 +1,64 @@
+"""What is stored of a row beside its codes: the fields of its manifest row, and what the run says of it.
+
+Sinks that have one place for both (``info``) keep what the run says under its own names, and the fields of the row
+beside it. A field of such a name that says something else is kept under ``manifest_row``, so nothing is lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+#: What the ``info`` of every row of a run says alike.
+RUN_INFO_FIELDS = (
+    "codec", "fingerprint", "sample_rate", "frame_rate", "codebook_sizes", "dtype", "resampler", "segment_samples",
+    "loudness", "attention_window", "window_merge", "version",
+)  # fmt: skip
+
+#: What a run says of a single row: samples of input at the codec's rate, T, K, and the first frame and the first sample
+#: of each segment of a row that was encoded in such.
+ROW_INFO_FIELDS = ("num_samples", "num_frames", "num_quantizers", "segments")
+
+#: Where fields of the manifest's row are kept whose names mean something else beside them.
+HIDDEN = "manifest_row"
+
+_RUN_FIELDS = frozenset((*RUN_INFO_FIELDS, *ROW_INFO_FIELDS))
+
+
+def join_info(fields: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``info`` of a row, of its fields and of what the run says of it."""
+    return merge_hiding(fields, about, _RUN_FIELDS)
+
+
+def split_info(info: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(fields, about), of which ``join_info`` makes this ``info`` again."""
+    about = {name: value for name, value in info.items() if name in _RUN_FIELDS}
+    fields = {name: value for name, value in info.items() if name not in _RUN_FIELDS and name != HIDDEN}
+    hidden = info.get(HIDDEN)
+    if isinstance(hidden, Mapping):
+        fields.update(hidden)
+    elif HIDDEN in info:
+        fields[HIDDEN] = hidden
+    return fields, about
+
+
+def merge_hiding(
+    fields: Mapping[str, Any], ours: Mapping[str, Any], reserved: frozenset[str] = frozenset()
+) -> dict[str, Any]:
+    """Fields of a row and ``ours`` in one object, in which ``ours`` wins; a field that says something else under the
+    name of one of ours is kept under ``manifest_row``.
+
+    Args:
+        reserved: names that fields may not have either, where ``ours`` does not have them.
+    """
+    kept: dict[str, Any] = {}
+    hidden: dict[str, Any] = {}
+    for name, value in fields.items():
+        if name not in ours and name not in reserved and name != HIDDEN:
+            kept[name] = value
+        elif name not in ours or ours[name] != value:
+            hidden[name] = value
+    merged = {**kept, **ours}
+    if hidden:
+        merged[HIDDEN] = hidden
+    return merged
