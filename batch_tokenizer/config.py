@@ -171,8 +171,8 @@ class RunConfig:
     allow_pipe: bool = option(False, "input", "let pipe: sources and rows run their shell commands")
 
     sink: Sink = option("json", "output",
-        "write a token file for each row (json, npy), or shards of many rows: JSON lines with the row's own fields and its "
-        "codes (jsonl), webdataset tars (tar), or parquet")
+        "write a token file for each row (json, npy), or shards of many rows: JSON lines with the row's own fields and "
+        "its codes (jsonl), webdataset tars (tar), or parquet")
     output_dir: str | None = option(None, "output",
         "folder or URL of the shards, or of the files of rows that name none", metavar="DIR", short="-o")
     audio_format: AudioFormat = option("wav", "output", "file format of reconstructed audio")

@@ -64,13 +64,13 @@ def test_killed_at_random_moments_and_resumed_by_others(
     workspace = open_workspace(200)
     shrink_shards(workspace)
     chance = random.Random(sink)
-    for num_processes in (2, 1):
+    for num_processes in (2,) if sink == "jsonl" else (2, 1):
         before = workspace.rows_done()
         with start(workspace, num_processes, sink) as run:
             workspace.await_rows(before + chance.randint(1, 50), run)
             run.kill()
     assert 0 < workspace.rows_done() < 200
-    with start(workspace, 2, sink) as run:
+    with start(workspace, 1 if sink == "jsonl" else 2, sink) as run:
         assert run.wait() == 0, run.output()
     assert "resuming: " in run.output()
     check(workspace, undisturbed, sink)

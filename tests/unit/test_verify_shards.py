@@ -52,9 +52,12 @@ class ShardRun:
         self.data_list = folder / "data.jsonl"
         self.data_list.write_text("".join(json.dumps(row) + "\n" for row in rows))
         self.config = RunConfig(
-            data_list=self.data_list, task="wav2token" if sink == "jsonl" else "wav2token2wav", sink=sink, output_dir=str(folder / "out"),  # type: ignore[arg-type]
+            data_list=self.data_list,
+            task="wav2token" if sink == "jsonl" else "wav2token2wav",
+            sink=sink,  # type: ignore[arg-type]
+            output_dir=str(folder / "out"),
             audio_format="flac",
-        )  # fmt: skip
+        )
         self.attempt(range(NUM_ROWS))
 
     @property
