@@ -288,7 +288,7 @@ def _rows(source: str, key: str | None) -> Iterator[StoredRow]:
     for part in find_parts(source):
         if part.kind in ("tar", "parquet", "jsonl"):
             if wanted is None or part.ledger is None or wanted in part.ledger.read_bytes():
-                yield from shard_rows(part.location)
+                yield from _jsonl_rows(part.location) if part.kind == "jsonl" else shard_rows(part.location)
         elif part.kind == "lines":
             yield from _manifest_rows(_objects(part.location), key)
         elif part.kind == "run":
