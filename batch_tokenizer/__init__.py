@@ -10,11 +10,36 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from batch_tokenizer.api import load_audio, load_codec, load_model, mel_spectrogram, padding
+    from batch_tokenizer.api import (
+        TokenDataset,
+        collate_tokens,
+        delay_codes,
+        flatten_codes,
+        load_audio,
+        load_codec,
+        load_model,
+        mel_spectrogram,
+        padding,
+        undelay_codes,
+        unflatten_codes,
+    )
 
 __version__ = "0.2.0"
 
-__all__ = ["__version__", "load_audio", "load_codec", "load_model", "mel_spectrogram", "padding"]
+__all__ = [
+    "TokenDataset",
+    "__version__",
+    "collate_tokens",
+    "delay_codes",
+    "flatten_codes",
+    "load_audio",
+    "load_codec",
+    "load_model",
+    "mel_spectrogram",
+    "padding",
+    "undelay_codes",
+    "unflatten_codes",
+]
 
 
 def __getattr__(name: str) -> Any:

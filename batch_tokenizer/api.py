@@ -7,6 +7,8 @@
     wavs, wavs_lens, _ = tokenizer.decode(codes, codes_lens)
 
 It computes no gradients and holds no state outside the model, so it also serves inside another module's ``forward``.
+
+``load_codec`` opens a checkpoint of any family, and ``TokenDataset`` reads stored tokens back for training.
 """
 
 from __future__ import annotations
@@ -28,7 +30,29 @@ from batch_tokenizer.codecs.mimo.config import MiMoConfig
 from batch_tokenizer.codecs.mimo.model import MiMoAudioTokenizer
 from batch_tokenizer.codecs.opening import CodecSetup
 from batch_tokenizer.config import Device, Dtype, Resampler
+from batch_tokenizer.dataset.patterns import (
+    collate_tokens,
+    delay_codes,
+    flatten_codes,
+    undelay_codes,
+    unflatten_codes,
+)
+from batch_tokenizer.dataset.token_dataset import TokenDataset
 from batch_tokenizer.records import RunError, Task
+
+__all__ = [
+    "TokenDataset",
+    "collate_tokens",
+    "delay_codes",
+    "flatten_codes",
+    "load_audio",
+    "load_codec",
+    "load_model",
+    "mel_spectrogram",
+    "padding",
+    "undelay_codes",
+    "unflatten_codes",
+]
 
 
 def load_model(path: str | os.PathLike[str] | None = None, *, load_encoder_only: bool = False) -> MiMoAudioTokenizer:

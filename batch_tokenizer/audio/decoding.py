@@ -14,8 +14,10 @@ far as its bytes could hold them.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import BinaryIO
 
 from batch_tokenizer.audio.ffmpeg import open_with_ffmpeg
 from batch_tokenizer.audio.libsndfile import Unfit, ogg_is_chained, open_with_libsndfile
@@ -37,31 +39,35 @@ def open_audio(path: str, stream: int | None = None) -> Iterator[AudioReader]:
     Raises:
         RowError: there is no such audio, whatever the cause; the reason names the file and the cause.
     """
-    name = display_name(path)
-    with open_location(path) as (file, size):
-        libsndfile_said = None
-        head = file.read(HEAD_BYTES)
-        file.seek(0)
-        stale = find_stale_size(file, size, name, head)
-        try:
-            with open_with_libsndfile(file, size, name, head, stale) as reader:
-                if stream:
-                    raise RowError("load", f"{name}: has 1 audio stream, so none with number {stream} from 0")
-                yield reader
-                return
-        except Unfit as unfit:
-            libsndfile_said = str(unfit) or None
-        if stale is not None and (stale.stated > 0 or not stale.is_wav):
-            raise RowError(
-                "load",
-                f"{name}: its header promises {stale.stated:,} bytes of audio, and {stale.there - stale.stated:,} more "
-                "follow: write it anew (ffmpeg -i, or sox)",
-            )
-        one_link = not ogg_is_chained(file, size)
-        with open_with_ffmpeg(
-            file, name, stream=stream, libsndfile_said=libsndfile_said, one_link=one_link
-        ) as other:  # fmt: skip
-            yield other
+    with open_location(path) as (file, size), _open_reader(file, size, display_name(path), stream) as reader:
+        yield reader
+
+
+@contextmanager
+def _open_reader(file: BinaryIO, size: int, name: str, stream: int | None) -> Iterator[AudioReader]:
+    libsndfile_said = None
+    head = file.read(HEAD_BYTES)
+    file.seek(0)
+    stale = find_stale_size(file, size, name, head)
+    try:
+        with open_with_libsndfile(file, size, name, head, stale) as reader:
+            if stream:
+                raise RowError("load", f"{name}: has 1 audio stream, so none with number {stream} from 0")
+            yield reader
+            return
+    except Unfit as unfit:
+        libsndfile_said = str(unfit) or None
+    if stale is not None and (stale.stated > 0 or not stale.is_wav):
+        raise RowError(
+            "load",
+            f"{name}: its header promises {stale.stated:,} bytes of audio, and {stale.there - stale.stated:,} more "
+            "follow: write it anew (ffmpeg -i, or sox)",
+        )
+    one_link = not ogg_is_chained(file, size)
+    with open_with_ffmpeg(
+        file, name, stream=stream, libsndfile_said=libsndfile_said, one_link=one_link
+    ) as other:  # fmt: skip
+        yield other
 
 
 def decode_audio(path: str, *, max_seconds: float | None = None, stream: int | None = None) -> tuple[Samples, int]:
@@ -79,6 +85,19 @@ def decode_audio(path: str, *, max_seconds: float | None = None, stream: int | N
     """
     with open_audio(path, stream) as audio:
         return audio.decode_all(max_seconds), audio.header.sample_rate
+
+
+def decode_bytes(content: bytes, name: str) -> tuple[Samples, int]:
+    """As ``decode_audio``, of a file in memory.
+
+    Args:
+        name: for messages.
+
+    Raises:
+        RowError: it is no audio, or damaged.
+    """
+    with _open_reader(io.BytesIO(content), len(content), name, None) as audio:
+        return audio.decode_all(None), audio.header.sample_rate
 
 
 def probe_audio(path: str) -> AudioHeader:

@@ -27,7 +27,7 @@ from batch_tokenizer.storage.files import open_file
 from batch_tokenizer.storage.json_lines import json_lines_reader, parse_json
 from batch_tokenizer.storage.jsonl_rows import holds_codes, numbered_lines
 from batch_tokenizer.storage.names import display_name, member_name, split_member_name
-from batch_tokenizer.storage.parquet_rows import TokenParquet, row_info
+from batch_tokenizer.storage.parquet_rows import TokenParquet, find_row, row_info
 from batch_tokenizer.storage.tar import ByteStream, SeekableByteStream, TornTar, walk
 
 #: Bytes that one member of a row may have.
@@ -36,6 +36,9 @@ _MOST_MEMBER = 1 << 32
 _TOKENS = ("tokens.npy", "npy")
 
 _AUDIO = ("wav", "flac")
+
+#: Columns of a parquet shard that make a row.
+_COLUMNS = ("key", "codes", "num_frames", "info", "audio")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +107,7 @@ def _tar_rows(path: str) -> Iterator[StoredRow]:
         yield from tar_stream_rows(SeekableByteStream.of_file(file), display_name(path))
 
 
-def tar_stream_rows(stream: ByteStream, name: str) -> Iterator[StoredRow]:
+def tar_stream_rows(stream: ByteStream, name: str, *, with_audio: bool = True) -> Iterator[StoredRow]:
     """The rows of a tar, or of a part of one that begins with a row's first member and has the mark of a tar's end.
 
     Args:
@@ -121,6 +124,8 @@ def tar_stream_rows(stream: ByteStream, name: str) -> Iterator[StoredRow]:
                 if group.members:
                     yield _tar_row(name, group)
                 group = _Group(base)
+            if ending in _AUDIO and not with_audio:
+                continue
             if member.size > _MOST_MEMBER:
                 raise RowError("load", f"{name}: member {member.name!a} of {member.size:,} bytes is too large")
             if ending in group.members:
@@ -163,21 +168,26 @@ def _parquet_rows(path: str) -> Iterator[StoredRow]:
     parquet = TokenParquet.open(path, must_have_codes=False)
     try:
         for group in range(parquet.num_groups):
-            table = parquet.read_group(group, ["key", "codes", "num_frames", "info", "audio"])
-            if "key" not in table.column_names:
-                raise RowError("load", f"{parquet.name}: has no column key")
+            table = parquet.read_group(group, list(_COLUMNS))
             for number in range(len(table)):
-                yield parquet_row(parquet, table, number)
+                yield _parquet_row(parquet, table, number)
     finally:
         parquet.close()
 
 
-def parquet_row(parquet: TokenParquet, table: Any, number: int) -> StoredRow:
-    """The row at ``number`` of a table of the file's columns.
+def parquet_row_at(path: str, number: int, *, with_audio: bool = True) -> StoredRow:
+    """Row ``number``, counted from 0, of a parquet file. Rows of one group are best asked for one after the other.
 
     Raises:
-        RowError: it has no key, or what are no codes.
+        RowError: it cannot be read, or is no row.
     """
+    columns = _COLUMNS if with_audio else tuple(name for name in _COLUMNS if name != "audio")
+    return _parquet_row(*find_row(path, number, columns))
+
+
+def _parquet_row(parquet: TokenParquet, table: Any, number: int) -> StoredRow:
+    if "key" not in table.column_names:
+        raise RowError("load", f"{parquet.name}: has no column key")
     key = table.column("key")[number].as_py()
     if not isinstance(key, str):
         raise RowError("load", f"{parquet.name}: a row has no key")
@@ -224,8 +234,8 @@ class Part:
 
     Attributes:
         kind: ``tar``, ``parquet`` and ``jsonl`` (lines with codes in them) are shards; ``lines`` is JSON lines whose
-            rows name their files; ``files`` is a
-            folder of token files, or one such file; ``run`` is a run folder whose rows are in files.
+            rows name their files; ``files`` is a folder of token files, or one such file; ``run`` is a run folder whose
+            rows are in files.
         ledger: of a run's shard, the ledger file that names its rows.
     """
 
@@ -371,7 +381,25 @@ def _manifest_rows(rows: Iterator[dict[str, Any]], key: str | None) -> Iterator[
             yield manifest_row(row)
 
 
-def manifest_row(row: Mapping[str, Any]) -> StoredRow:
+def line_row(line: bytes, name: str, *, with_audio: bool = True) -> StoredRow:
+    """The row of a line of JSON.
+
+    Args:
+        name: for messages.
+
+    Raises:
+        RowError, RunError: it is no row, or a file that it names cannot be read.
+    """
+    try:
+        row = parse_json(line)
+    except ValueError as error:
+        raise RowError("load", f"{name} is not JSON: {first_line(error)}") from error
+    if not isinstance(row, dict) or not isinstance(row.get("key"), str):
+        raise RowError("load", f"{name} is no object with a key")
+    return manifest_row(row, with_audio=with_audio)
+
+
+def manifest_row(row: Mapping[str, Any], *, with_audio: bool = True) -> StoredRow:
     """The row of a manifest's line, with what its files have.
 
     Raises:
@@ -383,7 +411,7 @@ def manifest_row(row: Mapping[str, Any]) -> StoredRow:
         raise RunError(f"row {row['key']}: has no quantized_tokens")
     codes, info = read_any_tokens(tokens)
     about = {**row, **info}
-    if isinstance(audio, str) and os.path.exists(audio):
+    if with_audio and isinstance(audio, str) and os.path.exists(audio):
         content = _read(audio)
         return StoredRow(row["key"], codes, about, content, "flac" if content[:4] == b"fLaC" else "wav")
     return StoredRow(row["key"], codes, about)

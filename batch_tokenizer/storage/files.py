@@ -187,7 +187,7 @@ def _read_member(member: TarMember | StreamedMember) -> Iterator[bytes]:
         raise StorageError(f"{name}: {member.size:,} bytes, too large for a member")
     begin, stop = member.offset - HEADER, member.offset + member.size
     while begin < stop:
-        data = _read_archive(member.archive, begin, min(begin + BLOCK, stop))
+        data = read_bytes(member.archive, begin, min(begin + BLOCK, stop))
         if begin < member.offset:
             # The header is read with the content, to see that the archive is still the one that was listed.
             if not is_member_header(data[:HEADER], member.size):
@@ -200,7 +200,7 @@ def _read_member(member: TarMember | StreamedMember) -> Iterator[bytes]:
 
 
 class _Archive:
-    """A local tar that stays open."""
+    """A local file that stays open."""
 
     def __init__(self, path: str) -> None:
         self.descriptor = -1
@@ -221,8 +221,8 @@ class _Archive:
 _archives = threading.local()
 
 
-def _read_archive(path: str, begin: int, stop: int) -> bytes:
-    """Bytes of a tar, by their places in it.
+def read_bytes(path: str, begin: int, stop: int) -> bytes:
+    """Bytes of a file or object that has many rows, by their places in it; fewer where it ends. Local files stay open.
 
     Raises:
         StorageError: they cannot be read.

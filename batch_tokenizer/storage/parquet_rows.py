@@ -160,7 +160,7 @@ def read_row(path: str, row: int) -> tuple[npt.NDArray[Any], Mapping[str, Any]]:
     Raises:
         RowError: it cannot be read.
     """
-    parquet, table, number = _find(path, row, ("key", "codes", "num_frames", "info"))
+    parquet, table, number = find_row(path, row, ("key", "codes", "num_frames", "info"))
     if "codes" not in table.column_names:
         raise RowError("load", f"{parquet.name}: has no column codes of lists of integers")
     return parquet.codes_of(table, number), {**parquet.run_info, **row_info(table, number)}
@@ -172,15 +172,19 @@ def read_audio(path: str, row: int) -> bytes:
     Raises:
         RowError: it cannot be read, or there is none.
     """
-    parquet, table, number = _find(path, row, ("audio",))
+    parquet, table, number = find_row(path, row, ("audio",))
     audio = table.column("audio")[number].as_py() if table.column_names else None
     if not isinstance(audio, dict) or not isinstance(audio.get("bytes"), bytes):
         raise RowError("load", f"{parquet.name}: row {row} has no audio")
     return audio["bytes"]
 
 
-def _find(path: str, row: int, columns: tuple[str, ...]) -> tuple[TokenParquet, Any, int]:
-    """The file, those columns of the row's group, and the row's number in the group."""
+def find_row(path: str, row: int, columns: tuple[str, ...]) -> tuple[TokenParquet, Any, int]:
+    """The file, those columns of the row's group, and the row's number in the group.
+
+    Raises:
+        RowError: they cannot be read, or there is no such row.
+    """
     with _lock:
         parquet = _files.pop(path, None) or TokenParquet.open(path, must_have_codes=False)
         _files[path] = parquet
