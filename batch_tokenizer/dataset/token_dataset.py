@@ -237,7 +237,11 @@ class TokenDataset(IterableDataset[dict[str, Any]]):
     def _sample(self, row: StoredRow) -> dict[str, Any]:
         if row.codes is None:
             raise ValueError(f"{self._rows.source}: row {row.key} has no tokens")
-        sample = {"key": row.key, "codes": torch.from_numpy(row.codes.astype(np.int64)), "fields": dict(row.info)}
+        sample: dict[str, Any] = {
+            "key": row.key,
+            "codes": torch.from_numpy(row.codes.astype(np.int64)),
+            "fields": dict(row.info),
+        }
         if self._audio and row.audio is not None:
             try:
                 samples, rate = decode_bytes(row.audio, f"{row.key}.{row.audio_format}")
