@@ -5,8 +5,9 @@
     batch_tokenizer verify …, batch_tokenizer status …              the subcommands of ``COMMANDS``
     batch_tokenizer help [COMMAND]
 
-Exit status: 0 the run finished; 1 it could not go on, or every row failed, or any did under ``--strict``; 2 bad
-arguments; 128 + n when signal n stopped it, 141 (SIGPIPE) when nobody reads the output any more.
+Exit status: 0 the run finished; 1 it could not go on, or every row failed, or any did under ``--strict``, or more
+than ``--max_failed``; 2 bad arguments; 128 + n when signal n stopped it, 141 (SIGPIPE) when nobody reads the output
+any more.
 """
 
 from __future__ import annotations
@@ -97,8 +98,8 @@ def run_parser() -> argparse.ArgumentParser:
         f"{FEW_FILES} audio files are encoded and decoded (--task wav2token2wav), all else is encoded (wav2token)",
     )
     add_options(parser)
-    # Whether these were given matters: to --shard slurm, and where inputs decide the task.
-    parser.set_defaults(num_shards=None, task=None)
+    # Whether these were given matters: a number of shards alone means nothing, and inputs may decide the task.
+    parser.set_defaults(num_shards=None, shard=None, task=None)
     return parser
 
 
@@ -208,8 +209,11 @@ def _run_config(arguments: argparse.Namespace) -> RunConfig:
         del values["task"]
     if values["shard"] == "slurm":
         values["num_shards"], values["shard"] = shard_of_slurm_array(os.environ, values["num_shards"])
-    elif values["num_shards"] is None:
-        del values["num_shards"]
+    elif values["shard"] is None and (values["num_shards"] or 1) > 1:
+        raise RunError(
+            f"--num_shards {values['num_shards']} needs --shard I, which of them this job is, from 0; or slurm"
+        )
+    values = {name: value for name, value in values.items() if value is not None or name not in ("num_shards", "shard")}
     return RunConfig(**values | {"stop_below": tuple(values["stop_below"])})
 
 

@@ -102,7 +102,7 @@ class Option:
     def add_to(self, parser: argparse._ActionsContainer) -> None:
         """Adds the flag to a parser or to one of its groups."""
         shown = f" (default: {self.default_text})" if self.default_text else ""
-        keywords: dict[str, Any] = {"default": self.default, "help": f"{self.help}{shown}"}
+        keywords: dict[str, Any] = {"default": self.default, "help": f"{self.help}{shown}".replace("%", "%%")}
         if self.value_type is bool:
             keywords["action"] = "store_true"
         else:
@@ -151,6 +151,14 @@ def _parse_threshold(text: str) -> tuple[str, float]:
         return name, float(value)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not METRIC=VALUE") from error
+
+
+def _parse_max_failed(text: str) -> str:
+    number = text.removesuffix("%")
+    is_share = number != text and number.replace(".", "", 1).isdecimal() and float(number) <= 100
+    if not is_share and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of rows nor a share such as 1%")
+    return text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,10 +229,13 @@ class RunConfig:
         minimum=0.001, unset="the model's limit")
 
     run_dir: Path | None = option(None, "run and resume", "run folder, with ledger, failures and summary",
-        metavar="DIR", unset="SOURCE.TASK.run beside the source")
+        metavar="DIR", unset="SOURCE.TASK.run in --output_dir, or beside the source")
     retry_failed: bool = option(False, "run and resume", "do rows again that an earlier run recorded as failed")
     overwrite: bool = option(False, "run and resume", "discard a run folder that was made with other settings")
     strict: bool = option(False, "run and resume", "exit with status 1 if any row failed")
+    max_failed: str | None = option(None, "run and resume",
+        "exit with status 1 if more rows than this failed, a number or a share such as 1%", parse=_parse_max_failed,
+        metavar="N|P%", unset="all but one")
     row_timeout: float = option(120.0, "run and resume",
         "seconds that loading one row may take before its worker is replaced", minimum=0.1)
     # torchrun and Slurm kill a process 30 s after their signal.
@@ -263,6 +274,8 @@ class RunConfig:
             raise RunError(
                 f"--sink jsonl holds tokens and fields, and --task {self.task} makes audio: use --sink tar or parquet"
             )
+        if self.strict and self.max_failed is not None:
+            raise RunError(f"--strict is --max_failed 0, and not {self.max_failed}: leave one of them out")
         if self.shard >= self.num_shards:
             raise RunError(f"--shard {self.shard}: must be below --num_shards {self.num_shards}")
 
@@ -272,9 +285,28 @@ class RunConfig:
         names = [name for name, declared in options().items() if declared.group == "single codecs"]
         return {name: getattr(self, name) for name in names if getattr(self, name) != options()[name].default}
 
+    def too_many_failed(self, num_failed: int, num_rows: int) -> bool:
+        """Whether a run with so many failed rows of those that ended is to exit with status 1."""
+        if num_failed == num_rows or self.strict:
+            return num_failed > 0
+        if self.max_failed is None:
+            return False
+        share = self.max_failed.removesuffix("%")
+        most = int(share) if share == self.max_failed else float(share) / 100 * num_rows
+        return num_failed > most
+
     def default_run_dir(self) -> Path:
-        """Beside the manifest, one folder a task: ``data.jsonl`` and ``wav2token`` give ``data.wav2token.run``."""
-        return beside(self.data_list, f".{self.task}.run")
+        """One folder a source and task: ``data.jsonl`` and ``wav2token`` give ``data.wav2token.run``.
+
+        It is in ``output_dir`` where that is no URL, otherwise beside the source, but never among files of a data
+        set: of a single tar or parquet file it is in the working directory.
+        """
+        source = beside(self.data_list, f".{self.task}.run")
+        if self.output_dir is not None and "://" not in self.output_dir:
+            return Path(self.output_dir) / source.name
+        path = Path(str(self.data_list).lower().removesuffix(".gz"))
+        is_shard = path.suffix in (".tar", ".tgz", ".parquet", ".arrow") and len(path.parts) == len(source.parts)
+        return Path(source.name) if is_shard else source
 
 
 def check_codes_field(name: str) -> None:

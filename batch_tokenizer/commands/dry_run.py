@@ -33,8 +33,9 @@ from batch_tokenizer.pipeline.setup import RunContext
 from batch_tokenizer.records import LoadedRow, ManifestRow, RowError, RowForm, RunError, TokenizedRow
 from batch_tokenizer.runs.source import settings_of
 from batch_tokenizer.runtime.ledger import RowStatus, read_ledger
+from batch_tokenizer.runtime.ledger_lines import has_done_rows
 from batch_tokenizer.runtime.processes import ProcessGroup
-from batch_tokenizer.runtime.run_settings import read_settings, setting_differences
+from batch_tokenizer.runtime.run_settings import read_settings, run_dir_of, setting_differences
 from batch_tokenizer.sources.listing import local_manifest
 from batch_tokenizer.storage.names import display_name, is_url
 from batch_tokenizer.writers.open import output_bytes
@@ -82,7 +83,7 @@ def dry_run(context: RunContext) -> int:
     config, processes, spec = context.config, context.processes, context.spec
     if not processes.is_main:
         return 0
-    run_dir = config.run_dir or config.default_run_dir()
+    run_dir = run_dir_of(config)
     trouble: list[str] = []
     codebooks = f"{context.num_quantizers} of {spec.info.num_codebooks} codebooks"
     _print("dry run", f"batch_tokenizer {__version__}, {config.task}, {codebooks}")
@@ -182,6 +183,9 @@ def _earlier_run(context: RunContext, run_dir: Path, manifest: Manifest) -> tupl
         trouble.append(f"run folder {run_dir}: a job seems to be at work on it")
     before = read_settings(run_dir)
     differences = [] if before is None else setting_differences(before, context.run_settings)
+    if differences and not has_done_rows(run_dir):
+        _print("run folder", f"{run_dir}: no row is done in it, it begins anew")
+        return fresh, trouble
     if differences and config.overwrite:
         _print("run folder", f"{run_dir}: discarded, it was made with other settings ({'; '.join(differences)})")
         return fresh, trouble

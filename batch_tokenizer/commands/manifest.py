@@ -35,6 +35,7 @@ from batch_tokenizer.manifest.row import REFUSED, LineState, cut_of
 from batch_tokenizer.records import ManifestRow, RowError, RunError, Sink, first_line, printable
 from batch_tokenizer.sources.finishing import SourceSettings
 from batch_tokenizer.sources.listing import lines_of, local_manifest, ordered
+from batch_tokenizer.sources.patterns import find_sources
 from batch_tokenizer.storage.json_lines import dump_json, parse_json
 from batch_tokenizer.storage.streams import ALLOW_PIPE
 
@@ -61,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = make.add_argument
     add("source", help="a folder, tars ('shards/{000..999}.tar'), NeMo or Lhotse JSON lines, a URL")
     add("--out", type=Path, default=Path("data.jsonl"), help="the manifest (%(default)s)")
+    add("--overwrite", action="store_true", help="replace the manifest if it is there; the source itself never is")
     add_options(make, "task", "output_dir", "sink", "audio_format", "channels", "allow_pipe")
     add("--workers", type=int, default=min(32, 4 * (os.cpu_count() or 1)),
         help="files opened at once (%(default)s); more help on network disks")  # fmt: skip
@@ -90,7 +92,7 @@ def main(arguments: argparse.Namespace) -> int:
     settings = SourceSettings(
         arguments.task, sink, arguments.output_dir, arguments.audio_format, arguments.channels
     )  # fmt: skip
-    return make_manifest(arguments.source, arguments.out, settings, arguments.workers)
+    return make_manifest(arguments.source, arguments.out, settings, arguments.workers, overwrite=arguments.overwrite)
 
 
 # ----------------------------------------------------------------------------------------------------------------- from
@@ -106,24 +108,31 @@ class _Made:
     num_unknown: int = 0
 
 
-def make_manifest(source: str, out: Path, settings: SourceSettings, workers: int) -> int:
+def make_manifest(source: str, out: Path, settings: SourceSettings, workers: int, *, overwrite: bool = False) -> int:
     """Writes the manifest ``out`` of a source, and ``OUT.unreadable.jsonl`` if there is something for it.
+
+    Args:
+        overwrite: replace these files if they are there.
 
     Returns:
         0; 1 if no row is readable.
 
     Raises:
-        RunError: the source is not there, or a file cannot be written.
+        RunError: the source is not there, a file is there already, is the source or a part of it, or cannot be written.
     """
     unreadable = out.with_name(f"{out.stem}.unreadable.jsonl")
+    read = {os.path.realpath(named.location) for named in find_sources(source)}
+    for path in (out, unreadable):
+        if os.path.realpath(path) in read:
+            raise RunError(f"--out {out}: {path} is the source itself, or a part of it: choose another name")
+        if path.exists() and not overwrite:
+            raise RunError(f"--out {out}: {path} is there already: choose another name, or --overwrite to replace it")
     total = _Made()
     num_rows = num_refused = 0
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as aside:
             listed = local_manifest(source, Path(aside), settings)
-            if listed.resolve() == out.resolve():
-                raise RunError(f"--out {out}: is the source itself")
             made, bad = Path(aside) / "made", Path(aside) / "bad"
             with made.open("wb") as stream, bad.open("wb") as bad_stream, _bar("opening files") as bar:
                 for part in ordered(_chunk_maker(settings), _chunks(str(listed)), workers):

@@ -103,7 +103,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, "data_list")
     add("--task", choices=TASKS, help="of the run, where several ran on this manifest")
     add("--model_path", help="the checkpoint that the run used; the bundled default when absent")
-    add("--run_dir", type=Path, help="the run folder; looked for beside the manifest when absent")
+    add("--output_dir", help="of the run: its run folder is looked for there, and beside the manifest")
+    add("--run_dir", type=Path, help="the run folder itself")
     add("--workers", type=int, help="processes that check files; one a core when absent, more help on network disks")
     add("--repair", action="store_true", help="take rows with wrong outputs back, for the next run to do again")
     add(
@@ -129,7 +130,7 @@ def main(arguments: argparse.Namespace) -> int:
             raise RunError(f"--{flag} {value}: must be at least {least}")
     if arguments.dtype is not None and arguments.recompute is None:
         raise RunError("--dtype needs --recompute N, the number of rows to tokenize again")
-    run = FinishedRun.open(find_run_dir(arguments.data_list, arguments.task, arguments.run_dir))
+    run = FinishedRun.open(find_run_dir(arguments.data_list, arguments.task, arguments.run_dir, arguments.output_dir))
     if arguments.task not in (None, run.task):
         raise RunError(f"--task {arguments.task}: run folder {run.path} is of a {run.task} run")
     spec = _open_spec(arguments.model_path, run)
@@ -154,8 +155,8 @@ def main(arguments: argparse.Namespace) -> int:
         return verification.run_checks(workers=arguments.workers, show=arguments.show)
 
 
-def find_run_dir(data_list: str | Path, task: Task | None, run_dir: Path | None) -> Path:
-    """The run folder that was named, or the only one beside the manifest.
+def find_run_dir(data_list: str | Path, task: Task | None, run_dir: Path | None, output_dir: str | None = None) -> Path:
+    """The run folder that was named, or the only one in the folder of outputs and beside the manifest.
 
     Raises:
         RunError: there is none, or several.
@@ -163,13 +164,20 @@ def find_run_dir(data_list: str | Path, task: Task | None, run_dir: Path | None)
     if run_dir is not None:
         return run_dir
     tasks = TASKS if task is None else (task,)
-    candidates = [RunConfig(data_list=data_list, task=name).default_run_dir() for name in tasks]
+    places = (None,) if output_dir is None else (output_dir, None)
+    candidates = [
+        RunConfig(data_list=data_list, task=name, output_dir=place).default_run_dir()
+        for place in places
+        for name in tasks
+    ]
     there = [folder for folder in candidates if folder.is_dir()]
     if len(there) == 1:
         return there[0]
     if there:
-        raise RunError(f"several runs beside {data_list} ({', '.join(map(str, there))}): choose with --task")
-    raise RunError(f"no run folder beside {data_list} ({', '.join(map(str, candidates))}): name it with --run_dir")
+        raise RunError(f"several runs of {data_list} ({', '.join(map(str, there))}): choose with --task or --run_dir")
+    raise RunError(
+        f"no run folder of {data_list} ({', '.join(map(str, candidates))}): name the run's --output_dir, or --run_dir"
+    )
 
 
 def _open_spec(model_path: str | None, run: FinishedRun) -> CodecSpec:

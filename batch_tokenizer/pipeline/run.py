@@ -182,6 +182,4 @@ def _summarize(context: RunContext, folder: RunFolder, manifest: Manifest) -> in
     if left := np.count_nonzero(state.pending & in_shard(manifest, config.num_shards, config.shard)):
         log.error("%d rows are neither done nor failed, as another rank went away; start the same command again", left)
         return 1
-    if state.num_failed and (config.strict or not state.num_done):
-        return 1
-    return 0
+    return 1 if config.too_many_failed(state.num_failed, state.num_done + state.num_failed) else 0

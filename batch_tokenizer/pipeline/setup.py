@@ -30,6 +30,7 @@ from batch_tokenizer.runtime.devices import ComputeDevice
 from batch_tokenizer.runtime.ledger import LedgerState, read_ledger
 from batch_tokenizer.runtime.processes import ProcessGroup
 from batch_tokenizer.runtime.run_folder import RunFolder
+from batch_tokenizer.runtime.run_settings import run_dir_of
 from batch_tokenizer.runtime.signals import StopRequest
 from batch_tokenizer.writers.open import recover_shards, run_settings
 
@@ -164,7 +165,7 @@ class RunContext:
     def open_folder(self) -> RunFolder:
         """The run folder, which refuses other settings than its own."""
         return RunFolder.open(
-            self.config.run_dir or self.config.default_run_dir(),
+            run_dir_of(self.config),
             self.run_settings,
             processes=self.processes,
             num_shards=self.config.num_shards,

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import orjson
 
 from batch_tokenizer.records import LedgerEntry, RunError
-from batch_tokenizer.runtime.run_files import LedgerFile, ledger_files
+from batch_tokenizer.runtime.run_files import LEDGER_PATTERNS, LedgerFile, ledger_files
 
 logger = logging.getLogger(__name__)
 
@@ -169,6 +169,21 @@ def read_blocks(run_dir: Path) -> Iterator[LineBlock]:
             yield from _blocks_of_file(file)
     except OSError as error:
         raise RunError(f"ledger in {run_dir} cannot be read: {error.strerror}", exit_code=1) from error
+
+
+def has_done_rows(run_dir: Path) -> bool:
+    """Whether a row of the ledger is done or may have been: its line is damaged, or its shard is not published yet.
+
+    Raises:
+        RunError: a ledger file cannot be read (exit code 1).
+    """
+    if any(run_dir.glob(LEDGER_PATTERNS[0])):
+        return True
+    for block in read_blocks(run_dir):
+        entries, _, num_damaged = parse_lines(block.lines)
+        if num_damaged or (entries.priorities == PRIORITY["done"]).any():
+            return True
+    return False
 
 
 def _blocks_of_file(file: LedgerFile) -> Iterator[LineBlock]:

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from batch_tokenizer.records import RunError
+from batch_tokenizer.runtime.ledger_lines import has_done_rows
 from batch_tokenizer.runtime.processes import ProcessGroup
 from batch_tokenizer.runtime.rank_channel import FIRST, open_channel
 from batch_tokenizer.runtime.run_files import (
@@ -164,6 +165,10 @@ class RunFolder:
     def _other_locks(self) -> list[FileLock]:
         return [FileLock(path) for path in sorted(self.path.glob("lock.shard-*-of-*")) if path != self._lock.path]
 
+    def _is_shared(self) -> bool:
+        """Whether the job of another shard is at work here."""
+        return any(_holder(other) for other in self._other_locks())
+
     def _refuse_living_jobs(self) -> None:
         for other in self._other_locks():
             if holder := _holder(other):
@@ -177,16 +182,23 @@ class RunFolder:
         if before is None and not any((self.path / "ledger").iterdir()):
             write_run(self.path, settings)
             return
+        # A start that failed before any row was done binds nobody, neither to its settings nor to its device.
+        unused = before is not None and not other and not self._is_shared() and not has_done_rows(self.path)
+        if unused:
+            self._remove(("environments.json",))
         differences = [f"it is of {other}"] if other else setting_differences(before or {}, settings)
         if not differences:
             return
-        if not overwrite:
+        if not overwrite and not unused:
             raise RunError(
                 f"run folder {self.path} was made with other settings: {'; '.join(differences)}. "
                 "Use the settings it was made with, another --run_dir, or --overwrite to discard what it holds"
             )
         self._refuse_living_jobs()
-        logger.warning("discarding what run folder %s holds (%s)", self.path, "; ".join(differences))
+        if unused:
+            logger.info("run folder %s has no row that is done: it begins with these settings", self.path)
+        else:
+            logger.warning("discarding what run folder %s holds (%s)", self.path, "; ".join(differences))
         run_id = self.run_id
         self._remove(RUN_PATTERNS)
         write_run(self.path, settings, run_id)

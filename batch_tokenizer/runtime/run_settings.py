@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from batch_tokenizer.config import RunConfig, beside
 from batch_tokenizer.records import RunError
 from batch_tokenizer.storage.atomic import atomic_write
 
@@ -69,6 +70,25 @@ def other_version(content: Mapping[str, Any]) -> str | None:
     if content.get("format") == FORMAT:
         return None
     return "batch_tokenizer 0.1" if "format" not in content else "another batch_tokenizer"
+
+
+def run_dir_of(config: RunConfig) -> Path:
+    """The run folder of a run: the one it names, or the default.
+
+    Versions before 0.2 had it beside the source; one that was begun there, for the same outputs, is used on.
+
+    Raises:
+        RunError: a ``run.json`` beside the source cannot be read (exit code 1).
+    """
+    if config.run_dir is not None:
+        return config.run_dir
+    default = config.default_run_dir()
+    earlier = beside(config.data_list, f".{config.task}.run")
+    if earlier != default and not (default / "run.json").exists():
+        content = read_run(earlier)
+        if content is not None and content["settings"].get("output_dir") == config.output_dir:
+            return earlier
+    return default
 
 
 def setting_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -1,7 +1,7 @@
 """A folder to rows: every audio file below it, in the order of names, with the ``.json`` and ``.txt`` beside it.
 
 The key is the path below the folder without its ending, as in tars. Hidden files and folders are left out; a link to a
-file counts as the file, a link to a folder is not followed.
+file counts as the file, a link to a folder is not followed. Run folders are left out.
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ def walk_folder(folder: str, field_name: str, note: Note) -> Iterator[Found]:
                 raise RunError(f"folder {folder} cannot be read: {error.strerror}") from error
             note("folders that cannot be read", place)
             continue
+        if place != folder and {"run.json", "ledger"} <= {entry.name for entry in found}:
+            continue  # a run folder, which has arrays and manifests of its own
         folders, files = [], []
         for entry in found:
             if entry.name.startswith("."):

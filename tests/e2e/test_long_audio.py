@@ -159,9 +159,8 @@ def test_evaluate_decodes_segments_as_the_run_does(place: Path, sink: str) -> No
     assert run([row("short", "short.wav"), row("long")], *flags) == 0
     where = [] if sink == "json" else ["--output_dir", "shards"]
     assert run([row("short", "short.wav"), row("long")], *flags, "--sink", sink, *where, task="wav2token") == 0
-    source = open_source(
-        run_dir=Path("data.wav2token.run"), data_list=None, model_path="mimo", num_quantizers=(), index_dir=place
-    )
+    run_dir = Path("shards" if where else ".", "data.wav2token.run")
+    source = open_source(run_dir=run_dir, data_list=None, model_path="mimo", num_quantizers=(), index_dir=place)
     keys = set()
     for found, known in source.rows([0, 1]):
         assert isinstance(found, ManifestRow)

@@ -179,7 +179,7 @@ def test_what_is_not_in_its_place_in_a_shard_is_not_scored(tmp_path):
     shutil.copy("data.jsonl", tmp_path / "data.jsonl")
     words = ["--data_list", str(tmp_path / "data.jsonl"), "--task", "wav2token", "--model_path", "model"]
     assert main([*words, "--num_workers", "0", "--sink", "tar", "--output_dir", str(tmp_path / "shards")]) == 0
-    run_dir = tmp_path / "data.wav2token.run"
+    run_dir = tmp_path / "shards" / "data.wav2token.run"
     (ledger,) = (run_dir / "ledger").glob("*.*.jsonl")
     lines = read_shard_lines(ledger)
     assert lines is not None

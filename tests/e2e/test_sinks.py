@@ -27,7 +27,7 @@ def test_tokens_go_through_every_sink_and_back_to_the_same_audio(
         assert np.array_equal(row["codes"], json.loads(undisturbed[f"{key}.json"])["quantized_tokens"])
         assert row["audio"] == undisturbed[f"{key}.wav"]
 
-    run_dir = str(workspace.run_dir)
+    run_dir = f"tars/{workspace.run_dir.name}"
     for words in (
         ("verify", "--data_list", "data.jsonl", "--run_dir", run_dir, "--model_path", str(checkpoint)),
         ("convert", run_dir, "--to", "parquet", "--out", "parquet", "--tokens_only"),

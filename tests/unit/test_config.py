@@ -13,6 +13,7 @@ import pytest
 from batch_tokenizer import cli
 from batch_tokenizer.config import Group, RunConfig, add_options, options
 from batch_tokenizer.records import RunError
+from batch_tokenizer.runtime.run_settings import run_dir_of, write_run
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "flags.md"
 
@@ -72,6 +73,7 @@ def test_values_are_converted_to_the_types_of_the_fields():
         ({"channels": "both"}, r"--channels both: choose one of mean"),
         ({"sink": "tar"}, r"--sink tar needs --output_dir"),
         ({"shard": 2, "num_shards": 2}, r"--shard 2: must be below --num_shards 2"),
+        ({"strict": True, "max_failed": "1%"}, r"--strict is --max_failed 0, and not 1%"),
         ({"evaluate_every": 1}, r"--evaluate_every needs --task wav2token2wav"),
         ({"stop_below": [("stoi", 0.5)]}, r"--stop_below needs --evaluate_every"),
         ({"stop_below": [("pesq", 1.0)], "evaluate_every": 1, "task": "wav2token2wav"}, r"--stop_below pesq: choose"),
@@ -80,6 +82,51 @@ def test_values_are_converted_to_the_types_of_the_fields():
 def test_values_out_of_range_are_refused_by_the_name_of_their_flag(values, message):
     with pytest.raises(RunError, match=message):
         RunConfig(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "limits"),
+    [
+        ({}, {(0, 0): False, (0, 9): False, (8, 9): False, (9, 9): True}),
+        ({"strict": True}, {(0, 9): False, (1, 9): True}),
+        ({"max_failed": "2"}, {(2, 900): False, (3, 900): True, (1, 1): True}),
+        ({"max_failed": "0"}, {(0, 9): False, (1, 9): True}),
+        ({"max_failed": "1%"}, {(1, 100): False, (2, 100): True, (1, 99): True}),
+        ({"max_failed": "0.5%"}, {(1, 200): False, (1, 199): True}),
+    ],
+)
+def test_the_exit_status_depends_on_how_many_rows_failed(values, limits):
+    config = RunConfig(**values)
+    assert {counts: config.too_many_failed(*counts) for counts in limits} == limits
+
+
+@pytest.mark.parametrize(
+    ("data_list", "output_dir", "expected"),
+    [
+        ("a/data.jsonl", None, "a/data.wav2token.run"),
+        ("a/data.jsonl", "out", "out/data.wav2token.run"),
+        ("a/data.jsonl", "s3://out", "a/data.wav2token.run"),
+        ("a/000.tar", "s3://out", "000.wav2token.run"),
+        ("a/shards/*.parquet", "out", "out/shards.wav2token.run"),
+        ("a/shards/*.parquet", "s3://out", "a/shards.wav2token.run"),
+    ],
+)
+def test_the_run_folder_lies_with_the_outputs_and_never_in_a_data_set(data_list, output_dir, expected):
+    assert RunConfig(data_list=data_list, output_dir=output_dir).default_run_dir() == Path(expected)
+
+
+def test_a_run_folder_that_was_begun_beside_its_source_is_used_on(tmp_path):
+    config = RunConfig(data_list=tmp_path / "data.jsonl", output_dir=str(tmp_path / "out"))
+    default, earlier = tmp_path / "out" / "data.wav2token.run", tmp_path / "data.wav2token.run"
+    assert run_dir_of(config) == default
+    earlier.mkdir()
+    write_run(earlier, {"output_dir": "elsewhere"})
+    assert run_dir_of(config) == default
+    write_run(earlier, {"output_dir": config.output_dir})
+    assert run_dir_of(config) == earlier
+    default.mkdir(parents=True)
+    write_run(default, {})
+    assert run_dir_of(config) == default
 
 
 def test_other_commands_share_flags_and_may_have_other_defaults():
@@ -183,6 +230,8 @@ class TestErrorsOfAllRanks:
             ([], "no data.jsonl in the working directory: name the utterances with --data_list"),
             (["--data_list", "none.jsonl"], "--data_list none.jsonl does not exist"),
             (["--batch_size", "0"], "--batch_size 0: must be at least 1"),
+            (["--num_shards", "4"], "--num_shards 4 needs --shard I"),
+            (["--max_failed", "101%"], "--max_failed: '101%' is neither a number of rows nor a share"),
             (["--bach_size", "1"], "unrecognized arguments: --bach_size; did you mean --batch_size?"),
         ],
     )

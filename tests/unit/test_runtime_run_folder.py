@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from batch_tokenizer.records import RunError
+from batch_tokenizer.records import LedgerEntry, RunError
 from batch_tokenizer.runtime import run_folder as run_folder_module
+from batch_tokenizer.runtime.ledger_writer import LedgerWriter
 from batch_tokenizer.runtime.processes import ProcessGroup
 from batch_tokenizer.runtime.run_folder import RunFolder
 from batch_tokenizer.runtime.run_settings import read_settings
@@ -32,6 +33,12 @@ ALONE = ProcessGroup(0, 1, 0, "single", "here", os.getpid(), "job")
 
 def open_alone(path: Path, settings: dict[str, Any] | None = None, **options: Any) -> RunFolder:
     return RunFolder.open(path, settings or {"task": "wav2token"}, processes=ALONE, **options)
+
+
+def do_row(folder: RunFolder) -> None:
+    """Record that row 0 is done."""
+    with LedgerWriter(folder.ledger_path) as ledger:
+        ledger.append(LedgerEntry(0, "0" * 16, "a", "done"))
 
 
 def srun(rank: int, job: str = "7.0.0") -> ProcessGroup:
@@ -134,7 +141,8 @@ def test_file_systems_without_locks(
 
 
 def test_other_settings_are_refused_with_the_difference(tmp_path: Path) -> None:
-    open_alone(tmp_path, {"task": "wav2token", "n_q": 8, "old": [1, 2]}).close()
+    with open_alone(tmp_path, {"task": "wav2token", "n_q": 8, "old": [1, 2]}) as folder:
+        do_row(folder)
     open_alone(tmp_path, {"old": (1, 2), "task": "wav2token", "n_q": 8}).close()
     with pytest.raises(RunError) as raised:
         open_alone(tmp_path, {"task": "wav2token", "n_q": 4, "new": True})
@@ -146,6 +154,28 @@ def test_other_settings_are_refused_with_the_difference(tmp_path: Path) -> None:
     assert "task" not in message
     assert "--overwrite" in message
     assert "--run_dir" in message
+
+
+def test_a_start_without_a_row_that_is_done_binds_nobody(tmp_path: Path) -> None:
+    with open_alone(tmp_path, {"n_q": 8}) as folder:
+        run_id = folder.run_id
+        (tmp_path / "environments.json").write_text('[{"device": "another"}]')
+        with LedgerWriter(folder.ledger_path) as ledger:
+            ledger.append(LedgerEntry(0, "0" * 16, "a", "failed", stage="load", reason="no such file"))
+    with open_alone(tmp_path, {"n_q": 4}) as folder:
+        assert folder.run_id == run_id
+        assert read_settings(tmp_path) == {"n_q": 4}
+        assert not (tmp_path / "environments.json").exists()
+        assert not list((tmp_path / "ledger").iterdir())
+    (tmp_path / "shards" / "000002").mkdir(parents=True)
+    (tmp_path / "shards" / "000002" / "00000.000000.jsonl").touch()  # a shard that may be published already
+    with pytest.raises(RunError, match="made with other settings"):
+        open_alone(tmp_path, {"n_q": 8})
+
+
+def test_the_job_of_another_shard_holds_its_folder_to_its_settings(tmp_path: Path) -> None:
+    with holder(tmp_path, num_shards=2, shard=0), pytest.raises(RunError, match="made with other settings"):
+        open_alone(tmp_path, {"n_q": 4}, num_shards=2, shard=1)
 
 
 def test_overwrite_discards_what_runs_wrote_and_nothing_else(tmp_path: Path) -> None:
@@ -240,7 +270,8 @@ def test_ranks_of_srun_share_one_attempt(tmp_path: Path) -> None:
 
 
 def test_ranks_hear_why_rank_0_stopped(tmp_path: Path) -> None:
-    open_alone(tmp_path, {"n_q": 8}).close()
+    with open_alone(tmp_path, {"n_q": 8}) as folder:
+        do_row(folder)
     with pytest.raises(RunError):
         RunFolder.open(tmp_path, {"n_q": 4}, processes=srun(0))
     with pytest.raises(RunError, match=r"rank 0 stopped: .*n_q: run folder has 8"):

@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from batch_tokenizer.cli import main
 from batch_tokenizer.config import RunConfig, beside
 from batch_tokenizer.manifest.manifest import Manifest
 from batch_tokenizer.manifest.row import MAX_LINE, REFUSED, cut_of
@@ -672,3 +674,32 @@ def test_rows_get_keys_and_their_input_under_other_names(tmp_path: Path) -> None
     complete_rows = [{"key": str(n), "wav": f"{tmp_path}/2.wav"} for n in range(3)]
     (tmp_path / "e.jsonl").write_text("\n".join(map(json.dumps, complete_rows)))
     assert local_manifest(str(tmp_path / "e.jsonl"), tmp_path / "i", NO_OUTPUTS) == tmp_path / "e.jsonl"
+
+
+def test_manifest_from_replaces_no_file_unasked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    soundfile.write("a.wav", np.zeros(800), 16000)
+    Path("nemo.jsonl").write_text('{"audio_filepath": "a.wav"}\n')
+    Path("data.jsonl").write_text("precious\n")
+    assert main(["manifest", "from", "nemo.jsonl"]) == 2
+    assert "data.jsonl is there already: choose another name, or --overwrite" in caplog.text
+    assert Path("data.jsonl").read_text() == "precious\n"
+    assert main(["manifest", "from", "nemo.jsonl", "--overwrite"]) == 0
+    assert json.loads(Path("data.jsonl").read_text())["key"] == "a"
+    for source in ("nemo.jsonl", "*.jsonl", f"{tmp_path}/nemo.jsonl"):
+        before = Path("nemo.jsonl").read_text()
+        assert main(["manifest", "from", source, "--out", "nemo.jsonl", "--overwrite"]) == 2
+        assert Path("nemo.jsonl").read_text() == before
+    assert "is the source itself, or a part of it" in caplog.text
+
+
+def test_run_folders_are_no_audio_and_no_tokens(tmp_path: Path) -> None:
+    for name in ("data.run", "data.run/ledger", "data.run/resume"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "data.run" / "run.json").touch()
+    for name in ("a.npy", "data.run/resume/b.npy"):
+        np.save(tmp_path / name, np.zeros((1, 1), np.uint16))
+    settings = SourceSettings("token2wav", output_dir="out")
+    assert [row["key"] for row in rows_of(tmp_path, tmp_path / "index", settings)] == ["a"]

@@ -62,7 +62,7 @@ class ShardRun:
 
     @property
     def shards(self) -> list[Path]:
-        return sorted((self.folder / "out").glob("[!.]*"))
+        return sorted((self.folder / "out").glob(f"{self.config.task}-*"))
 
     @property
     def run_dir(self) -> Path:
@@ -91,7 +91,8 @@ class ShardRun:
 
     def verify(self, *more: str) -> set[tuple[int | None, str]]:
         """(line, kind) of what is found."""
-        words = ["--data_list", str(self.data_list), "--model_path", str(self.checkpoint), *more]
+        place = ["--data_list", str(self.data_list), "--output_dir", str(self.config.output_dir)]
+        words = [*place, "--model_path", str(self.checkpoint), *more]
         status = main(["verify", *words])
         found = [json.loads(line) for line in (self.run_dir / "verify.jsonl").read_text().splitlines()]
         assert status == (1 if found else 0)
