@@ -24,10 +24,12 @@ from batch_tokenizer.runs.stored_rows import (
     line_row,
     manifest_row,
     parquet_row_at,
+    stream_row,
     tar_stream_rows,
     token_file_row,
     token_files,
 )
+from batch_tokenizer.runs.token_stream import StoredStream
 from batch_tokenizer.runtime.ledger import RowStatus, read_ledger
 from batch_tokenizer.storage.files import open_file, read_bytes
 from batch_tokenizer.storage.names import display_name, split_member_name
@@ -125,6 +127,8 @@ def _open_part(part: Part) -> RowFile:
         return ParquetFile.open(part.location)
     if part.kind == "jsonl" or part.kind == "lines":
         return LinesFile.open(part.location, hold_codes=part.kind == "jsonl")
+    if part.kind == "stream":
+        return StreamFile(StoredStream.open(Path(part.location)))
     if part.kind == "run":
         return RunFiles.open(Path(part.location))
     return TokenFiles(part.location, tuple(token_files(part.location)))
@@ -268,6 +272,23 @@ class LinesFile:
         name = f"{display_name(self.path)}: the line at byte {begin:,}"
         line = read_bytes(self.path, begin, stop).rstrip()
         return jsonl_row(line, name) if self.hold_codes else line_row(line, name, with_audio=with_audio)
+
+
+@dataclass(frozen=True, slots=True)
+class StreamFile:
+    """Rows of a stream of tokens."""
+
+    stream: StoredStream
+
+    def __len__(self) -> int:
+        return len(self.stream)
+
+    def block_starts(self) -> npt.NDArray[np.int64]:
+        return _even_blocks(len(self))
+
+    def read(self, number: int, *, with_audio: bool) -> StoredRow:
+        del with_audio  # a stream has none
+        return stream_row(self.stream, number)
 
 
 @dataclass(frozen=True, slots=True)

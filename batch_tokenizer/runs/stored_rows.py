@@ -19,6 +19,7 @@ import orjson
 from batch_tokenizer.data.token_files import parse_codes_line, parse_tokens, read_any_tokens
 from batch_tokenizer.records import TASKS, ManifestRow, RowError, RunError, first_line
 from batch_tokenizer.runs.finished_run import FinishedRun
+from batch_tokenizer.runs.token_stream import ABOUT, StoredStream
 from batch_tokenizer.runtime.ledger import RowStatus, read_ledger
 from batch_tokenizer.runtime.run_files import parse_shard_name
 from batch_tokenizer.sources.listing import lines_of
@@ -234,12 +235,12 @@ class Part:
 
     Attributes:
         kind: ``tar``, ``parquet`` and ``jsonl`` (lines with codes in them) are shards; ``lines`` is JSON lines whose
-            rows name their files; ``files`` is a folder of token files, or one such file; ``run`` is a run folder whose
-            rows are in files.
+            rows name their files; ``stream`` is a folder that ``convert --to flat`` or ``megatron`` wrote; ``files`` is
+            a folder of token files, or one such file; ``run`` is a run folder whose rows are in files.
         ledger: of a run's shard, the ledger file that names its rows.
     """
 
-    kind: Literal["tar", "parquet", "jsonl", "lines", "files", "run"]
+    kind: Literal["tar", "parquet", "jsonl", "lines", "stream", "files", "run"]
     location: str
     ledger: Path | None = None
 
@@ -281,6 +282,8 @@ def _folder_parts(folder: Path) -> Iterator[Part]:
         _refuse_mixture(folder, shards)
         for name in shards:
             yield Part(_shard_kind(name), str(folder / name))
+    elif ABOUT in names and {"tokens.npy", "tokens.bin"} & set(names):
+        yield Part("stream", str(folder))
     elif "data.jsonl" in names:
         yield Part("lines", str(folder / "data.jsonl"))
     else:
@@ -301,6 +304,11 @@ def _rows(source: str, key: str | None) -> Iterator[StoredRow]:
                 yield from _jsonl_rows(part.location) if part.kind == "jsonl" else shard_rows(part.location)
         elif part.kind == "lines":
             yield from _manifest_rows(_objects(part.location), key)
+        elif part.kind == "stream":
+            stream = StoredStream.open(Path(part.location))
+            for number in range(len(stream)):
+                if key is None or stream.key(number) == key:
+                    yield stream_row(stream, number)
         elif part.kind == "run":
             yield from _run_rows(FinishedRun.open(Path(part.location)), key)
         else:
@@ -317,6 +325,16 @@ def _run_rows(run: FinishedRun, key: str | None) -> Iterator[StoredRow]:
         for item in manifest.read(line, line + 1):
             if isinstance(item, ManifestRow):
                 yield from _manifest_rows(iter([dict(item.fields)]), key)
+
+
+def stream_row(stream: StoredStream, number: int) -> StoredRow:
+    """Utterance ``number`` of a stream.
+
+    Raises:
+        RowError: it is damaged.
+    """
+    key, codes, info = stream.read(number)
+    return StoredRow(key, codes, {**info, "num_frames": codes.shape[0], "num_quantizers": codes.shape[1]})
 
 
 def _token_file_rows(location: str) -> Iterator[StoredRow]:

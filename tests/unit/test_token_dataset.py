@@ -341,6 +341,30 @@ class TestSources:
         assert main(["convert", str(shards), "--to", form, "--out", str(out), *more]) == 0
         self.check(out, results, audio=form != "jsonl")
 
+    @pytest.mark.parametrize("form", ["flat", "megatron"])
+    @pytest.mark.parametrize("pattern", ["interleaved", "delayed"])
+    def test_streams(self, tmp_path: Path, shards: Path, results: list[Any], form: str, pattern: str) -> None:
+        out = tmp_path / "out"
+        assert main(["convert", str(shards), "--to", form, "--pattern", pattern, "--out", str(out)]) == 0
+        dataset = TokenDataset(out)
+        rows = list(dataset)
+        assert [row["key"] for row in rows] == [result.row.key for result in results]
+        for row, result in zip(rows, results, strict=True):
+            assert np.array_equal(row["codes"], result.codes)
+            assert (row["fields"]["fingerprint"], row["fields"]["num_frames"]) == ("feedface", len(result.codes))
+        assert dataset.codebook_sizes == (1024, 128, 128)
+        assert [row.key for row in stored_rows(str(out), "utt.5/a")] == ["utt.5/a"]
+        # A stream that lost its end, or a key, is no stream.
+        tokens = out / ("tokens.npy" if form == "flat" else "tokens.bin")
+        content = tokens.read_bytes()
+        tokens.write_bytes(content[:-2])
+        with pytest.raises(ValueError, match="out"):
+            TokenDataset(out)
+        tokens.write_bytes(content)
+        (out / "keys.jsonl").write_text('"a"\n')
+        with pytest.raises(ValueError, match="9 utterances, 1 keys"):
+            TokenDataset(out)
+
     @pytest.mark.parametrize("form", ["json", "npy"])
     def test_token_files(self, tmp_path: Path, results: list[Any], form: Any) -> None:
         sink = FileSink("wav2token", 24000, RUN_INFO, form=form)
@@ -418,6 +442,26 @@ def test_a_data_loader_with_workers(shards: Path) -> None:
     again = TokenDataset(shards, shuffle=True)
     again.load_state_dict(dataset.state_dict(consumed=4))
     assert [row["key"] for row in again] == [row["key"] for row in alone][4:]
+
+
+def test_torchdatas_loader_keeps_a_state_for_each_worker(shards: Path) -> None:
+    loaders = pytest.importorskip("torchdata.stateful_dataloader", reason="torchdata is not installed")
+
+    def open_loader() -> tuple[TokenDataset, Any]:
+        dataset = TokenDataset(shards, shuffle=True)
+        return dataset, loaders.StatefulDataLoader(dataset, batch_size=None, num_workers=2)
+
+    dataset, loader = open_loader()
+    dataset.set_epoch(2)
+    rows = iter(loader)
+    keys = [next(rows)["key"] for _ in range(5)]
+    again, other_loader = open_loader()
+    other_loader.load_state_dict(loader.state_dict())
+    keys += [row["key"] for row in other_loader]
+    assert again.epoch == 2
+    alone = TokenDataset(shards, shuffle=True)
+    alone.set_epoch(2)
+    assert keys == [row["key"] for row in alone]
 
 
 def test_the_package_lists_its_names_without_torch() -> None:
