@@ -6,8 +6,8 @@
     batch_tokenizer help [COMMAND]
 
 Exit status: 0 the run finished; 1 it could not go on, or every row failed, or any did under ``--strict``, or more
-than ``--max_failed``; 2 bad arguments; 128 + n when signal n stopped it, 141 (SIGPIPE) when nobody reads the output
-any more.
+than ``--max_failed``; 2 bad arguments; 128 + n when signal n stopped it, 141 (SIGPIPE) when the reader of its
+output has ended.
 """
 
 from __future__ import annotations
@@ -135,14 +135,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         broken = [stream for stream in (sys.stdout, sys.stderr) if _reader_is_gone(stream)]
         if not broken:
             raise
-        # The reader went away, as ``head`` does. What is still buffered goes nowhere, without an error at the exit.
+        # The reader has ended, as ``head`` does. What is still buffered goes nowhere, without an error at the exit.
         for stream in broken:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return 128 + signal.SIGPIPE
 
 
 def _reader_is_gone(stream: TextIO) -> bool:
-    """Whether an output stream is a pipe that nobody reads any more."""
+    """Whether an output stream is a pipe whose reader has ended."""
     poll = select.poll()
     poll.register(stream.fileno(), 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))

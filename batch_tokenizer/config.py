@@ -231,7 +231,7 @@ class RunConfig:
     run_dir: Path | None = option(None, "run and resume", "run folder, with ledger, failures and summary",
         metavar="DIR", unset="SOURCE.TASK.run in --output_dir, or beside the source")
     retry_failed: bool = option(False, "run and resume", "do rows again that an earlier run recorded as failed")
-    overwrite: bool = option(False, "run and resume", "discard a run folder that was made with other settings")
+    overwrite: bool = option(False, "run and resume", "discard a run folder of other settings")
     strict: bool = option(False, "run and resume", "exit with status 1 if any row failed")
     max_failed: str | None = option(None, "run and resume",
         "exit with status 1 if more rows than this failed, a number or a share such as 1%", parse=_parse_max_failed,

@@ -68,7 +68,7 @@ class RowForm:
 
     @classmethod
     def of(cls, task: Task, sink: Sink = "json") -> RowForm:
-        """The form for a task and a sink. A sink that makes shards leaves no field to name outputs with."""
+        """The form for a task and a sink; rows whose results go into shards name no outputs."""
         if sink in SHARD_SINKS:
             inputs = tuple(name for name in REQUIRED_FIELDS[task] if name not in OUTPUT_FIELDS[task])
             return cls(task, inputs, ())
@@ -175,7 +175,7 @@ class Pieces:
 
     Attributes:
         kind: ``segments`` are utterances of their own; ``stream`` is one utterance that goes on from piece to piece;
-            ``windows`` of codes overlap, as nobody knows where their audio could be parted.
+            ``windows`` of codes overlap, as codes do not show where audio could be cut.
         samples: where each piece begins in the row's audio, at the codec's rate, and where the last one ends.
         frames: where each begins in the row's codes, and where the last one ends; None until there are codes.
     """
@@ -270,7 +270,7 @@ class LedgerEntry:
     """One line of a ledger: how a row ended. Written only after the row's outputs are published.
 
     Attributes:
-        status: ``done``, ``failed``, or ``redo`` (an earlier ``done`` is taken back, as its outputs are gone).
+        status: ``done``, ``failed``, or ``redo`` (cancels an earlier ``done`` whose outputs are missing or wrong).
         num_samples: input length in samples at the codec's rate (``done`` only).
         frames: token frames (``done`` only).
         checksums: CRC-32 of the row's codes (``codes``) and of the bytes that were stored for it, by name

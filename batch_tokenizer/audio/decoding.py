@@ -2,7 +2,7 @@
 
 ``libsndfile.py`` and ``ffmpeg.py`` say which decoder reads what. A file that holds less than its header promises:
 
-- wav and its uncompressed kin yield what is there, since programs that write to a pipe promise too much as a habit;
+- wav and other uncompressed formats yield what is there, as programs that write to a pipe usually promise too much;
 - so do webm and other containers cut at the end, which promise nothing;
 - flac, mp3 and ogg with missing pages, and any stream in which decoding fails part-way, are failures: audio is missing.
 
@@ -61,7 +61,7 @@ def _open_reader(file: BinaryIO, size: int, name: str, stream: int | None) -> It
         raise RowError(
             "load",
             f"{name}: its header promises {stale.stated:,} bytes of audio, and {stale.there - stale.stated:,} more "
-            "follow: write it anew (ffmpeg -i, or sox)",
+            "follow: write it again (ffmpeg -i, or sox)",
         )
     one_link = not ogg_is_chained(file, size)
     with open_with_ffmpeg(

@@ -68,7 +68,7 @@ _LOSSLESS = (*_UNCOMPRESSED, "ALAC_16", "ALAC_20", "ALAC_24", "ALAC_32")
 
 
 class Unfit(Exception):
-    """libsndfile cannot open a file, or would not read it whole. ``str`` gives libsndfile's words, if it has any."""
+    """libsndfile cannot open a file, or would not read it whole. ``str`` is libsndfile's message, or empty."""
 
 
 @contextmanager
@@ -208,7 +208,7 @@ def _seekable_end(file: BinaryIO, size: int, frames: int) -> int:
 
 
 def _cause(error: soundfile.LibsndfileError) -> str:
-    """What libsndfile has to say, in a few words."""
+    """libsndfile's error message, shortened."""
     words = cast(str, error.error_string).removeprefix("Error : ").rstrip(".")
     return words.replace("Unspecified internal error", "its header contradicts itself")
 

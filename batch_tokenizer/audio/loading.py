@@ -190,7 +190,7 @@ def _open_or_kept(path: str, stream: int | None) -> Iterator[AudioReader]:
 
 
 def _identity(path: str, stream: int | None) -> object:
-    """What stays the same as long as the bytes at a location do; None where nobody knows."""
+    """What stays the same as long as the bytes at a location do; None where that is not known."""
     member = parse_member(path)
     place = path if member is None else member.archive
     if is_url(place):

@@ -10,7 +10,7 @@ TARGET_DB, MOST_DB = -20.0, 3.0
 
 
 def moss_tts_loudness(samples: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Samples (S,) or (channels, S) as MOSS-TTS's processor hands them to its codec.
+    """Samples (S,) or (channels, S) as MOSS-TTS's processor gives them to its codec.
 
     The gain is -20 dB less the mean power of all channels together, between -3 and 3 dB: silence is raised by 3 dB.
     The logarithm is taken in float32 and the gain in float64, as published. Nothing is clipped.

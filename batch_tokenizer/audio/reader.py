@@ -205,7 +205,7 @@ class AudioReader(ABC):
         return None if length is None or length > most else length
 
     def _blocks(self, start: int, stop: int | None) -> Iterator[Block]:
-        """As ``_decode``; a reader that does not seek goes on where it stands, after the blocks that it still has."""
+        """As ``_decode``; a reader that does not seek goes on from its position, after the blocks it still has."""
         if self.seeks:
             yield from self._decode(start, stop)
             return

@@ -1,7 +1,7 @@
 """Where the samples of an uncompressed file lie, and whether its header's size of them can be believed.
 
-A recorder that lost power leaves a size of 0 or of an earlier moment, and 32 bits hold no size beyond 4 GiB. A decoder
-that believes such a size drops the rest without a word. Here the chunks behind the samples are read: a size is believed
+After a recorder lost power its file has a size of 0 or of an earlier moment, and 32 bits hold no size beyond 4 GiB. A
+decoder that believes such a size drops the rest silently. Here the chunks behind the samples are read: a size is right
 if it ends at the file's end or where further chunks begin.
 """
 
@@ -89,6 +89,7 @@ def find_stale_size(file: BinaryIO, size: int, name: str, head: bytes) -> Sample
         return None if stated == 2**32 - 1 or stated >= there else SampleBytes(offset, stated, there, False)
     if head[36:40] == b"data" and int.from_bytes(head[40:44], "little") == size - 44:
         return None  # the header that nearly every wav has
+    # 1. Find the chunk with the samples. RF64 states its true size in a chunk before it.
     layout = _LAYOUTS.get(head[:4])
     if layout is None:
         return None
@@ -110,6 +111,7 @@ def find_stale_size(file: BinaryIO, size: int, name: str, head: bytes) -> Sample
             return None
     else:
         return None
+    # 2. Compare its size with what the file has from there on.
     if length == 2**32 - 1 and long_size is not None:
         length = long_size
     offset, stated, there = content + layout.lead, length - layout.lead, size - content - layout.lead
@@ -118,6 +120,7 @@ def find_stale_size(file: BinaryIO, size: int, name: str, head: bytes) -> Sample
         # of 32 bits is also all that they take.
         is_beyond = layout.size.endswith("I") and long_size is None and there >= 2**32 - 1
         return SampleBytes(offset, stated, there, is_wav) if is_beyond else None
+    # 3. The file goes on behind the samples: with further chunks, or with samples that the size cuts off.
     end = content + length
     if any(_is_chunks(file, place, size, layout, name) for place in dict.fromkeys((_aligned(end, layout), end))):
         return None

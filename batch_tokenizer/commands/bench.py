@@ -123,6 +123,7 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> Bench:
     Raises:
         RunError: the codec, the device or the utterances are not what was asked for.
     """
+    # 1. Utterances in files, and a manifest of them.
     wavs: Sequence[str | Path]
     if arguments.data_list is not None:
         wavs = manifest_wavs(arguments.data_list, arguments.num_utterances, arguments.seed)
@@ -132,12 +133,14 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> Bench:
         wavs = write_utterances(folder / "wavs", lengths, arguments.sample_rate, arguments.format, arguments.seed)
         source = f"generated, lengths {arguments.lengths}, {arguments.format}, {arguments.sample_rate} Hz"
     manifest = write_manifest(folder / "bench.jsonl", wavs, folder / "out", folder / "out")
+    # 2. The codec, as a run opens it.
     shared = {name: getattr(arguments, name) for name in _RUN_OPTIONS}
     size = arguments.config
     if size in published_sizes() and arguments.random_weights and arguments.model_path is None:
         shared["model_path"], size = str(write_random_checkpoint(size, folder / size)), None
     config = RunConfig(data_list=manifest, run_dir=folder / "run", overwrite=True, **shared)
     context = open_context(config, size, arguments.random_weights and size == arguments.config)
+    # 3. Outputs of an earlier benchmark in the same folder would make creating files slower.
     for earlier in folder.glob(f"{PASS}*"):
         shutil.rmtree(earlier, ignore_errors=True)
     bench = Bench(context, folder, [str(wav) for wav in wavs], manifest_rows(manifest), arguments.repeats)

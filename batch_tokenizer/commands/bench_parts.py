@@ -60,6 +60,7 @@ class Bench:
 
     def measure(self, parts: Sequence[str], baseline: Sequence[int]) -> dict[str, Any]:
         """All of ``parts``, in their order; the published way at each batch size of ``baseline``."""
+        # 1. The bound, and the codec with its start-up time.
         task = self.context.config.task
         if "peak" in parts:
             self.peak = peak_rate(self.context.compute.device, self.context.compute.dtype, self.context.compute.cores)
@@ -70,6 +71,7 @@ class Bench:
         self.start_seconds["codec"] = round(time.perf_counter() - began, 3)
         self.report["conditions"]["frame_budget"] = codec.frame_budget
         with _logging_at(logging.ERROR):
+            # 2. All rows in memory; tokens that ``token2wav`` reads are made of them first.
             loaded = self._load()
             seconds = sum(row.num_samples for row in loaded) / self.context.spec.info.sample_rate
             self.report["conditions"]["audio_seconds"] = round(seconds, 1)
@@ -80,6 +82,7 @@ class Bench:
                 sink = FileSink("wav2token", self.context.spec.info.sample_rate, self.context.info)
                 for result in results:
                     sink.write(result)
+            # 3. Loader and writer by themselves, then what takes turns: model, whole runs, published loop.
             if "loader" in parts and task != "token2wav":
                 self._loader()
             if "writer" in parts:
@@ -88,6 +91,7 @@ class Bench:
             contenders += [self._end_to_end(codec, seconds)] if "end_to_end" in parts else []
             contenders += [self._baseline(inner, batch_size, seconds) for batch_size in baseline]
             in_turns(contenders)
+        # 4. The profile last, as profiling slows what it watches.
         if "profile" in parts:
             one = codec
             if codec.batch_limit is not None:  # on a CPU utterances run in threads, which the profiler does not see
@@ -238,9 +242,11 @@ class Bench:
         walls, shares, idle = [], [], []
         began = time.perf_counter()
         with self.context.open_loader() as loader:
+            # 1. One row starts the loader processes, outside of what is timed.
             loader.submit(self.rows[:1])
             loader.next()
             self.start_seconds["loader"] = round(time.perf_counter() - began, 3)
+            # 2. Each pass is a whole run into a new folder; the first one warms up and does not count.
             for repeat in range(self.repeats + 1):
                 folder = self._new_pass()
                 run_dir = folder / "run"
@@ -261,6 +267,7 @@ class Bench:
                     if busy is not None:
                         idle.append(1 - busy / wall)
                 yield
+        # 3. Medians over the passes.
         spread = Spread(tuple(walls))
         measured = {
             "rtf": spread.per(seconds).json(),

@@ -54,7 +54,7 @@ def draw_lengths(distribution: str, count: int, seed: int) -> list[float]:
             if 0 < shortest <= longest:
                 return [generator.uniform(shortest, longest) for _ in range(count)]
     except ValueError:
-        pass  # not numbers: said below
+        pass  # not numbers: reported below
     raise RunError(f"--lengths {distribution}: choose {', '.join(LENGTHS)}, uniform:A-B or constant:S, in seconds")
 
 

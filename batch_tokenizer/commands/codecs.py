@@ -24,7 +24,7 @@ LIBRARIES: Mapping[str, tuple[tuple[str, ...], str]] = {
     "onnxruntime": (("onnxruntime-gpu", "onnxruntime"), "onnx"),
 }
 
-#: How utterances share a batch, in words.
+#: How utterances share a batch, as text.
 BATCHING: Mapping[Batching, str] = {
     "packed": "any lengths, end to end on one axis",
     "padded": "any lengths, padded and masked before each layer that looks sideways; on a CPU one by one",

@@ -1,4 +1,4 @@
-"""``--dry_run``: checks everything that can be checked without running, and leaves nothing behind.
+"""``--dry_run``: checks everything that can be checked without running, and writes nothing that stays.
 
 It prints what the run would do, how long it would take and how much it would write, estimated from a sample of its
 rows, and a line for each thing that would fail. The manifest is indexed in a temporary folder, which is removed; an
@@ -187,11 +187,11 @@ def _earlier_run(context: RunContext, run_dir: Path, manifest: Manifest) -> tupl
         _print("run folder", f"{run_dir}: no row is done in it, it begins anew")
         return fresh, trouble
     if differences and config.overwrite:
-        _print("run folder", f"{run_dir}: discarded, it was made with other settings ({'; '.join(differences)})")
+        _print("run folder", f"{run_dir}: discarded, it is of a run with other settings ({'; '.join(differences)})")
         return fresh, trouble
     if differences:
         return fresh, [
-            *trouble, f"run folder {run_dir} was made with other settings: {'; '.join(differences)}",
+            *trouble, f"run folder {run_dir} is of a run with other settings: {'; '.join(differences)}",
         ]  # fmt: skip
     state = read_ledger(run_dir, manifest)
     if state.num_changed:
@@ -365,6 +365,7 @@ def _check_places(
     Args:
         needed: estimated bytes of all outputs, by output field, or of ``shards``, which go to ``output_dir``.
     """
+    # 1. Where the sampled outputs go, each with its share of the estimated bytes.
     places: dict[Path, str | None] = {}
     shares: Counter[int] = Counter()
     spaces: dict[int, tuple[Path, int]] = {}
@@ -376,6 +377,7 @@ def _check_places(
     ]
     if not form.outputs and output_dir is not None:
         outputs = [("--output_dir", f"{output_dir}/shard", needed.get("shards", 0.0))]
+    # 2. The nearest folder that exists above each of them, and its file system. Every folder is tried once.
     for whose, output, size in outputs:
         if is_url(output):
             continue  # a store says what it does not take when it is asked to
@@ -396,6 +398,7 @@ def _check_places(
         shares[device] += round(size)
     ancestor = run_dir if run_dir.is_dir() else _existing_ancestor(run_dir)
     places.setdefault(ancestor, _why_not_writable(ancestor))
+    # 3. What cannot be written, and which disks are too small.
     for place, reason in places.items():
         if reason is not None:
             yield f"{place}: nothing can be written there: {reason}"
@@ -421,7 +424,7 @@ def _existing_ancestor(path: Path) -> Path:
 
 def _why_not_writable(folder: Path) -> str | None:
     try:
-        # Where the system has files without names, this is one: it leaves no trace even if the process is killed.
+        # Where the system has files without names, this is one, and vanishes even if the process is killed.
         with tempfile.TemporaryFile(dir=folder):
             return None
     except NotADirectoryError:

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("run_dir", type=Path, nargs="?", help="a run folder: score what the run made")
     add("--data_list", help="a manifest: put its audio through the codec; with RUN_DIR, the run's manifest")
     add("--model_path", help="checkpoint folder or hub id; the run's, or the bundled default, when absent")
-    add("--sample", type=int, metavar="N", help="score N utterances, as good as drawn by lot; all when absent")
+    add("--sample", type=int, metavar="N", help="score N utterances, in effect drawn at random; all when absent")
     add("--by", metavar="FIELD", help="a column of the table for each value of this field of the manifest's rows")
     add("--num_quantizers", type=int, nargs="+", default=[], metavar="K", help="numbers of codebooks to decode from")
     add("--metrics", nargs="+", choices=list(METRICS), default=list(METRICS), metavar="METRIC",
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--workers", type=int, default=num_cores(), help="processes that score (%(default)s)")
     add_options(parser, "device", "dtype")
     add("--out", type=Path, metavar="DIR", help="where results go; RUN_DIR/quality or MANIFEST.quality when absent")
-    add("--overwrite", action="store_true", help="discard results in DIR that were made with other settings")
+    add("--overwrite", action="store_true", help="discard results of other settings in DIR")
 
 
 def main(arguments: argparse.Namespace) -> int:

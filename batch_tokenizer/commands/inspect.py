@@ -51,6 +51,7 @@ def main(arguments: argparse.Namespace) -> int:
     Raises:
         RunError: the file or the checkpoint cannot be used, or the results not be written.
     """
+    # 1. The codec and what is asked of it.
     location: str = arguments.file
     name = Path(file_name(location)).stem
     codec = open_codec(arguments.model_path, arguments.device, arguments.dtype)
@@ -58,6 +59,7 @@ def main(arguments: argparse.Namespace) -> int:
     wanted = () if arguments.num_quantizers is None else (arguments.num_quantizers,)
     (num_quantizers,) = check_num_quantizers(wanted, info.num_codebooks)
     out: Path = arguments.out or Path(f"{name}.inspect")
+    # 2. There and back, and the files that a run would write.
     try:
         samples = load_samples(location, info.sample_rate, max_samples=info.max_samples, channels=info.channels)
         codes = _result(encode(codec, [samples], num_quantizers))
@@ -73,6 +75,7 @@ def main(arguments: argparse.Namespace) -> int:
         publish(str(out / f"{name}.wav"), wav_bytes(made, info.output_sample_rate))
     except RowError as error:
         raise RunError(error.reason) from error
+    # 3. Scores, picture and text.
     scores = Scorer(tuple(name for name in METRICS if name in arguments.metrics), arguments.speaker_model).score(
         original, reconstruction
     )

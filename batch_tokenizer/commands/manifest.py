@@ -132,9 +132,11 @@ def make_manifest(source: str, out: Path, settings: SourceSettings, workers: int
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as aside:
+            # 1. List the source; the result is a JSON-lines file of rows without facts from headers.
             listed = local_manifest(source, Path(aside), settings)
             made, bad = Path(aside) / "made", Path(aside) / "bad"
             with made.open("wb") as stream, bad.open("wb") as bad_stream, _bar("opening files") as bar:
+                # 2. Open every file, many at once, and keep the order.
                 for part in ordered(_chunk_maker(settings), _chunks(str(listed)), workers):
                     stream.writelines(line + b"\n" for line in part.lines)
                     for row in part.refused:
@@ -146,6 +148,7 @@ def make_manifest(source: str, out: Path, settings: SourceSettings, workers: int
                         total.num_unknown + part.num_unknown,
                     )
                     bar.update(len(part.lines) + len(part.refused))
+            # 3. Only a complete manifest takes the place of an earlier one.
             made.replace(out)
             if num_refused:
                 bad.replace(unreadable)
@@ -209,7 +212,7 @@ def _make_line(text: bytes, settings: SourceSettings, made: _Made) -> None:
 
 
 def _with_header(row: dict[str, Any], text: bytes) -> tuple[bytes, float | None]:
-    """The line with what its file's header says, and the seconds that are meant; None where nobody knows.
+    """The line with what its file's header says, and the seconds of the row's audio; None where they are not known.
 
     Raises:
         RowError: the file cannot be opened.
@@ -242,6 +245,7 @@ def _stats(source: str, model_path: str | None, num_quantizers: int | None, rtf:
     with tempfile.TemporaryDirectory(prefix="batch_tokenizer-") as scratch:
         listed = local_manifest(source, Path(scratch), SourceSettings("wav2token", "tar"))
         manifest = Manifest.open(listed, "wav2token", scratch, sink="tar")
+        # 1. Counts of lines.
         rows = np.flatnonzero(manifest.is_row)
         counts = {state: int(np.count_nonzero(manifest.states == state)) for state in LineState}
         print(
@@ -252,6 +256,7 @@ def _stats(source: str, model_path: str | None, num_quantizers: int | None, rtf:
             return 1
         sample = _sample(manifest, rows)
         durations = manifest.durations[rows].astype(np.float64)
+    # 2. Hours; rows without duration are estimated from the headers of a sample.
     known = durations[~np.isnan(durations)]
     num_unknown = len(durations) - len(known)
     seconds: float | None = float(known.sum())
@@ -267,6 +272,7 @@ def _stats(source: str, model_path: str | None, num_quantizers: int | None, rtf:
         seconds = None if extrapolated is None else float(known.sum()) + extrapolated
     else:
         print(f"audio      {known.sum() / 3600:,.2f} h")
+    # 3. Durations, rates and channels, and what tokens of all that would take.
     _print_histogram(known)
     for name, found in (("rates", sample.rates), ("channels", sample.channels)):
         parts = ", ".join(f"{value} ({100 * count / found.total():.0f} %)" for value, count in found.most_common(8))

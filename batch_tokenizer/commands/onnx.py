@@ -108,6 +108,7 @@ def _graph_files(path: Path) -> list[Path]:
 def _check(folder: Path, model_path: str | None) -> int:
     import onnx
 
+    # 1. Each file is a valid graph with its weights.
     for file in _graph_files(folder):
         GraphFile.open(file).check_external_files()
         try:
@@ -115,6 +116,7 @@ def _check(folder: Path, model_path: str | None) -> int:
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
             raise RunError(f"{file}: is not a valid graph: {first_line(error)}") from error
         print(f"{file.name}: valid, weights present")
+    # 2. Together they are a codec, and one of the same kind as the checkpoint.
     graphs = Checkpoint.open(str(folder))
     if GRAPHS_KEY not in graphs.config:
         # Torch weights beside the graphs: it is the graphs that are checked.
@@ -135,6 +137,7 @@ def _check(folder: Path, model_path: str | None) -> int:
             spec.info.sample_rate, spec.info.samples_per_frame, spec.info.codebook_sizes
         ):  # fmt: skip
             raise RunError(f"{model_path}: has another sample rate, frame or codebooks than the graphs in {folder}")
+    # 3. Equal codes and audio: alone, in a batch, and in steps.
     report = _Report()
     sessions = _our_sessions(spec)
     waves = _waves(spec.info.sample_rate, spec.info.samples_per_frame)

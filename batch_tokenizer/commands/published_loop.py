@@ -133,23 +133,27 @@ def decode_padded(model: MiMoAudioTokenizer, codes: Sequence[Tensor]) -> list[Te
     """Codes (T_i, K) each to samples float32 (S_i,) each."""
     decoder, config = model.decoder, model.config
     assert decoder is not None
+    # 1. Codes to hidden frames, up-sampled to the decoder's rate.
     frames = torch.tensor([len(code) for code in codes])
     summed = model.encoder.quantizer.decode(torch.cat(list(codes)))
     x = pad_sequence(summed.split(frames.tolist()), batch_first=True).to(decoder.dconv2.conv.weight.dtype)
     if decoder.pooled:
         x = _up_sample(decoder.dconv1, x)
         frames = frames * config.avg_pooler
+    # 2. The decoder's layers on the valid frames, up-sampled to mel frames.
     valid = _valid(frames, x.shape[1], x.device)
     x = _unpack(decoder.layer_norm(_layers(decoder.layers, x[valid], valid)), valid)
     x = _up_sample(decoder.dconv2, x)
     frames = frames * config.decoder_stride_size
     valid = _valid(frames, x.shape[1], x.device)
+    # 3. The vocoder: layers, spectrum, inverse transform.
     vocoder = decoder.vocoder
     x = _layers(vocoder.layers, vocoder.embeddings(x[valid]), valid)
     x = _unpack(vocoder.head.out(vocoder.layer_norm(x)).float(), valid)
     log_magnitude, phase = x.chunk(2, dim=2)
     magnitude = log_magnitude.exp().clamp(max=100.0)
     spectrum = magnitude * (phase.cos() + 1j * phase.sin())
+    # 4. Overlap-add, divided by the sum of squared windows.
     window = vocoder.head.istft.window
     width, hop = len(window), config.hop_length
     pieces = (torch.fft.irfft(spectrum, n=width, dim=2) * window).transpose(1, 2)

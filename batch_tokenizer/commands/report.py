@@ -50,9 +50,11 @@ def main(arguments: argparse.Namespace) -> int:
     """
     if arguments.listen < 0:
         raise RunError(f"--listen {arguments.listen}: must be at least 0")
+    # 1. The run's own records.
     run = FinishedRun.open(arguments.run_dir)
     manifest = run.manifest(arguments.data_list)
     facts = RunFacts.of(run, manifest, read_ledger(run.path, manifest))
+    # 2. Scores of a sample, and of what was scored before. The page is also of use without them.
     evaluation: Evaluation | None = None
     source: Source | None = None
     trouble = ""
@@ -71,6 +73,7 @@ def main(arguments: argparse.Namespace) -> int:
     except RunError as error:
         trouble = str(error)
         log.warning("utterances are not scored: %s", error)
+    # 3. The page.
     content = run_page(facts, evaluation, source, trouble, arguments.listen).encode()
     path: Path = arguments.out or run.path / "report.html"
     try:

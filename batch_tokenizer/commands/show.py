@@ -1,4 +1,4 @@
-"""``batch_tokenizer show KEY --in SOURCE_OR_RUN``: one item in words, wherever it is stored."""
+"""``batch_tokenizer show KEY --in SOURCE_OR_RUN``: prints one item, wherever it is stored."""
 
 from __future__ import annotations
 

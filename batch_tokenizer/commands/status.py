@@ -1,7 +1,7 @@
 """``batch_tokenizer status RUN_DIR``: how far a run is, from another terminal, while it runs and after.
 
-What enters is the run folder's status files, one a process, rewritten by their processes every few seconds. What leaves
-is text: the job's sums and a line a rank. Nothing is written, and torch is not imported, so the answer comes at once.
+It reads the run folder's status files, which each process rewrites every few seconds, and prints the job's sums and a
+line a rank. Nothing is written, and torch is not imported, so the answer comes at once.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def report(run_dir: Path, job: JobStatus, now: float) -> list[str]:
 
 
 def state_of(rank: RankStatus, now: float) -> str:
-    """The rank's own word, or ``silent`` if it should be at work and has not said so for ``SILENT_AFTER`` seconds."""
+    """The rank's own state, or ``silent`` if it should be at work but wrote nothing for ``SILENT_AFTER`` seconds."""
     if rank.state in ("starting", "running") and now - rank.updated > SILENT_AFTER:
         return "silent"
     return rank.state
@@ -177,7 +177,7 @@ def format_size(number: float) -> str:
 
 
 def seems_at_work(run_dir: Path) -> bool:
-    """Whether a process said within the last ``SILENT_AFTER`` seconds that it works on the run."""
+    """Whether a process reported within the last ``SILENT_AFTER`` seconds that it works on the run."""
     now = time.time()
     return any(
         rank.state in ("starting", "running") and state_of(rank, now) != "silent" for rank in read_status(run_dir).ranks

@@ -272,7 +272,7 @@ class RowChecker:
 
 
 def find_strays(folder: str) -> list[Problem]:
-    """Temporary files in a folder of outputs, which only a killed process leaves."""
+    """Temporary files in a folder of outputs, left by killed processes."""
     try:
         with os.scandir(folder or ".") as entries:
             strays = sorted(entry.path for entry in entries if is_temporary(entry.name))

@@ -39,6 +39,7 @@ class Packer:
 
     def add(self, loaded: LoadedRow) -> list[Batch]:
         """Take in a row; returns the batches that are ready, often none."""
+        # 1. A batch that has been open for long is closed, so that its rows do not wait for ever.
         self._added += 1
         room = self.frame_budget - loaded.frames
         ready = []

@@ -10,8 +10,8 @@ which kills its process, or hangs in it, costs only itself:
 - Signals that a launcher sends to all processes of a job are kept from the loader processes, so a preempted job blames
   no row.
 
-One thread starts sets of processes and takes in what they load while the model computes. Whoever makes room, or brings
-rows, hands rows out to them. All of that is under one lock.
+One thread starts sets of processes and receives what they load while the model computes. Rows are handed out to them
+wherever room or rows become available. All of that is under one lock.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ class Loader:
             return 1 if self._suspects and not self._in_flight else 0
         if not self._queue:
             return 0
-        # 1. As many as make a message worth its while, but so few that every worker gets some.
+        # 1. Enough to make the cost of a message small, but so few that every worker gets some.
         row_bytes = self._bytes_ahead / self._num_workers if self._row_bytes is None else max(1.0, self._row_bytes)
         most = min(
             _MOST_ROWS,
@@ -289,6 +289,7 @@ class Loader:
 
     def _take(self, workers: WorkerSet, answer: Answer) -> None:
         """Take in the rows of an answer, each when the consumer has room for it; meanwhile no row is cut off."""
+        # 1. Each row, once there is room for its arrays, which are copied out of the shared buffer.
         results = workers.results_of(answer)
         for number, result in results:
             size = result.nbytes if isinstance(result, Loaded) else 0
@@ -304,6 +305,7 @@ class Loader:
                     self._row_bytes = _mean(self._row_bytes, size)
                     self._row_seconds = _mean(self._row_seconds, max(1e-4, record.load_seconds))
                 self._finish(number, record, size)
+        # 2. The buffer is free again; rows that did not fit in the answer go back to the queue's front.
         with self._changed:
             workers.take_back(answer)
             for number, result in reversed(results):
@@ -324,10 +326,12 @@ class Loader:
 
     def _settle(self, late: Sequence[int], deaths: Sequence[Death]) -> bool:
         """Fail, suspect or queue again what a set of workers left; whether a row is to blame. The lock is held."""
+        # 1. A row that takes too long fails at once: a second try would take as long.
         blamed = bool(late)
         for number in late:
             reason = f"took longer than --row_timeout {self._row_timeout:g} s to load; raise it if the file is good"
             self._finish(number, Failed("load", reason))
+        # 2. A row in the hands of a dead process may be innocent (a kill from outside), so it is tried once more.
         for death in deaths:
             if (pending := self._in_flight.get(death.number)) is None:
                 continue
@@ -337,6 +341,7 @@ class Loader:
                 _log.warning("loader process died (%s) on row %r; trying it once more", death, pending.row.key)
             else:
                 self._finish(death.number, Failed("load", f"loader process died twice on this row ({death})"))
+        # 3. All others are loaded again, in their order.
         for pending in sorted(self._in_flight.values(), key=lambda pending: -pending.number):
             (self._suspects if pending.deaths else self._queue).appendleft(pending)
         self._in_flight.clear()

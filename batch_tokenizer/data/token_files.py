@@ -89,7 +89,7 @@ class Codebooks:
     sizes: tuple[int, ...]
 
 
-#: For tokens of which nobody says what made them.
+#: For tokens of an unknown codec.
 ANY_CODEBOOKS = Codebooks("any codec", (1 << 16,) * 256)
 
 

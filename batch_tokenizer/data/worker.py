@@ -4,8 +4,8 @@ torch's ``DataLoader`` starts the processes and carries their messages. Beside i
 
 - each process writes the number of the row in hand to shared memory, so that the rank knows which row a process died
   of, or hangs in;
-- rows and arrays are handed over in ``SharedBuffers``. Messages have a few dozen bytes, so a process that is killed
-  leaves none half written in the queue that all of them share.
+- rows and arrays are handed over in ``SharedBuffers``. Messages have a few dozen bytes, which a pipe takes
+  whole or not at all, so a killed process cannot damage the queue that all of them share.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ class RowDataset(IterableDataset[Any]):
         memory, end = self.buffers[buffer], 0
         results: list[tuple[int, Loaded | Failed | None]] = []
         for number, row in rows:
-            # The row stays in hand until its arrays are handed over: for want of memory a process may die of that too.
+            # The row stays in hand until its arrays are stored: a process may run out of memory there too.
             self.in_hand[worker] = number
             result = attempt(load, row)
             if isinstance(result, LoadedRow) and result.nbytes > MOST_ROW_BYTES:

@@ -37,7 +37,7 @@ from batch_tokenizer.records import LoadedRow, ManifestRow, RunError
 
 _log = logging.getLogger(__name__)
 
-#: Tickets that there may be for each process: one in its hands, and one so that it need not wait for the rank.
+#: Tickets for each process: one that it works on, and one so that it need not wait for the rank.
 _TICKETS_A_WORKER = 2
 
 #: Seconds after which ``receive`` comes back without an answer, and between two looks at the processes.
@@ -77,6 +77,7 @@ class WorkerSet:
     """
 
     def __init__(self, load: Callable[[ManifestRow], LoadedRow], num_workers: int, message_bytes: int) -> None:
+        # 1. What the processes share with this one: buffers, a queue of tickets, and the number of the row in hand.
         ensure_fork_server(load)
         context = WorkerContext()
         self._processes = context.processes
@@ -89,6 +90,7 @@ class WorkerSet:
         self._answers: Any = None
         pickled = pickle.dumps(load, protocol=5)
         dataset = RowDataset(pickled, self._buffers, self._tickets, self._in_hand, message_bytes)
+        # 2. The processes, all of which must have started.
         try:
             self._answers = iter(
                 _QuietDataLoader(

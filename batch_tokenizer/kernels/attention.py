@@ -79,7 +79,7 @@ def _why_not(backend: str, device: torch.device, dtype: torch.dtype, head_dim: i
 
 
 def choose_backend(requested: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str, str]:
-    """The backend to use and, in words, why.
+    """The backend to use, and the reason as text.
 
     Raises:
         BackendUnavailable: ``requested`` is not ``auto`` and cannot run here.

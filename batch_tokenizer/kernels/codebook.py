@@ -38,7 +38,7 @@ def minus_half_norms(rows: Tensor) -> Tensor:
     return rows.square().sum(dim=1).mul(-0.5)
 
 
-def nearest_rows(queries: Tensor, rows: Tensor, first: Tensor | None, offsets: Tensor | None = None) -> Tensor:
+def nearest_rows(queries: Tensor, rows: Tensor, first: Tensor | None = None, offsets: Tensor | None = None) -> Tensor:
     """int64 (N,): for each query (N, d) the row at the least squared distance; of equals, the first.
 
     |x - e|² = |x|² - 2 (x·e - |e|²/2), so the least distance is the greatest x·e - |e|²/2. A matrix product may round
@@ -47,7 +47,7 @@ def nearest_rows(queries: Tensor, rows: Tensor, first: Tensor | None, offsets: T
     Args:
         rows: (size, d).
         first: ``first_equal_rows(rows)``; None if no two rows are equal.
-        offsets: ``minus_half_norms(rows)``, if they are at hand.
+        offsets: ``minus_half_norms(rows)``, if computed before.
     """
     scores = torch.addmm(minus_half_norms(rows) if offsets is None else offsets, queries, rows.t())
     nearest = scores.argmax(dim=1)

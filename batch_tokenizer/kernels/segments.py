@@ -1,6 +1,6 @@
 """Utterances laid end to end on one axis: their lengths, where each starts, and how to move rows between two layouts.
 
-A *tight* axis has no rows between utterances; transformer layers run on it. A *gapped* axis leaves zero rows between
+A *tight* axis has no rows between utterances; transformer layers run on it. A *gapped* axis has zero rows between
 them, so that a convolution or an overlap-add sees there what it would see around a lone utterance. Everything here is
 computed on the host from lengths that the host knows, and copied to the device once: nothing waits for the device.
 """

@@ -146,8 +146,8 @@ def _checksum(path: Path) -> int:
 def _index_lines(lines: Sequence[bytes], form: RowForm) -> tuple[dict[str, npt.NDArray[Any]], npt.NDArray[np.int64]]:
     """The columns of some lines, less the offsets, and the hash of each output path (lines, output fields).
 
-    This loop runs once a line of the whole manifest. It recognises good rows with few operations and leaves
-    everything else to ``check_line``; what it lets pass is exactly what that function accepts.
+    This loop runs once a line of the whole manifest. It recognises most good rows with few operations and passes
+    everything else to ``check_line``, so that it accepts exactly what that function accepts.
     """
     required = form.required
     num_outputs = len(form.outputs)
@@ -168,6 +168,7 @@ def _index_lines(lines: Sequence[bytes], form: RowForm) -> tuple[dict[str, npt.N
         if not text:
             states[number] = LineState.BLANK
         else:
+            # 1. The fast path: required fields are plain strings, and paths are normalised as they stand.
             row: Any = None
             try:
                 row = orjson.loads(text)
@@ -183,6 +184,7 @@ def _index_lines(lines: Sequence[bytes], form: RowForm) -> tuple[dict[str, npt.N
                 )
             except (orjson.JSONDecodeError, KeyError, TypeError):
                 plain = False
+            # 2. Everything else: the full check, whose reason is made again when the line is read.
             if plain:
                 key = values[0]
                 hashes = [_hash_path(path) for path in values[first_output:]]
@@ -196,6 +198,7 @@ def _index_lines(lines: Sequence[bytes], form: RowForm) -> tuple[dict[str, npt.N
                 except RefusedLine as refused:
                     states[number] = LineState.MALFORMED
                     key = refused.key
+        # 3. The columns.
         key_digests.append(no_key if key is None else hash_bytes(key.encode()))
         durations.append(duration if type(duration) is float or type(duration) is int else math.nan)
         output_hashes.extend(hashes)
@@ -229,7 +232,7 @@ class _Claims:
     """Who owns each name that may occur more than once, in the order of the lines.
 
     Names are known by a hash, and a hash may stand for several names, so a match is believed only after the owner's
-    line was read again. Owners lie in an array, as a manifest that somebody appended to itself has millions of them.
+    line was read again. Owners are in an array, as a manifest that was appended to itself has millions of them.
     """
 
     def __init__(self, num_hashes: int, same_name: Callable[[int, str], bool]) -> None:
@@ -267,6 +270,7 @@ def _find_duplicates(
     What is shared is 0 for the key and 1 + i for output field i. A row refused here owns nothing, so that the earlier
     line named is always one that is worked on.
     """
+    # 1. Candidates by hash: without any, which is the usual case, no line is read again.
     repeated_keys = _repeated(key_hashes[rows])
     repeated_outputs = _repeated(output_hashes[rows].ravel())
     if not len(repeated_keys) and not len(repeated_outputs):
@@ -274,6 +278,7 @@ def _find_duplicates(
     key_positions = _positions(key_hashes, repeated_keys)
     output_positions = _positions(output_hashes.ravel(), repeated_outputs).reshape(output_hashes.shape)
     candidates = np.flatnonzero(rows & ((key_positions >= 0) | (output_positions >= 0).any(axis=1)))
+    # 2. Their names, read again line by line: equal hashes may be of different names.
     keys = _Claims(len(repeated_keys), lambda line, name: names_of(line).key == name)
     outputs = _Claims(len(repeated_outputs), lambda line, name: name in names_of(line).outputs)
     found: list[npt.NDArray[np.int64]] = []
@@ -286,6 +291,7 @@ def _find_duplicates(
             if first is None:
                 first = outputs.owner(position, path)
                 shared = 1 + field
+        # 3. A line without an earlier owner of one of its names becomes their owner.
         if first is not None:
             found.append(np.array((line, shared, first), np.int64))
             continue
@@ -342,6 +348,7 @@ def _write_columns(stream: IO[bytes], path: Path, form: RowForm, folder: Path, r
     size = os.fstat(stream.fileno()).st_size
     start = len(_BYTE_ORDER_MARK) if stream.read(len(_BYTE_ORDER_MARK)) == _BYTE_ORDER_MARK else 0
     stream.seek(start)
+    # 1. One pass over the lines. Hashes of output paths are needed for duplicates only and not kept.
     columns = {name: _ColumnFile(folder, name, dtype) for name, dtype in _COLUMNS.items()}
     output_hashes = _ColumnFile(folder, "output_hashes", np.dtype(np.int64))
     report(0, size)
@@ -362,6 +369,7 @@ def _write_columns(stream: IO[bytes], path: Path, form: RowForm, folder: Path, r
     if not np.any(states != LineState.BLANK):
         raise RunError(f"manifest {path} is empty: it has blank lines only")
 
+    # 2. Duplicates, which only the hashes of all lines together show.
     def names_of(line: int) -> RowNames:
         begin, end = map(int, finished["offsets"][line : line + 2])
         text = os.pread(stream.fileno(), min(end - begin, MAX_LINE + 1), begin).strip()

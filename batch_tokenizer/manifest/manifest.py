@@ -92,8 +92,8 @@ class Manifest:
 
         Args:
             progress: called now and then with (bytes done, bytes in all) while the index is built, and with (0, bytes
-                in all) while another process builds it. An exception that it raises ends the opening and leaves
-                nothing behind.
+                in all) while another process builds it. An exception that it raises ends the opening, and no partial
+                index remains.
 
         Raises:
             RunError: the manifest is missing, not a file, not readable, without rows, or changes while it is read; or
@@ -123,7 +123,7 @@ class Manifest:
                         build_index(path, form, index, report)
             return cls(path, form, index)
         except (OSError, ValueError) as error:
-            raise RunError(f"index of the manifest in {index_dir}: {_words(error)}", exit_code=1) from error
+            raise RunError(f"index of the manifest in {index_dir}: {_cause(error)}", exit_code=1) from error
 
     def __len__(self) -> int:
         """Lines that are not blank: the rows that end as done or failed."""
@@ -221,7 +221,7 @@ class Manifest:
                     yield data[begin:end].removesuffix(b"\n")[: MAX_LINE + 1]
                 line = stop
         except OSError as error:
-            raise RunError(f"manifest {self.path}: {_words(error)}", exit_code=1) from error
+            raise RunError(f"manifest {self.path}: {_cause(error)}", exit_code=1) from error
 
 
 def _is_whole(index: Path) -> bool:
@@ -232,7 +232,7 @@ def _is_whole(index: Path) -> bool:
     return True
 
 
-def _words(error: OSError | ValueError) -> str:
+def _cause(error: OSError | ValueError) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
@@ -241,4 +241,4 @@ def _unreadable(path: Path, error: OSError | ValueError) -> RunError:
         return RunError(f"manifest {path} does not exist")
     if isinstance(error, IsADirectoryError):
         return RunError(f"manifest {path} is a folder: --data_list wants the JSON-lines file")
-    return RunError(f"manifest {path} cannot be read: {_words(error)}")
+    return RunError(f"manifest {path} cannot be read: {_cause(error)}")

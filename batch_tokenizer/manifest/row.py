@@ -15,7 +15,7 @@ from batch_tokenizer.storage.json_lines import parse_json
 #: Longest line in bytes, without its line end. A longer one fails instead of filling the memory.
 MAX_LINE = 16 * 2**20
 
-#: A field in which whoever wrote the line says why it is no row. It counts where a required field is missing.
+#: Field with the reason why a source refused a line. It counts only where a required field is missing.
 REFUSED = "__refused__"
 
 

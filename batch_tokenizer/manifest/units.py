@@ -9,9 +9,7 @@ import numpy.typing as npt
 
 from batch_tokenizer.manifest.manifest import Manifest
 from batch_tokenizer.manifest.row import LineState
-from batch_tokenizer.records import (
-    RunError,
-)
+from batch_tokenizer.records import RunError
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +83,7 @@ def plan_units(
             ``num_shards`` only, never on ``world_size`` or ``pending``: jobs that do not know of each other agree on
             it.
         pending: bool (num_lines,), the lines still to do, the same in every process of the job; None means all that
-            are not blank. A unit may enclose lines that are not pending. The caller leaves them out.
+            are not blank. A unit may enclose lines that are not pending, which the caller skips.
 
     Raises:
         RunError: ``pending`` was made for another state of the manifest (exit code 1).
@@ -100,21 +98,23 @@ def plan_units(
     if not len(lines):
         return Units(np.empty(0, np.int64), np.empty(0, np.int64))
 
-    # A refused line costs nothing, whatever its duration; it is known to be short.
+    # 1. What each line costs. A refused one costs nothing, whatever its duration.
     seconds = np.where(manifest.states[lines] == LineState.ROW, manifest.durations[lines], 0.0).astype(np.float64)
     shares = world_size * _UNITS_PER_PROCESS
     most_rows = max(1, min(_UNIT_ROWS, len(lines) // shares))
     most_seconds = max(1e-3, min(_UNIT_SECONDS, float(np.nansum(seconds)) / shares or _UNIT_SECONDS))
-    # A row weighs its share of a full unit, by count or by seconds; a unit ends where the running sum passes a whole
-    # number. Integers, as rounding must not let one row too many into a unit.
+    # 2. Cut where a unit is full: a row weighs its share of a full unit, by count or by seconds, and a unit ends where
+    #    the running sum passes a whole number. Integers, as rounding must not let one row too many into a unit.
     weights = np.fmin(np.nan_to_num(seconds / most_seconds), 1.0) * _WEIGHT_ONE
     weights = np.maximum(weights.astype(np.int64), -(-_WEIGHT_ONE // most_rows))
     number = (np.cumsum(weights) - weights) // _WEIGHT_ONE
+    # 3. Cut also at long runs of finished lines, and where the next block belongs to another shard.
     cuts = (np.diff(number) != 0) | (np.diff(lines) > _UNIT_GAP)
     if blocks is not None:
         cuts |= np.diff(blocks) != 0
     first = np.concatenate(([0], np.flatnonzero(cuts) + 1))
     last = np.concatenate((first[1:], [len(lines)])) - 1
+    # 4. Longest first; a unit with a row of unknown duration sums to NaN and counts as longest.
     total = np.add.reduceat(seconds, first)
     order = np.argsort(-np.where(np.isnan(total), np.inf, total), kind="stable")
     return Units(lines[first][order], lines[last][order] + 1)

@@ -16,8 +16,8 @@ from batch_tokenizer.runtime.work_queue import WorkQueue
 class ClaimedRows:
     """Rows of the units that this process claims, one unit after the other, and how many it should hold.
 
-    A process that held many rows while few are left would keep them from the others, and if it is slow, all wait for
-    it. So its limit shrinks with what nobody has claimed yet.
+    Near the end, rows that one process holds are rows that the others cannot take, and if it is slow, all wait for it.
+    So the limit shrinks with the number of unclaimed rows.
 
     Args:
         todo: bool (num_lines,), the manifest's lines that are to be done; others are left out.
@@ -41,9 +41,12 @@ class ClaimedRows:
             yield from (item for item in self._manifest.read(*self._units[unit]) if self._todo[item.line])
 
     def prefetch_limit(self, most: int) -> int:
-        """Rows to load ahead, or to gather for a batch: ``most`` while many are left, then a sixteenth of an even share
-        of those that nobody has claimed, so that a process ten times slower than the others can still be done with
-        them when the others are; never less than a quarter of a unit, as small batches cost time too."""
+        """Rows to load ahead, or to gather for a batch.
+
+        ``most`` while many rows are unclaimed, then a sixteenth of an even share of the unclaimed ones, so that a
+        process ten times slower than the others is done with them when the others are. Never less than a quarter of a
+        unit, as small batches cost time too.
+        """
         if self._world_size == 1:
             return most
         return min(most, max(self._least, int(self._rows_left[self._next_unit]) // (16 * self._world_size)))

@@ -62,6 +62,7 @@ class LongRows:
     def unfold(self, loaded: LoadedRow) -> Iterator[tuple[LoadedRow, CodecStream | None]]:
         """What the codec can be given now that ``loaded`` has come from the loader: the row itself, or pieces of long
         rows; and the stream that a piece of a streamed row goes through, alone and in its turn."""
+        # 1. A long row, not computed yet. Its audio is loaded piece by piece, when its turn comes.
         if loaded.pieces is not None:
             if loaded.codes is None:
                 self._waiting.append(loaded)
@@ -73,8 +74,10 @@ class LongRows:
                 if self._stop.requested or _id(piece.row) not in self._rows:
                     return
                 yield piece, long.stream
+        # 2. A row that fits in one pass.
         elif loaded.row.piece is None:
             yield loaded, None
+        # 3. A piece of a long row, whose next piece takes its place in the loader. Pieces of failed rows are dropped.
         elif _id(loaded.row) in self._rows:
             long = self._rows[_id(loaded.row)]
             self._load(long, 1)
@@ -208,6 +211,7 @@ class _LongRow:
         return window(self._pieces.frames, number, context)
 
     def _keep(self, number: int, samples: Samples) -> None:
+        # Segments are exactly as long as their input; windows fade into their neighbours; a stream's parts just follow.
         begin, end = (self._output(place) for place in self._pieces.samples[number : number + 2])
         if self._pieces.kind == "stream":
             self._samples.add(begin, samples)
@@ -266,6 +270,7 @@ class _SampleFile:
             self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 - lives as long as the row
         samples = np.ascontiguousarray(samples.T).reshape(-1)
         self._file.seek(_SAMPLE_BYTES * self._channels * place)
+        # Where windows overlap, the fade-out of the one before is there already, and sums with this fade-in to one.
         there = np.frombuffer(self._file.read(samples.nbytes), np.float32)
         if len(there):
             samples = samples.copy()

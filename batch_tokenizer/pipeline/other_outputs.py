@@ -1,4 +1,4 @@
-"""Outputs that are there before a run writes its own: whether another run, with other settings, made them."""
+"""Whether outputs of another run, with other settings, are in the place of a run's own."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ROWS_SAMPLED, _FILES_READ = 64, 4
 
 
 def warn_of_other_outputs(manifest: Manifest, status: npt.NDArray[np.uint8], run_info: Mapping[str, Any]) -> None:
-    """Log a warning if pending rows have outputs that were made with other settings than this run's.
+    """Log a warning if pending rows have outputs of a run with other settings.
 
     Each of the two runs ends well, but the files hold a mixture of both.
 

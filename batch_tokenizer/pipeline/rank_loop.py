@@ -112,15 +112,18 @@ class RankLoop:
             self.claimed, self.loader, self.long_rows, self.stop, self.progress, most_ahead, on_failure=self._end
         )
         for ready in feed:
+            # 1. Live quality may end the run, between batches.
             if self.quality is not None:
                 self.quality.check()
             if ready is None:  # nothing to begin, so there is time to wait for the device
                 self._finish_batch()
                 continue
+            # 2. A piece of a streamed row goes alone, as its stream keeps the state from piece to piece.
             loaded, stream = ready
             if stream is not None:
                 self._compute(Batch((loaded,)), stream)
                 continue
+            # 3. Other rows gather in batches.
             held += 1
             packer.frame_budget = self._packed_frames  # it shrinks after a batch that did not fit
             batches = packer.add(loaded)
@@ -130,6 +133,7 @@ class RankLoop:
             for batch in batches:
                 held -= len(batch.rows)
                 self._compute(batch)
+        # 4. The last, partly filled batches; after a stop signal as far as the grace time goes.
         for batch in packer.flush():
             if self.stop.seconds_since <= self.config.grace:
                 self._compute(batch)
@@ -141,7 +145,7 @@ class RankLoop:
         return max(1, self.codec.frame_budget * 15 // 16)
 
     def _seconds_left(self) -> float | None:
-        """Seconds that the grace time still allows, at least two; None when nobody asked to stop."""
+        """Seconds that the grace time still allows, at least two; None before a stop signal."""
         return max(2.0, self.config.grace - self.stop.seconds_since) if self.stop.requested else None
 
     # --------------------------------------------------------------------------------------------------------- codec
@@ -154,6 +158,7 @@ class RankLoop:
             begun = self._begin(batch) if ahead else None
             outputs = None if ahead else self._encode_decode(batch, stream or self.codec)
         except RowError as error:
+            # The batch before it, which the device still holds, may have taken the memory: it is finished first.
             self._finish_batch()
             self._compute_halves(batch, error)
             return

@@ -65,13 +65,14 @@ class RowFeed:
 
         A submission wakes the loader's thread, which for each single row would cost more than reading the row.
         """
+        # 1. Not yet, if so little is missing that the next submission can bring more.
         pending = self.loader.pending
         limit = self.claimed.prefetch_limit(self.most_ahead)
         if limit - pending < min(16, (limit + 3) // 4):
             return True
+        # 2. Fill up. Claiming a unit lowers the limit, so it is asked for each row.
         rows: list[ManifestRow] = []
         more = True
-        # Claiming a unit lowers the limit.
         while more and pending + len(rows) < self.claimed.prefetch_limit(self.most_ahead) and not self.stop.requested:
             item = next(source, None)
             if item is None:

@@ -133,6 +133,7 @@ def _await_others(folder: RunFolder, stop: StopRequest) -> None:
             status = ranks.get(rank)
             if status is not None and status.state in ("finished", "interrupted"):
                 continue
+            # Any change of its status file is a sign of life; clocks of machines are not compared.
             if rank not in last_seen or last_seen[rank][0] != status:
                 last_seen[rank] = status, now
             waiting |= now - last_seen[rank][1] < (_STARTING_SECONDS if status is None else _SILENT_SECONDS)
@@ -148,6 +149,7 @@ def _job_status(folder: RunFolder) -> JobStatus:
 
 def _summarize(context: RunContext, folder: RunFolder, manifest: Manifest) -> int:
     """Rank 0, when the job's rows have ended: writes failures and summary; returns the exit status."""
+    # 1. The ledger once more, which now has the rows of all ranks.
     config = context.config
     state = read_ledger(folder.path, manifest)
     failures = write_failures(folder.path, manifest, state)
@@ -170,6 +172,7 @@ def _summarize(context: RunContext, folder: RunFolder, manifest: Manifest) -> in
         "data_list": typed(config.data_list),
         "model_path": config.model_path,
     }
+    # 2. The same to a file and to the terminal.
     folder.write_summary(summary)
     print(
         f"{state.num_done} rows done, {state.num_failed} failed, {state.num_pending} to do\n"
@@ -179,7 +182,8 @@ def _summarize(context: RunContext, folder: RunFolder, manifest: Manifest) -> in
         + f"\nfailures: {failures}",
         flush=True,
     )
+    # 3. The exit status.
     if left := np.count_nonzero(state.pending & in_shard(manifest, config.num_shards, config.shard)):
-        log.error("%d rows are neither done nor failed, as another rank went away; start the same command again", left)
+        log.error("%d rows are neither done nor failed, as a rank ended early; start the same command again", left)
         return 1
     return 1 if config.too_many_failed(state.num_failed, state.num_done + state.num_failed) else 0

@@ -56,7 +56,7 @@ def open_context(config: RunConfig) -> Iterator[RunContext]:
     if not processes.is_main:
         logging.getLogger().setLevel(logging.WARNING)
     announcement = (
-        f"finishing the batches in progress, at most {config.grace:g} s (--grace); a second signal leaves at once"
+        f"finishing the batches in progress, at most {config.grace:g} s (--grace); a second signal stops at once"
     )
     with StopRequest(announcement if processes.is_main else None) as stop:
         yield RunContext.prepare(config, processes, stop, started)
@@ -96,6 +96,7 @@ class RunContext:
         Raises:
             RunError: the checkpoint or the device is not what was asked for.
         """
+        # 1. Checkpoint, device and number format. No weights are read yet, so a wrong flag fails within seconds.
         codec = codec or CodecSetup.open(
             Checkpoint.open(config.model_path), device=config.device, dtype=config.dtype, front_end=config.front_end,
             attention=config.attention, options=config.codec_options, local_rank=processes.local_rank,
@@ -105,6 +106,7 @@ class RunContext:
         if config.num_quantizers is not None and config.num_quantizers > most:
             raise RunError(f"--num_quantizers {config.num_quantizers}: this checkpoint has {most} codebooks")
         context = cls(config, processes, codec, config.num_quantizers or most, stop, started)
+        # 2. Say what will be computed with, which is also what the outputs' ``info`` says.
         limit = context.limit
         log.info("batch_tokenizer %s: %s, rank 0 of %d (%s)",
                  __version__, config.task, processes.world_size, processes.launcher)  # fmt: skip

@@ -1,7 +1,7 @@
 """``evaluate``: originals against reconstructions, an utterance at a time and on average.
 
-Results are kept in a folder as they come, so that a command that was stopped goes on where it was: what has a line is
-not scored again.
+Results are appended to files as they come, so that a stopped command can be resumed: what has a line is not scored
+again.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""``LiveQuality``: looks at some rows while a run goes, so that a wrong sample rate, a clipped corpus or a broken
+"""``LiveQuality``: scores some rows during a run, so that a wrong sample rate, a clipped corpus or a broken
 checkpoint shows in its first minute.
 
 Rows that were written are offered from any thread; a few are scored in one thread beside the run, with metrics that
-cost little, and a line is logged for each. Offering never waits: what comes while a row is being scored is passed over.
-Trouble with scoring is logged and ends the scoring, not the run; only a threshold that somebody asked for ends a run.
+cost little, and a line is logged for each. Offering never waits: rows that come while one is being scored are skipped.
+Errors while scoring are logged and end the scoring, not the run; only ``--stop_below`` ends a run.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class LiveQuality:
             except RowError as error:
                 log.warning("quality of row %s: %s", result.row.key, error.reason)
             except Exception:
-                log.exception("quality is not looked at any more; the run goes on")
+                log.exception("scoring failed and ends here; the run continues")
                 return
 
     def _score(self, scorer: Scorer, result: TokenizedRow) -> None:
@@ -118,7 +118,7 @@ class LiveQuality:
         made = resample(mono[None], self._output_rate, self._sample_rate, "soxr")[0]
         reference, (reconstruction,) = align(original, [made], self._sample_rate)
         scores = scorer.score(reference, reconstruction)
-        log.info("quality of row %s: %s", result.row.key, in_words(scores))
+        log.info("quality of row %s: %s", result.row.key, score_line(scores))
         for name, least in self._stop_below.items():
             if name not in scores.values:
                 continue
@@ -132,7 +132,7 @@ class LiveQuality:
                 )
 
 
-def in_words(scores: Scores) -> str:
+def score_line(scores: Scores) -> str:
     """The scores in one line."""
     parts = []
     for name, about in METRICS.items():

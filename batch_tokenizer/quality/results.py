@@ -1,4 +1,4 @@
-"""``ResultsFolder``: what ``evaluate`` keeps on disk, written so that a command that was killed goes on where it was.
+"""``ResultsFolder``: what ``evaluate`` keeps on disk, written so that a command that was killed can be resumed.
 
 settings.json       what all results in the folder have in common
 utterances.jsonl    a line an utterance and number of codebooks, also ``utterances.parquet`` where pyarrow is there
@@ -35,7 +35,7 @@ class ResultsFolder:
         self._tokens = path / "tokens.jsonl"
 
     def open(self, settings: Mapping[str, Any], *, overwrite: bool) -> None:
-        """Make the folder, or join one whose results were made with equal settings.
+        """Make the folder, or open one whose results have equal settings.
 
         Args:
             overwrite: discard results of other settings.

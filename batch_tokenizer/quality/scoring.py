@@ -107,7 +107,7 @@ def score_utterances(
             yield from (future.result() for future in done)
     except BrokenProcessPool as error:
         raise RunError(
-            "a scoring process died, perhaps for want of memory: start the same command again with fewer --workers, "
+            "a scoring process died (out of memory?): start the same command again with fewer --workers, "
             "what is scored is kept",
             exit_code=1,
         ) from error

@@ -40,7 +40,7 @@ class Source:
         sample_rate: Hz, of the comparison.
         resampler: how originals reach it.
         codec: decodes (and without a run, encodes); None where the run's own audio is scored.
-        info: of the codec, where its checkpoint is at hand.
+        info: of the codec, where its checkpoint is available.
     """
 
     manifest: Manifest
@@ -124,6 +124,7 @@ def open_source(
             check_num_quantizers(num_quantizers, info.num_codebooks),
             info.sample_rate, info.frame_rate, "reference", encoder, info, info.fingerprint,
         )  # fmt: skip
+    # A run's outputs. A codec is needed only where audio has to be decoded from the run's tokens.
     run = FinishedRun.open(run_dir)
     settings = run.settings
     manifest = run.manifest(data_list)
@@ -137,7 +138,7 @@ def open_source(
         known = codec.info
         if known.fingerprint != settings["fingerprint"]:
             raise RunError(
-                f"{run_dir} was made with fingerprint {settings['fingerprint']}, {known.name} has {known.fingerprint}: "
+                f"{run_dir} has fingerprint {settings['fingerprint']}, {known.name} has {known.fingerprint}: "
                 "pass the run's checkpoint with --model_path"
             )
     else:
@@ -149,7 +150,7 @@ def open_source(
 
 
 def _info_if_here(model_path: str | None, fingerprint: str) -> CodecInfo | None:
-    """The codec's numbers, if its checkpoint is at hand; only the sizes of its codebooks depend on it."""
+    """The codec's ``info``, if its checkpoint is available; without it only the sizes of codebooks are unknown."""
     try:
         info = open_spec(model_path).info
     except RunError as error:

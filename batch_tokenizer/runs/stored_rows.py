@@ -150,8 +150,8 @@ def _tar_row(name: str, group: _Group) -> StoredRow:
             raise RowError("load", f"{name}: {group.base}.json is not JSON: {error}") from error
         if not isinstance(info, dict):
             raise RowError("load", f"{name}: {group.base}.json is no object")
-    said = info.get("key")
-    key = said if isinstance(said, str) and member_name(said) == group.base else group.base
+    stated = info.get("key")
+    key = stated if isinstance(stated, str) and member_name(stated) == group.base else group.base
     codes = None
     for ending in _TOKENS:
         if ending in members:

@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 def bind_to_numa_node(device: torch.device, num_ranks: int) -> None:
-    """Leaves this process the cores of its GPU's NUMA node, by accelerate's ``set_numa_affinity``.
+    """Binds this process to the cores of its GPU's NUMA node, by accelerate's ``set_numa_affinity``.
 
     Cores that the process may not use stay out of reach, and nothing changes where the node would give this rank fewer
     cores than its share of the machine, as with the GPUs of all ranks on one of two nodes.
@@ -35,7 +35,7 @@ def bind_to_numa_node(device: torch.device, num_ranks: int) -> None:
     beside = sum(_numa_node(rank % num_gpus) == node for rank in range(num_ranks))
     allowed = os.sched_getaffinity(0)
     try:
-        # 1. NVML counts all GPUs of the machine, CUDA those that CUDA_VISIBLE_DEVICES leaves.
+        # 1. NVML counts all GPUs of the machine, CUDA only those in CUDA_VISIBLE_DEVICES.
         pynvml.nvmlInit()
         uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
         set_numa_affinity(pynvml.nvmlDeviceGetIndex(pynvml.nvmlDeviceGetHandleByUUID(uuid)))
@@ -43,7 +43,7 @@ def bind_to_numa_node(device: torch.device, num_ranks: int) -> None:
         os.sched_setaffinity(0, allowed)
         log.info("not bound to the cores beside %s: %s", device, first_line(error))
         return
-    # 2. It sets the node's cores whatever the process was allowed before.
+    # 2. It sets all cores of the node, also those that this process was not allowed before.
     cores = os.sched_getaffinity(0) & allowed
     if len(cores) // beside < len(allowed) // num_ranks:
         os.sched_setaffinity(0, allowed)
@@ -54,7 +54,7 @@ def bind_to_numa_node(device: torch.device, num_ranks: int) -> None:
 
 
 def _numa_node(gpu: int) -> int | None:
-    """The NUMA node of a CUDA device; None where the machine has one, or the system does not tell."""
+    """The NUMA node of a CUDA device; None where the machine has a single node, or the system does not say."""
     properties: Any = torch.cuda.get_device_properties(gpu)  # its declared type lacks what it has
     address = f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
     try:

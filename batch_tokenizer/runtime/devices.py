@@ -68,6 +68,7 @@ def choose_device(
     Raises:
         RunError: CUDA was asked for and there is none, the driver is too old, or a GPU cannot be used.
     """
+    # 1. CUDA or not. A driver without a usable GPU is an error, or a whole cluster would compute on its CPUs.
     gpus = torch.cuda.device_count()
     driver = nvidia_driver()
     if gpus == 0 and driver is not None and device != "cpu":
@@ -80,6 +81,7 @@ def choose_device(
         raise RunError("--device cuda: torch sees no CUDA device here; use --device cpu, or check the driver")
     on_cuda = device == "cuda" or (device == "auto" and gpus > 0)
     chosen = torch.device("cuda", local_rank % gpus) if on_cuda else torch.device("cpu")
+    # 2. The GPU must compute, now and not after an hour of listing.
     if on_cuda:
         try:
             torch.cuda.set_device(chosen)
@@ -96,6 +98,7 @@ def choose_device(
         _compute_in_float32()
     else:
         what = "cpu (no CUDA device)" if device == "auto" else "cpu (asked for)"
+    # 3. The number format, and this rank's share of the cores.
     if dtype == "auto":
         number_format = _DTYPES[cuda_dtype] if on_cuda else torch.float32
     else:

@@ -64,7 +64,7 @@ def agree_on_environment(
             reason = f"run folder {folder.path}: {'; '.join(differing)}: 16-bit tokens may differ in some bits"
             if not allow_mixed:
                 raise RunError(
-                    f"{reason}. Use the same GPUs (TORCHDYNAMO_DISABLE=1 leaves compiling out on all), another "
+                    f"{reason}. Use the same GPUs (TORCHDYNAMO_DISABLE=1 turns compiling off), another "
                     "--run_dir, or --allow_mixed_devices",
                     exit_code=1,
                 )

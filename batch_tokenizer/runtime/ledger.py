@@ -265,6 +265,7 @@ def iter_failures(run_dir: Path, manifest: Manifest, state: LedgerState) -> Iter
     Raises:
         RunError: a ledger file cannot be read (exit code 1).
     """
+    # 1. Where the entries are that decided. Entries themselves would be too many to hold.
     matcher = _Matcher(manifest)
     paths: list[Path] = []
     places: list[npt.NDArray[np.int64]] = []  # rows of (manifest line, number in paths, first byte, bytes)
@@ -282,6 +283,7 @@ def iter_failures(run_dir: Path, manifest: Manifest, state: LedgerState) -> Iter
         paths.append(block.file.path)
     if not places:
         return
+    # 2. Read them again one by one, in the order of the manifest; the first of several for a line.
     table = np.concatenate(places)
     _, first = np.unique(table[:, 0], return_index=True)
     for line, number, start, length in table[first].tolist():

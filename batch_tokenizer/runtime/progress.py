@@ -41,7 +41,7 @@ class RankStatus:
         rows_done, rows_failed: rows that this process ended in this attempt.
         audio_seconds: audio of the rows done.
         stage_seconds: seconds spent a stage (load, encode, decode, write), summed over its threads and workers.
-        elapsed: seconds since the process started, on a clock that nobody can set.
+        elapsed: seconds since the process started, by the monotonic clock.
         started, updated: seconds since 1970 by the machine's clock, for people.
         rows_total, rows_done_before, rows_failed_before: of the job's shard, when the attempt began; the same in all
         ranks.
@@ -271,7 +271,7 @@ class ProgressReporter:
     def _show(self) -> None:
         job = read_status(self._run_dir, self._fixed["attempt"])
         ended = job.rows_done + job.rows_failed
-        # Whoever read the stream may have gone away, which is no reason to stop.
+        # The stream may be a pipe whose reader has ended, which is no reason to stop.
         with suppress(OSError):
             if self._bar is not None:
                 self._bar.n = ended

@@ -1,7 +1,7 @@
 """Messages from rank 0 to the other ranks of its job: the attempt's number, and that the resume state is there.
 
 Under torchrun they go through its store, under srun through small files in the run folder. Ranks wait for a message
-with a time limit; rank 0 waits for nobody.
+with a time limit; rank 0 does not wait.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class StoreChannel(RankChannel):
     """Through torchrun's store, which outlives restarts of the ranks.
 
     A restarted rank must not receive the first message of a rank 0 that is dead, and nothing in its environment tells
-    the restarts apart: machines count them differently. So it leaves a question with a name that nobody used before,
-    and only a living rank 0 answers it, from a thread that looks for questions as long as the channel is open.
+    the restarts apart: machines count them differently. So it stores a request under a new, unique name, and only a
+    living rank 0 answers it, from a thread that looks for requests as long as the channel is open.
     """
 
     _LOOK_SECONDS = 0.2
@@ -61,7 +61,7 @@ class StoreChannel(RankChannel):
         self._thread: threading.Thread | None = None
 
     def broadcast(self, name: str, message: bytes) -> None:
-        """Stores the message; the first one is given to those who ask."""
+        """Stores the message; the first one is sent to each rank that requests it."""
         if name != FIRST:
             self._store.set(f"{self._prefix}/{name}", message)
             return
@@ -74,23 +74,23 @@ class StoreChannel(RankChannel):
         answered: set[str] = set()
         try:
             while not self._closed.is_set():
-                for question in (store.get(f"{self._prefix}/questions") or b"").decode().split():
-                    if question not in answered:
-                        store.set(f"{self._prefix}/answer/{question}", message)
-                        answered.add(question)
+                for request in (store.get(f"{self._prefix}/requests") or b"").decode().split():
+                    if request not in answered:
+                        store.set(f"{self._prefix}/answer/{request}", message)
+                        answered.add(request)
                 if store.add(self._received_key(message), 0) >= self._world_size - 1:
                     self._all_received.set()
                 self._closed.wait(self._LOOK_SECONDS)
         except RunError:
-            self._all_received.set()  # the store is gone: nobody can ask any more, and the next claim of work fails
+            self._all_received.set()  # the store has ended: no more requests come, and the next claim of work fails
 
     def receive(self, name: str, timeout: float, idle: Callable[[], None]) -> bytes | None:
-        """Waits for the stored message, or for the answer of the rank 0 that is alive now."""
+        """Waits for the stored message, or for the answer of the present rank 0."""
         if name != FIRST:
             return self._store.wait(f"{self._prefix}/{name}", timeout, idle)
-        question = uuid.uuid4().hex
-        self._store.append(f"{self._prefix}/questions", question + "\n")
-        message = self._store.wait(f"{self._prefix}/answer/{question}", timeout, idle)
+        request = uuid.uuid4().hex
+        self._store.append(f"{self._prefix}/requests", request + "\n")
+        message = self._store.wait(f"{self._prefix}/answer/{request}", timeout, idle)
         if message is not None:
             self._store.add(self._received_key(message), 1)
         return message

@@ -47,7 +47,7 @@ from batch_tokenizer.storage.file_lock import FileLock, exclusive_lock
 
 logger = logging.getLogger(__name__)
 
-#: Rank 0 of a restarted job may start a moment before its killed predecessor's loader processes are gone.
+#: Rank 0 of a restarted job may start a moment before its killed predecessor has ended.
 _LOCK_SECONDS = 10.0
 #: A shared file system may show a new file to other machines late.
 _VISIBLE_SECONDS = 60.0
@@ -61,7 +61,7 @@ class RunFolder:
         processes: this process and its job.
         num_shards, shard: the part of the manifest that the job does.
         attempt: number of this start of the job, unique in the folder and greater than those before it.
-        attempt_id: the number with a random part, for names that nobody else uses.
+        attempt_id: the number with a random part, for unique names.
         manifest: in ranks other than 0, what rank 0 shared.
     """
 
@@ -142,7 +142,7 @@ class RunFolder:
     def _try_to_begin(self, settings: Mapping[str, Any], overwrite: bool) -> str | None:
         """Take the lock, agree on settings and draw an attempt, in one step; or return who holds the lock."""
         with self.exclusive_lock():
-            # 1. Nobody may work on the folder divided otherwise, nor on this part of it.
+            # 1. No job may work on the folder with another number of shards, nor on this shard.
             for other in self._other_locks():
                 if not other.path.name.endswith(f"-of-{self.num_shards}") and (holder := _holder(other)):
                     return f"{holder}, which divides it into another number of shards"
@@ -150,7 +150,7 @@ class RunFolder:
                 return _read_holder(self._lock.path)
             # 2. Settings are compared, or written, before anything else is.
             self._agree_on_settings(settings, overwrite)
-            # 3. From here on the attempt has a number, and the lock's file says so to those who find it taken.
+            # 3. Number the attempt, and write it into the lock's file, for the message of jobs that find it taken.
             self._draw_attempt()
         return None
 
@@ -175,24 +175,25 @@ class RunFolder:
                 raise RunError(f"--overwrite: run folder {self.path} is in use by {holder}", exit_code=1)
 
     def _agree_on_settings(self, settings: Mapping[str, Any], overwrite: bool) -> None:
-        # With --overwrite, a folder of another version is discarded like one with other settings.
+        # 1. What the folder has. With --overwrite, one of another version is discarded like one with other settings.
         content = read_run(self.path) if overwrite else None
         other = other_version(content) if content is not None else None
         before = {} if other else read_settings(self.path)
         if before is None and not any((self.path / "ledger").iterdir()):
             write_run(self.path, settings)
             return
-        # A start that failed before any row was done binds nobody, neither to its settings nor to its device.
+        # 2. A start that failed before any row was done fixes neither settings nor device.
         unused = before is not None and not other and not self._is_shared() and not has_done_rows(self.path)
         if unused:
             self._remove(("environments.json",))
+        # 3. Equal settings resume; others are refused, or, with --overwrite, what the folder has is removed.
         differences = [f"it is of {other}"] if other else setting_differences(before or {}, settings)
         if not differences:
             return
         if not overwrite and not unused:
             raise RunError(
-                f"run folder {self.path} was made with other settings: {'; '.join(differences)}. "
-                "Use the settings it was made with, another --run_dir, or --overwrite to discard what it holds"
+                f"run folder {self.path} is of a run with other settings: {'; '.join(differences)}. "
+                "Use the same settings, another --run_dir, or --overwrite to discard what it holds"
             )
         self._refuse_living_jobs()
         if unused:
@@ -308,7 +309,7 @@ class RunFolder:
             message = self._receive(self._resume_message, timeout, idle)
             self.manifest = Path(message["manifest"]) if message.get("manifest") else None
             deadline = time.monotonic() + _VISIBLE_SECONDS
-            # Where it was listed a moment ago. If it is not there at all, whoever opens it has the better message.
+            # Rank 0 listed it a moment ago. If it stays missing, opening it raises the better message.
             while self.manifest is not None and not self.manifest.exists() and time.monotonic() < deadline:
                 idle()
                 time.sleep(0.5)
@@ -325,7 +326,7 @@ class RunFolder:
 
     def _receive(self, name: str, timeout: float, idle: Callable[[], None]) -> dict[str, Any]:
         if self._channel is None:
-            raise ValueError("a process alone has nobody to wait for")
+            raise ValueError("a job of one process has no rank 0 to wait for")
         message = self._channel.receive(name, timeout, idle)
         if message is None:
             raise RunError(f"no message from rank 0 within {timeout:.0f} seconds: look at its log", exit_code=1)
@@ -394,7 +395,7 @@ class RunFolder:
 
 
 def _holder(lock: FileLock) -> str | None:
-    """Who holds a lock of another shard; None if nobody does. Called under the folder's lock only."""
+    """Which job holds the lock of another shard, or None. Called under the folder's lock only."""
     if lock.acquire():
         lock.release()
         return None

@@ -5,7 +5,7 @@ lines aside; rename the shard into the output folder; rename the lines into the 
 ``writers/shard_recovery.py`` turns whatever a kill between two of these steps left into one of two states, both of them
 whole: the shard is there and its rows are done, or neither.
 
-Both files and their folders are synced to the disk, so that no power loss leaves lines of a shard that is torn.
+Both files and their folders are synced to the disk, so that after a power loss no torn shard has ledger lines.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Being asked to stop: SIGTERM (Slurm, torchrun), SIGUSR1 (Slurm's warning before the time limit), SIGINT (Ctrl-C).
 
-The first signal prints one line and leaves a note, which the rank loop reads between batches; what is in flight is
-finished. A second signal aborts at once, by ``Aborted``.
+The first signal prints one line and is recorded; the rank loop checks for it between batches and finishes what is in
+flight. A second signal aborts at once, by ``Aborted``.
 """
 
 from __future__ import annotations

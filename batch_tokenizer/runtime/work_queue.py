@@ -1,4 +1,4 @@
-"""Which process does which unit of work. Nobody waits for anybody: there are no collectives here.
+"""Which process does which unit of work. No process waits for another: there are no collectives here.
 
 Under torchrun, units are handed out one at a time by a counter in torchrun's own store, so a slow process takes fewer
 and a dead one none. Processes of plain srun share no store, and a counter in a file needs locks that parallel file
@@ -33,7 +33,7 @@ class Store:
     """A client of torchrun's store. Methods may be called from several threads.
 
     Raises:
-        RunError: from any method and at the start, with exit code 1: the store is gone.
+        RunError: from any method and at the start, with exit code 1: the store cannot be reached.
     """
 
     def __init__(self, processes: ProcessGroup, idle: Callable[[], None] = no_idle) -> None:
@@ -75,8 +75,8 @@ class Store:
 
     def _failure(self, error: Exception) -> RunError:
         return RunError(
-            f"torchrun's store at {self._address} is gone ({first_line(error)}): start the same command again to "
-            "resume",
+            f"torchrun's store at {self._address} cannot be reached ({first_line(error)}): start the same command "
+            "again to resume",
             exit_code=1,
         )
 
@@ -121,7 +121,7 @@ class WorkQueue:
     """The units 0 .. num_units - 1 of one attempt, each given to exactly one process of the job."""
 
     def __init__(self, num_units: int, next_unit: Callable[[], int]) -> None:
-        """``next_unit`` yields rising numbers that no other process gets. ``WorkQueue.open`` is the way in."""
+        """``next_unit`` yields rising numbers that no other process gets. Use ``WorkQueue.open``."""
         self._num_units = num_units
         self._next_unit = next_unit
         self._exhausted = False
@@ -137,7 +137,7 @@ class WorkQueue:
             idle: called while waiting for the launcher's store; an exception of its ends the wait.
 
         Raises:
-            RunError: the launcher's store is gone (exit code 1).
+            RunError: the launcher's store cannot be reached (exit code 1).
         """
         if processes.world_size == 1:
             return cls(num_units, count().__next__)
@@ -150,7 +150,7 @@ class WorkQueue:
         """The next unit for this process, or None when all are claimed.
 
         Raises:
-            RunError: the launcher's store is gone (exit code 1).
+            RunError: the launcher's store cannot be reached (exit code 1).
         """
         if self._exhausted:
             return None

@@ -35,7 +35,7 @@ def output_path(output_dir: str, key: str, ending: str) -> str:
     """Where a row's output goes.
 
     Args:
-        output_dir: a folder or a URL; put in front as it stands.
+        output_dir: a folder or a URL.
         ending: with its dot.
     """
     digest = blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
@@ -127,7 +127,7 @@ class Finisher:
     mirrored: bool = False
 
     def line(self, text: bytes) -> Iterator[bytes]:
-        """A line of somebody's manifest to lines of ours, without line ends."""
+        """A line of any manifest to lines of ours, without line ends."""
         stripped = text.strip()
         row: Any = None
         if stripped and len(text) <= MAX_LINE:

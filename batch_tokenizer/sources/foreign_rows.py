@@ -52,6 +52,7 @@ def complete(row: dict[str, Any], field_name: str = "wav", base: str = "") -> di
     """
     if is_lhotse(row):
         return _from_lhotse(row)
+    # 1. Which field names the input, and the row's key.
     changed: dict[str, Any] = {}
     name = field_name
     if field_name == "wav" and "wav" not in row:
@@ -61,6 +62,7 @@ def complete(row: dict[str, Any], field_name: str = "wav", base: str = "") -> di
         path = path.get("path")
     key = next((row[name] for name in ("key", "id", "utt_id") if row.get(name) not in (None, "")), None)
     key = str(key) if type(key) is int else key
+    # 2. What has to change: the input's field, its folder, the key.
     if name != field_name:
         if not isinstance(path, str) or not path:
             raise Refused(f'field "{name}" is not a path', key if isinstance(key, str) else None)
@@ -76,6 +78,7 @@ def complete(row: dict[str, Any], field_name: str = "wav", base: str = "") -> di
         changed["key"] = key
     if not changed:
         return row
+    # 3. Key and input first, then the row's other fields in their order.
     first = {"key": changed.get("key", row.get("key")), field_name: changed.get(field_name, row.get(field_name))}
     rest = {other: value for other, value in row.items() if other != name or name == field_name}
     return {**{other: value for other, value in first.items() if value is not None}, **rest, **changed}
@@ -98,6 +101,7 @@ def _key_of(path: str, row: Mapping[str, Any]) -> str:
 
 def _from_lhotse(row: Mapping[str, Any]) -> dict[str, Any]:
     """A cut of one recording with one source, or such a recording as a whole."""
+    # 1. What cannot be one utterance of one file.
     key = row.get("id") if isinstance(row.get("id"), str) else None
     kind = row.get("type")
     if isinstance(row.get("tracks"), list) or kind in ("MixedCut", "PaddingCut"):
@@ -116,6 +120,7 @@ def _from_lhotse(row: Mapping[str, Any]) -> dict[str, Any]:
     ours: dict[str, Any] = {"key": key, "wav": source["source"]}
     if key is None:
         raise Refused('field "id" is missing')
+    # 2. Lhotse names channels; here they are counted in the order of the source.
     channels = source.get("channels")
     channel = None if whole else row.get("channel")
     if isinstance(channel, list):
@@ -126,6 +131,7 @@ def _from_lhotse(row: Mapping[str, Any]) -> dict[str, Any]:
         if channel not in channels:
             raise Refused(f"a Lhotse cut of channel {channel}, which its source does not have", key)
         ours["channel"] = channels.index(channel)
+    # 3. A cut of the whole recording needs no start.
     start, duration, length = row.get("start"), row.get("duration"), recording.get("duration")
     if whole or (not start and duration == length):
         ours["duration"] = duration

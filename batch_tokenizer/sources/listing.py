@@ -1,6 +1,6 @@
 """``local_manifest``: whatever ``--data_list`` names, as one local JSON-lines file.
 
-A JSON-lines file whose rows are complete is taken as it stands. Everything else is listed once into
+A JSON-lines file whose rows are complete is used directly. Everything else is listed once into
 ``FOLDER/source-IDENTITY.jsonl``, which is complete or not there. The identity is a hash of what the file depends on:
 the names, sizes and times of the inputs, and the settings that shape rows. So a later start finds the file again, and
 lists anew where a shard was added or replaced. The same inputs give the same lines, in the same order.
@@ -96,12 +96,13 @@ def local_manifest(
 
     Args:
         folder: where it is written, if it has to be; made if it is not there.
-        idle: called while waiting; an exception of its ends the listing and leaves nothing behind.
+        idle: called while waiting; an exception that it raises ends the listing, and no partial file remains.
 
     Raises:
         RunError: the inputs are not there or cannot be read, rows could have no outputs, or the folder cannot be
             written.
     """
+    # 1. One of our own manifests needs no listing.
     sources = find_sources(data_list)
     if len(sources) == 1 and sources[0].kind == "rows" and _is_ours(sources[0].location, settings):
         return Path(sources[0].location)
@@ -114,6 +115,7 @@ def local_manifest(
             f"--data_list {display_name(data_list)}: its rows name no outputs: "
             "give --output_dir, the folder that they go to"
         )
+    # 2. A listing of the same inputs and settings is used again; otherwise one process makes it, and others wait.
     try:
         path = folder / f"source-{_identity(sources, settings)}.jsonl"
         if path.exists():
@@ -129,7 +131,7 @@ def local_manifest(
 
 
 def _is_ours(location: str, settings: SourceSettings) -> bool:
-    """Whether a JSON-lines file can be taken as it stands. One that cannot be read is: the manifest has the words."""
+    """Whether a JSON-lines file can be used directly; also one that cannot be read, as the manifest reports that."""
     if is_url(location) or settings.changes_rows or _has_codes(location, settings):
         return False
     try:

@@ -185,7 +185,7 @@ def _first_lines(location: str) -> Iterator[str]:
         with open(location, "rb") as stream:
             head = stream.read(1 << 16)
     except OSError:
-        return  # whoever reads it will say why not
+        return  # reading it raises the reason
     for begin, what in _OTHER_FORMATS.items():
         if head.startswith(begin):
             raise RunError(f"--data_list {display_name(location)}: is {what}")

@@ -2,7 +2,7 @@
 
 The fields are untrusted: they may not say what the row is called, where its input lies or where its outputs go. Only a
 ``key`` from which the members' name was made, as in the tars that this package writes, is believed.
-``start``, ``end``, ``offset`` and ``channel`` speak of the recording that the file was once cut from, not of the file,
+``start``, ``end``, ``offset`` and ``channel`` refer to the recording that the file was cut from, not to the file,
 so they pass as ``original_start`` and so on.
 """
 

@@ -83,6 +83,7 @@ def tar_rows(location: str, field_name: str, note: Note) -> Iterator[dict[str, A
 
             try:
                 for member in walk(stream, note):
+                    # 1. Names that no row can have.
                     name = member.name
                     ending = name.rpartition(".")[2].lower()
                     if fault := _fault(name):
@@ -96,10 +97,12 @@ def tar_rows(location: str, field_name: str, note: Note) -> Iterator[dict[str, A
                         continue
                     prefix, lead = split[0], split[1].rpartition(".")[0]
                     suffix = f"{lead}.{ending}" if lead else ending
+                    # 2. Another name begins another group: the one before it is complete.
                     if prefix != group.prefix:
                         yield from rows()
                         usual = group.suffixes
                         group = _Group(prefix)
+                    # 3. The member becomes a row, or the text or JSON beside one; content is read of these alone.
                     latest = prefix, member
                     if ending in endings:
                         group.suffixes.add(suffix)

@@ -1,7 +1,7 @@
 """Files, objects behind URLs and members of tars, each opened as a binary file object that can seek.
 
-A plain file is opened as it stands, after a look at what it is (a pipe would hang). Everything else is read first: into
-memory, or, above ``_IN_MEMORY`` bytes, into a temporary file. The latest large content is cached, as the parts of a
+A plain file is opened directly, if it is a regular one (a pipe would hang). Everything else is read first: into memory,
+or, above ``_IN_MEMORY`` bytes, into a temporary file. The latest large content is cached, as the parts of a
 long recording are asked for one after the other.
 """
 

@@ -159,7 +159,7 @@ def member_name(key: str) -> str:
 
 def split_member_name(name: str) -> tuple[str, str] | None:
     """A tar member's name as webdataset groups members: what stands before the first dot of the file's name, and the
-    rest. None for a name that webdataset leaves out, such as a hidden file's.
+    rest. None for a name that webdataset skips, such as a hidden file's.
 
     A leading ``./`` is not part of the name. Both parts keep their case.
     """

@@ -146,7 +146,7 @@ def list_folder(url: str) -> list[str]:
 
 
 def describe(url: str) -> tuple[int | None, str]:
-    """An object's size, where the store tells, and its version in words that change when the object does.
+    """An object's size, where the store says, and a text that changes when the object does.
 
     Raises:
         StorageError: there is no such object, or the store does not say.
@@ -203,11 +203,11 @@ def _tried(url: str, ask: Callable[[Any, str], Answer]) -> Answer:
                 raise StorageError(f"{display_name(url)}: {lasting}") from error
             if number == len(WAITS):
                 raise StorageError(
-                    f"{display_name(url)}: {_words(error)}, in {number + 1} tries: check the network and the address, "
-                    "then start the same command again",
+                    f"{display_name(url)}: {_error_text(error)}, in {number + 1} tries: check the network and the "
+                    "address, then start the same command again",
                     transient=True,
                 ) from error
-            log.info("%s: %s; trying again", display_name(url), _words(error))
+            log.info("%s: %s; trying again", display_name(url), _error_text(error))
             time.sleep(WAITS[number] * random.uniform(0.75, 1.25))
     raise AssertionError("not reached")
 
@@ -235,7 +235,7 @@ def _file_system(url: str) -> tuple[Any, str]:
     except ImportError as error:
         raise StorageError(f"{display_name(url)}: pip install {package}, which reads {scheme}:// addresses") from error
     except ValueError as error:
-        raise StorageError(f"{display_name(url)}: not an address that can be opened: {_words(error)}") from error
+        raise StorageError(f"{display_name(url)}: not an address that can be opened: {_error_text(error)}") from error
     return system, path
 
 
@@ -264,19 +264,19 @@ def _lasting_cause(error: Exception) -> str | None:
     if isinstance(error, FileNotFoundError) or status == 404:
         return "no such file"
     if isinstance(error, PermissionError) or status in (401, 403):
-        return f"no permission to use it ({_words(error)}): check the credentials"
+        return f"no permission to use it ({_error_text(error)}): check the credentials"
     if isinstance(error, IsADirectoryError):
         return "is a folder"
     if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError", "GoogleAuthError", "ProfileNotFound"):
-        return f"no credentials: {_words(error)}"
+        return f"no credentials: {_error_text(error)}"
     if status is not None and 400 <= status < 500 and status not in (408, 425, 429):
-        return _words(error)
+        return _error_text(error)
     if isinstance(error, (NotImplementedError, ValueError, TypeError)):
-        return _words(error)
+        return _error_text(error)
     return None
 
 
-def _words(error: BaseException) -> str:
+def _error_text(error: BaseException) -> str:
     """The error on one line, without the credentials in the addresses that it quotes."""
     status = _status(error)
     text = re.sub(r"\?[^\s'\"]+|(?<=://)[^\s'\"/]*@", "", " ".join(str(error).split()))

@@ -24,7 +24,7 @@ ALLOW_PIPE = "BATCH_TOKENIZER_ALLOW_PIPE"
 
 GZIP_MAGIC = b"\x1f\x8b"
 
-#: Audio hardly shrinks, and text not more than this. Beyond it a stream is a bomb, or zeros that nobody meant.
+#: Compression ratio above which a stream is a compression bomb: audio hardly shrinks, and text less than this.
 _MOST_RATIO = 100
 #: Bytes that any stream may have before its ratio counts.
 _RATIO_FREE = 64 * 2**20
@@ -90,7 +90,7 @@ class StreamReader:
     """Bytes of a plain or compressed file, object or command's output, from the front; closed by ``close``.
 
     Raises (from reading):
-        StorageError: it cannot be read on: damaged, cut short, a bomb, or gone.
+        StorageError: the rest cannot be read: damaged, cut short, a compression bomb, or removed.
     """
 
     def __init__(self, location: str) -> None:

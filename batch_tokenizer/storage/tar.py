@@ -143,6 +143,7 @@ def walk(stream: ByteStream, note: Callable[[str, str], None]) -> Iterator[Membe
     long_name: str | None = None
     fields: dict[str, str] = {}
     while True:
+        # 1. A header, or zeros, which mark the end. Archives that were joined by ``cat`` have several such marks.
         begin = stream.position
         header = stream.read(HEADER)
         if not header:
@@ -161,6 +162,7 @@ def walk(stream: ByteStream, note: Callable[[str, str], None]) -> Iterator[Membe
                 note("bytes behind the end", f"at byte {begin:,}")
                 return
             raise TornTar(f"its header at byte {begin:,} is damaged" if begin else "it is no tar")
+        # 2. Extensions (GNU, PAX) carry a long name or further fields of the member that follows them.
         ended = False
         kind = header[156:157]
         size = _number(header[124:136])
@@ -173,6 +175,7 @@ def walk(stream: ByteStream, note: Callable[[str, str], None]) -> Iterator[Membe
             elif kind in (b"x", b"X"):
                 fields = _pax_fields(content)
             continue
+        # 3. The member itself. What the extensions say wins over its header, and holds for this member alone.
         name = fields.get("path") or long_name or _name(header)
         sparse = kind == b"S" or any(field.startswith("GNU.sparse") for field in fields)
         if "size" in fields:
@@ -180,6 +183,7 @@ def walk(stream: ByteStream, note: Callable[[str, str], None]) -> Iterator[Membe
         long_name, fields = None, {}
         if not 0 <= size <= MOST_MEMBER:
             raise TornTar(f"member {_short(name)} at byte {begin:,} has an impossible size")
+        # 4. Old GNU sparse files have further headers, the map of their holes, before the content.
         if kind == b"S":
             extended = header[482]
             while extended:
@@ -187,6 +191,7 @@ def walk(stream: ByteStream, note: Callable[[str, str], None]) -> Iterator[Membe
                 if len(more) < HEADER:
                     raise TornTar(f"it ends within a header, at byte {stream.position:,}")
                 extended = more[504]
+        # 5. Yield it or note it, then skip what the caller did not read, and the padding to the next header.
         offset = stream.position
         if kind in _REGULAR and not sparse and not name.endswith("/"):
             yield Member(number, name, offset, size)

@@ -1,1 +1,1 @@
-"""Training of MiMo-shaped tokenizers: a manifest of audio enters, a folder for ``--model_path`` leaves."""
+"""Training of MiMo-shaped tokenizers: from a manifest of audio to a checkpoint folder for ``--model_path``."""

@@ -1,4 +1,4 @@
-"""``python -m batch_tokenizer.training``: a manifest and a folder enter, a trained checkpoint in that folder leaves."""
+"""``python -m batch_tokenizer.training``: trains on a manifest and writes a checkpoint into a folder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def parser() -> argparse.ArgumentParser:
     """The flags."""
     flags = argparse.ArgumentParser(
         prog="python -m batch_tokenizer.training",
-        description="Train a MiMo-shaped tokenizer. Stop it at any time; the same command goes on. "
+        description="Train a MiMo-shaped tokenizer. Stop it at any time; the same command resumes. "
         "OUT/checkpoint is what --model_path takes.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

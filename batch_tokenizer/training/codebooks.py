@@ -1,7 +1,7 @@
 """Training of the residual quantizer: codebooks that follow the data by moving averages, not by gradients.
 
-Hidden frames enter; their quantized form with a straight-through gradient, and the commitment loss, leave. A codebook
-starts from k-means of what the ones before it left over. Rows that fall out of use are put back where the data is.
+From hidden frames it makes their quantized form, with a straight-through gradient, and the commitment loss. A codebook
+starts from k-means of the residual of the ones before it. Rows that are hardly used are moved onto random frames.
 """
 
 from __future__ import annotations
@@ -12,14 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from batch_tokenizer.codecs.mimo.quantizer import ResidualVectorQuantizer
+from batch_tokenizer.kernels.codebook import nearest_rows
 
 #: A row used less than this share of the codebook's average is replaced.
 DEAD_SHARE = 0.1
-
-
-def nearest(rows: Tensor, embed: Tensor) -> Tensor:
-    """int64 (N,): for rows (N, d) the index of the closest row of ``embed`` (size, d)."""
-    return torch.addmm(embed.square().sum(dim=1).mul(-0.5), rows, embed.t()).argmax(dim=1)
 
 
 def k_means(rows: Tensor, size: int, iterations: int = 10) -> Tensor:
@@ -29,7 +25,7 @@ def k_means(rows: Tensor, size: int, iterations: int = 10) -> Tensor:
         draw = torch.randperm(len(rows), device=rows.device)[:size]
     centres = rows[draw].clone()
     for _ in range(iterations):
-        counts, sums = _gather(rows, nearest(rows, centres), size)
+        counts, sums = _gather(rows, nearest_rows(rows, centres), size)
         fresh = rows[torch.randint(len(rows), (size,), device=rows.device)]
         centres = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], fresh)
     return centres
@@ -80,7 +76,7 @@ class CodebookTrainer(nn.Module):
         for index, codebook in enumerate(self._quantizer[0].codebooks):
             size = len(codebook.embed)
             codebook.embed.copy_(k_means(residual, size))
-            codes = nearest(residual, codebook.embed)
+            codes = nearest_rows(residual, codebook.embed)
             counts = torch.bincount(codes, minlength=size).float()
             # The average is that of a codebook in use for long, but light enough to move in the first steps.
             getattr(self, f"count_{index}").copy_(counts.clamp(min=counts.mean()))
@@ -101,7 +97,7 @@ class CodebookTrainer(nn.Module):
         chosen = torch.zeros_like(target)
         for index, codebook in enumerate(self._quantizer[0].codebooks):
             residual = target - total
-            codes = nearest(residual, codebook.embed)
+            codes = nearest_rows(residual, codebook.embed)
             total = total + codebook.embed[codes]
             active = (index < used)[:, None]
             chosen = torch.where(active, total, chosen)

@@ -1,7 +1,7 @@
-"""Training examples: a manifest of audio files enters; crops of one length, each a pure function of its number, leave.
+"""Training examples: crops of one length from a manifest of audio files, each a pure function of its number.
 
-Crop number i of a seed is always the same one, whoever makes it and in whatever order, so a resumed run goes on with
-the data it had not seen. Files shorter than a crop are laid one after the other until the crop is full.
+Crop number i of a seed is the same in every process and in any order, so a resumed run continues with the data that it
+had not seen. Files shorter than a crop are laid one after the other until the crop is full.
 """
 
 from __future__ import annotations
@@ -171,7 +171,8 @@ class Crops(Dataset[tuple[Samples, Samples, Samples]]):
             lambda length: crop(self.audio, length, rng), self.length, self.config.sampling_rate, rng, self.how
         )
         late = self.config.hop_length // 2 if self.config.vocoder_padding == "same" else 0
-        return samples, mel_of(samples, self.config), mel_of(np.pad(samples[late:], (0, late)), self.config)
+        form = self.config.mel
+        return samples, log_mel(samples, form), log_mel(np.pad(samples[late:], (0, late)), form)
 
 
 class Numbers:
@@ -191,8 +192,3 @@ def crop_length(config: MiMoConfig, token_frames: int) -> int:
     """Samples of the longest utterance whose mel frames fill exactly ``token_frames`` token frames."""
     per_token = config.stride_size * config.avg_pooler
     return (token_frames * per_token - 1) * config.hop_length
-
-
-def mel_of(samples: Samples, config: MiMoConfig) -> Samples:
-    """Log-mel (n_mels, L) as the codec's front end makes it."""
-    return log_mel(samples, config.mel)

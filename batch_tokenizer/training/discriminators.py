@@ -1,4 +1,4 @@
-"""The adversarial stage: small networks that learn to tell reconstructions from originals.
+"""The adversarial stage: small networks that learn to distinguish reconstructions from originals.
 
 Two families, after HiFi-GAN and Vocos, small enough for a processor: one sees the waveform folded at a prime period,
 the other its complex spectrum at one resolution. They see excerpts at unit level, so that loudness is no clue.
@@ -101,24 +101,24 @@ class Adversary(nn.Module):
         return made[:, place] / level, original[:, place] / level
 
     def learn(self, made: Tensor, original: Tensor, step: int) -> tuple[Tensor, list[list[Tensor]]]:
-        """One step of the discriminators on excerpts. Their loss, and what they felt at the original."""
+        """One step of the discriminators on excerpts; returns their loss and their features of the original."""
         self.requires_grad_(True)
         loss = made.new_zeros(())
         features = []
         networks = self.chosen(step)
         for network in networks:
-            felt, real = network(original)
+            known, real = network(original)
             _, fake = network(made.detach())
             loss = loss + ((real - 1).square().mean() + fake.square().mean()) / len(networks)
-            features.append([feature.detach() for feature in felt])
+            features.append([feature.detach() for feature in known])
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
         self.requires_grad_(False)
         return loss.detach(), features
 
-    def judge(self, made: Tensor, features: list[list[Tensor]], step: int) -> tuple[Tensor, Tensor]:
-        """For the model: how far its excerpts are from being taken for originals, and from what originals feel like."""
+    def generator_losses(self, made: Tensor, features: list[list[Tensor]], step: int) -> tuple[Tensor, Tensor]:
+        """The model's adversarial loss (least squares) and feature-matching loss (relative L1) on its excerpts."""
         fooled, apart = made.new_zeros(()), made.new_zeros(())
         networks = self.chosen(step)
         for network, theirs in zip(networks, features, strict=True):

@@ -7,8 +7,8 @@ The model's own modules are trained, so what is exported is what ``--model_path`
 quantizer is left out; then its codebooks start from k-means of the hidden frames and follow them by moving averages.
 Every other example is decoded from a random number of codebooks, so that fewer codebooks than all give speech too.
 
-A run is stopped by a signal or its limits, at any moment, with its state and a usable checkpoint on disk; started again
-with the same folder it goes on where it was, with the data that it had not seen.
+A run may be stopped at any moment, by a signal or its limits, with its state and a usable checkpoint on disk. Started
+again with the same folder it resumes, with the data that it had not seen.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,20 +24,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import l1_loss
 from torch.utils.data import DataLoader
 
 from batch_tokenizer.audio.loading import load_samples
+from batch_tokenizer.audio.mel import log_mel
 from batch_tokenizer.codecs.mimo.config import MiMoConfig
 from batch_tokenizer.codecs.mimo.encoder import EncoderLayout
 from batch_tokenizer.codecs.mimo.model import MiMoAudioTokenizer
 from batch_tokenizer.records import RowError, RunError
+from batch_tokenizer.storage.atomic import atomic_write
 from batch_tokenizer.training.augmentation import Augmentation
 from batch_tokenizer.training.codebooks import CodebookTrainer, Quantized, perplexity
-from batch_tokenizer.training.crops import Audio, Crops, Numbers, crop_length, mel_of, read_manifest
+from batch_tokenizer.training.crops import Audio, Crops, Numbers, crop_length, read_manifest
 from batch_tokenizer.training.discriminators import Adversary
 from batch_tokenizer.training.losses import LEAST_LEVEL, SpectralLoss
 from batch_tokenizer.training.starting import MEL_DEVIATION, MEL_MEAN, make_model, start_from
@@ -175,7 +176,7 @@ class Trainer:
 
     def start_from(self, folder: str, utterances: Sequence[Tensor]) -> None:
         """Begins with the weights of a checkpoint; ``utterances`` are samples (S,) to measure statistics on."""
-        mels = [torch.from_numpy(mel_of(samples.numpy(), self.config)).to(self.device) for samples in utterances]
+        mels = [torch.from_numpy(log_mel(samples.numpy(), self.config.mel)).to(self.device) for samples in utterances]
         start_from(self.model, self.config, folder, mels)
         torch._foreach_copy_(self.average, [p.detach() for p in self.model.parameters()])
 
@@ -215,6 +216,7 @@ class Trainer:
 
     def train_step(self, samples: Tensor, mels: Tensor, targets: Tensor) -> dict[str, float]:
         """One step on B of ``Crops``: samples (B, S), two log-mels (B, n_mels, L). The loss and its parts."""
+        # 1. Codebooks start from the hidden frames of the last steps without them.
         if self.step >= self.recipe.quantize_from and not self.codebooks.ready and self._hidden:
             self.codebooks.start(torch.cat(self._hidden))
         most = max(1, 16384 // (len(mels) * self.recipe.token_frames))
@@ -223,6 +225,7 @@ class Trainer:
         self.codebooks.train()
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
+        # 2. Forward, and the loss.
         made, quantized = self.reconstruct(mels, self._draw_used(len(samples)))
         loss, parts = self.loss(made[:, : samples.shape[1]], samples, self.step)
         # What the vocoder is given is held to the log-mel itself: encoder and decoder learn from it many times faster
@@ -233,6 +236,7 @@ class Trainer:
         loss = loss + self.recipe.commitment_weight * quantized.commitment
         if self.progress >= self.recipe.adversarial_from:
             loss = loss + self._adversarial(made[:, : samples.shape[1]], samples, parts)
+        # 3. Backward. A step whose gradient is not finite is skipped.
         self.optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -244,10 +248,10 @@ class Trainer:
         return {name: float(value.detach()) for name, value in named.items()}
 
     def _adversarial(self, made: Tensor, samples: Tensor, parts: dict[str, Tensor]) -> Tensor:
-        """One step of the discriminators, and what they hold against ``made``, growing over the stage's first steps."""
+        """One step of the discriminators; returns the adversarial loss, which grows over the first steps."""
         made, samples = self.adversary.excerpts(made, samples)
         parts["discriminators"], features = self.adversary.learn(made, samples, self.step)
-        parts["adversarial"], parts["features"] = self.adversary.judge(made, features, self.step)
+        parts["adversarial"], parts["features"] = self.adversary.generator_losses(made, features, self.step)
         self.adversary.steps += 1
         growth = min(1.0, float(self.adversary.steps) / ADVERSARY_WARMUP)
         return growth * (
@@ -291,7 +295,7 @@ class Trainer:
         self.model.eval()
         result: dict[str, Any] = {}
         with self.averaged():
-            mels = [torch.from_numpy(mel_of(utterance.numpy(), self.config)) for utterance in utterances]
+            mels = [torch.from_numpy(log_mel(utterance.numpy(), self.config.mel)) for utterance in utterances]
             codes = self.model.encode_utterances([mel.to(self.device) for mel in mels])
             for number in numbers:
                 made = self.model.decode_utterances([code[:, :number] for code in codes])
@@ -318,7 +322,7 @@ class Trainer:
         with self.averaged():
             changes = []
             for utterance in utterances:
-                mel = torch.from_numpy(mel_of(utterance.numpy(), self.config)).to(self.device)
+                mel = torch.from_numpy(log_mel(utterance.numpy(), self.config.mel)).to(self.device)
                 (made,) = self.model.decode_utterances(self.model.encode_utterances([mel]))
                 made, original = _unit_level(made, utterance.to(self.device))
                 if original.square().mean() > 0.5:  # not of silence
@@ -331,7 +335,7 @@ class Trainer:
         return -20 / math.log(10) * change
 
     def save(self) -> None:
-        """Writes ``state.pt``, from which the run goes on, and ``checkpoint``, which runs."""
+        """Writes ``state.pt``, from which the run resumes, and ``checkpoint``, which ``--model_path`` takes."""
         state = {
             "config": dict(self.recipe.config),
             "model": self.model.state_dict(),
@@ -344,12 +348,13 @@ class Trainer:
             "seconds": self.seconds,
             "random": torch.get_rng_state(),
         }
-        _publish(self.recipe.out / "state.pt", lambda path: torch.save(state, path))
+        with atomic_write(self.recipe.out / "state.pt") as file:
+            torch.save(state, file)
         with self.averaged():
             export(self.model, self.recipe.config, self.recipe.out / "checkpoint")
 
     def resume(self) -> bool:
-        """Takes up the state in the run's folder, if there is one.
+        """Loads the state in the run's folder; False if there is none.
 
         Raises:
             RunError: the state is of another model.
@@ -359,7 +364,7 @@ class Trainer:
             return False
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["config"] != dict(self.recipe.config):
-            raise RunError(f"{path}: was made with another config; choose another --out, or the same config")
+            raise RunError(f"{path}: is of a run with another config; choose another --out, or use the same config")
         self.model.load_state_dict(state["model"])
         self.codebooks.load_state_dict(state["codebooks"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -380,10 +385,10 @@ def export(model: MiMoAudioTokenizer, config: Mapping[str, Any], folder: Path) -
         name: (tensor.half() if name in parameters else tensor).detach().cpu().contiguous()
         for name, tensor in model.state_dict().items()
     }
-    text = json.dumps(dict(config), indent=1) + "\n"
-    _publish(folder / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
-    _publish(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    (folder / "model.safetensors").chmod(0o644)  # the library makes it readable by its owner only
+    with atomic_write(folder / "config.json") as file:
+        file.write((json.dumps(dict(config), indent=1) + "\n").encode())
+    with atomic_write(folder / "model.safetensors") as file:
+        file.write(safetensors.torch.save(tensors, metadata={"format": "pt"}))
 
 
 def _unit_level(made: Tensor, original: Tensor) -> tuple[Tensor, Tensor]:
@@ -391,13 +396,6 @@ def _unit_level(made: Tensor, original: Tensor) -> tuple[Tensor, Tensor]:
     length = min(len(made), len(original))
     level = original[:length].square().mean().sqrt().clamp(min=LEAST_LEVEL)
     return made[None, :length] / level, original[None, :length] / level
-
-
-def _publish(path: Path, write: Callable[[Path], Any]) -> None:
-    """A file that is whole or not there: written beside, then renamed."""
-    beside = path.with_name(path.name + ".part")
-    write(beside)
-    os.replace(beside, path)
 
 
 def load_held_out(source: Path | str, folder: Path, config: MiMoConfig, most: int = 8) -> list[Tensor]:
@@ -426,6 +424,7 @@ def train(recipe: Recipe, stop: Callable[[], bool] = lambda: False) -> Trainer:
     Raises:
         RunError: the data or the config cannot be used, or the state in ``out`` is of another model.
     """
+    # 1. The model, the audio, and the state of an earlier start.
     recipe.out.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(recipe)
     config = trainer.config
@@ -433,21 +432,23 @@ def train(recipe: Recipe, stop: Callable[[], bool] = lambda: False) -> Trainer:
     watched = load_held_out(recipe.held_out, recipe.out, config) if recipe.held_out else []
     numbers = sorted({min(n, config.num_quantizers) for n in (4, 8, config.num_quantizers)})
     if trainer.resume():
-        log.info("goes on at step %d, after %.1f minutes", trainer.step, trainer.seconds / 60)
+        log.info("resumed at step %d, after %.1f minutes", trainer.step, trainer.seconds / 60)
     elif recipe.start_from is not None:
         trainer.start_from(recipe.start_from, load_held_out(recipe.data, recipe.out, config, 16))
     count = sum(parameter.numel() for parameter in trainer.model.parameters())
     log.info("%.2f M parameters, %d files, %s", count / 1e6, len(audio), trainer.device)
+    # 2. Crops by number, from the first one that no earlier step has seen.
     loader = DataLoader(
         Crops(audio, config, recipe.token_frames, recipe.seed, recipe.augmentation),
         batch_sampler=Numbers(trainer.step, recipe.batch_size), num_workers=recipe.num_workers,
-        prefetch_factor=4 if recipe.num_workers else None, worker_init_fn=_leave_signals_to_the_parent,
+        prefetch_factor=4 if recipe.num_workers else None, worker_init_fn=_ignore_signals,
     )  # fmt: skip
     seconds_per_step = recipe.batch_size * crop_length(config, recipe.token_frames) / config.sampling_rate
     sums: dict[str, float] = {}
     counted = 0
     clock = saved = time.monotonic()
-    with _lost_loaders_told():
+    # 3. Steps, with a line of the log and a save now and then.
+    with _report_lost_loaders():
         for crops in loader:
             if trainer.progress >= 1 or stop():
                 break
@@ -476,6 +477,7 @@ def train(recipe: Recipe, stop: Callable[[], bool] = lambda: False) -> Trainer:
                 if watched and trainer.codebooks.ready:
                     _log(recipe.out, {"step": trainer.step, "held_out": trainer.watch(watched, numbers)})
                 saved = time.monotonic()
+    # 4. At the end, but not after a stop: the level of the output, and a last look at the held-out audio.
     if trainer.progress >= 1 and trainer.codebooks.ready:
         log.info("levels shifted by %.2f dB", trainer.calibrate(load_held_out(recipe.data, recipe.out, config, 32)))
     trainer.save()
@@ -484,17 +486,17 @@ def train(recipe: Recipe, stop: Callable[[], bool] = lambda: False) -> Trainer:
     return trainer
 
 
-def _leave_signals_to_the_parent(_: int) -> None:
-    """A signal sent to the whole job must not take the loaders away before the last step is saved."""
+def _ignore_signals(_: int) -> None:
+    """A signal to the whole job must not end the loaders before the last step is saved."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
-def _lost_loaders_told() -> Iterator[None]:
+def _report_lost_loaders() -> Iterator[None]:
     """
     Raises:
-        RunError: one of the loader's processes ended. torch says so from a signal handler, at any place.
+        RunError: one of the loader's processes ended, which torch raises from a signal handler, at any place.
     """
     try:
         yield

@@ -3,7 +3,7 @@
 The decoder normalises twice over a whole utterance (GroupNorm with one group). Left alone, that takes away the mean of
 all mel channels, which is the utterance's loudness, and divides by their spread, which depends on its silences. Two
 patterns over the channels prevent it. Channels alternate in sign, so that a change of level, which moves all mel
-channels alike, leaves the mean at zero. Constant offsets, larger than the signal and orthogonal to those signs, make
+channels alike, does not move the mean. Constant offsets, larger than the signal and orthogonal to those signs, make
 the spread nearly constant. ``norm.weight`` and ``norm.bias`` take both back.
 """
 
@@ -38,10 +38,10 @@ def make_model(config: MiMoConfig, seed: int) -> MiMoAudioTokenizer:
         conv1.weight.div_(MEL_DEVIATION)
         conv1.bias.sub_(MEL_MEAN * conv1.weight.sum(dim=(1, 2)))  # type: ignore[union-attr]
     for module in up_samplings(model):
-        nought, one = torch.tensor(0.0), torch.tensor(1.0)
+        zero, one = torch.tensor(0.0), torch.tensor(1.0)
         with torch.no_grad():
             module.conv.get_parameter("bias").zero_()
-        protect_level(module, torch.zeros(len(module.norm.weight)), nought, one, one)
+        protect_level(module, torch.zeros(len(module.norm.weight)), zero, one, one)
     assert model.decoder is not None
     _start_phase(model.decoder.vocoder.head)
     return model

@@ -1,7 +1,7 @@
 """``publish``: an output file appears whole at its path, or a ``RowError`` says why not.
 
 The bytes are written beside their place and renamed into it, so that a reader sees the old file, none, or the new one.
-The name they are written under depends on the path alone: what a killed run leaves behind is removed when its row is
+The name they are written under depends on the path alone: a file that a killed run left is removed when its row is
 done again, and no stray file stays. The claiming of rows sees to one writer per path, except where a process outlives
 its job for some seconds and the job that replaced it does the same row. So a writer renames a file only if it is its
 own, and starts over if another one took the name. Files are not synced to the disk one by one: that outlives a
@@ -71,7 +71,7 @@ def _temporary_name(name: str) -> str:
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a file in a folder of outputs has such a name, which only a killed process leaves there."""
+    """Whether a file has such a name, which remains only after a kill."""
     return re.fullmatch(r"\.[0-9a-f]{16}\.part", name) is not None
 
 
@@ -98,6 +98,7 @@ def _refuse_special(path: str) -> None:
 
 def _write_and_rename(aside: str, path: str, content: bytes | memoryview) -> bool:
     """False if another writer of the same path took the file away in the meantime."""
+    # 1. Write the whole content under the temporary name.
     descriptor = _create(aside)
     try:
         rest = memoryview(content)
@@ -106,6 +107,7 @@ def _write_and_rename(aside: str, path: str, content: bytes | memoryview) -> boo
         # On a network file system a full disk may show only at a closing. The file itself stays open, so that no other
         # file can get its number.
         os.close(os.dup(descriptor))
+        # 2. Rename it, unless another writer has replaced the file under that name.
         try:
             if not os.path.samestat(os.stat(aside), os.fstat(descriptor)):
                 return False

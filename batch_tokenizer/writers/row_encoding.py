@@ -70,7 +70,7 @@ def wav_bytes(samples: npt.NDArray[np.float32], sample_rate: int) -> bytes:
     as ffmpeg does it. Reading divides by 32768, so PCM-16 audio survives a round trip bit for bit.
 
     Raises:
-        RowError: in stage ``decode`` if a sample is not a number or infinite, which only a model that has gone wrong
+        RowError: in stage ``decode`` if a sample is not a number or infinite, which only a faulty model
             makes; in stage ``write`` if the samples do not fit into a wav file (4 GiB).
     """
     return b"".join(wav_pieces(samples, sample_rate))

@@ -202,7 +202,7 @@ class RemoteShardFolder(ShardFolder):
 
 @contextmanager
 def _as_os_error() -> Iterator[None]:
-    """What a store has against it, as what a file system would have."""
+    """Raises a store's error as the ``OSError`` that a file system would raise."""
     try:
         yield
     except StorageError as error:

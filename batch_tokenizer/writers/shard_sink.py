@@ -177,7 +177,7 @@ class ShardSink:
 
     @contextmanager
     def _first_failure(self) -> Iterator[None]:
-        """Turns what storage has against a shard into a RunError, and raises that one again from then on: a shard that
+        """Turns an error of the storage into a RunError, and raises that one again from then on: a shard that
         could not be written once is in no state to be written or closed by another thread."""
         if self._failure is not None:
             raise self._failure
@@ -205,10 +205,13 @@ class ShardSink:
 
     def _publish(self, shard: _ShardInProgress) -> None:
         assert shard.file is not None
-        # A kill between two of these steps leaves what ``recover`` ends at the next start.
+        # ``recover`` completes at the next start what a kill between two of these steps interrupts.
+        # 1. The shard, complete, under its temporary name.
         shard.file.finish()
         shard.stream.close()
+        # 2. Its ledger lines, where they do not count yet.
         self._journal.prepare(shard.number, shard.entries)
+        # 3. The shard appears, and then its lines count.
         self._folder.publish(shard.name)
         self._journal.commit(shard.number)
         self._shard = None

@@ -47,7 +47,7 @@ def test_a_second_signal_leaves_at_once(open_workspace: Open, undisturbed: Mappi
     with Run.start(workspace.command(1, "--grace", 3600), workspace.folder, {"PYTHONPATH": path}) as run:
         workspace.await_rows(20, run)
         run.signal(signal.SIGUSR1)
-        run.wait_until(lambda: "a second signal leaves at once" in run.output(), "the first signal's line")
+        run.wait_until(lambda: "a second signal stops at once" in run.output(), "the first signal's line")
         time.sleep(2.5)  # signals that are closer count as one
         run.signal(signal.SIGTERM)
         assert run.wait() == 128 + signal.SIGTERM

@@ -104,7 +104,7 @@ def test_offering_never_waits_and_a_fault_ends_the_scoring_only(clip, monkeypatc
             quality.offer(row(path, samples))
         offered.set()
         deadline = time.monotonic() + 300
-        while "the run goes on" not in caplog.text:
+        while "the run continues" not in caplog.text:
             assert time.monotonic() < deadline
             time.sleep(0.01)
         quality.offer(row(path, samples))

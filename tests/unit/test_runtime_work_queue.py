@@ -46,7 +46,7 @@ def test_a_store_that_is_gone_is_one_line(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(RunError) as raised:
         Store(processes)
     assert raised.value.exit_code == 1
-    assert "127.0.0.1:9 is gone" in str(raised.value)
+    assert "127.0.0.1:9 cannot be reached" in str(raised.value)
     assert "\n" not in str(raised.value)
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from batch_tokenizer.codecs.mimo.quantizer import ResidualVectorQuantizer
-from batch_tokenizer.training.codebooks import CodebookTrainer, k_means, nearest, perplexity
+from batch_tokenizer.kernels.codebook import nearest_rows
+from batch_tokenizer.training.codebooks import CodebookTrainer, k_means, perplexity
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +30,7 @@ def started(sizes: list[int], dim: int, rows: torch.Tensor) -> tuple[ResidualVec
 def test_k_means_centres_are_means_of_what_is_nearest_to_them() -> None:
     rows = torch.randn(500, 3)
     centres = k_means(rows, 8, iterations=60)
-    codes = nearest(rows, centres)
+    codes = nearest_rows(rows, centres)
     for code in range(8):
         assert torch.allclose(centres[code], rows[codes == code].mean(0), atol=1e-3)
 

@@ -238,7 +238,7 @@ def test_flac_is_looked_at(content: bytes, kind: str) -> None:
 def test_outputs_stay_where_they_are(run: ShardRun) -> None:
     for change in ({"sink": "json"}, {"output_dir": "elsewhere"}, {"audio_format": "wav"}):
         settings = run_settings(replace(run.config, **change), NUM_QUANTIZERS, run.info)  # type: ignore[arg-type]
-        with pytest.raises(RunError, match="made with other settings"):
+        with pytest.raises(RunError, match="of a run with other settings"):
             RunFolder.open(run.run_dir, settings, processes=ALONE)
 
 
