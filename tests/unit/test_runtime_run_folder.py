@@ -169,12 +169,12 @@ def test_a_start_without_a_row_that_is_done_binds_nobody(tmp_path: Path) -> None
         assert not list((tmp_path / "ledger").iterdir())
     (tmp_path / "shards" / "000002").mkdir(parents=True)
     (tmp_path / "shards" / "000002" / "00000.000000.jsonl").touch()  # a shard that may be published already
-    with pytest.raises(RunError, match="made with other settings"):
+    with pytest.raises(RunError, match="of a run with other settings"):
         open_alone(tmp_path, {"n_q": 8})
 
 
 def test_the_job_of_another_shard_holds_its_folder_to_its_settings(tmp_path: Path) -> None:
-    with holder(tmp_path, num_shards=2, shard=0), pytest.raises(RunError, match="made with other settings"):
+    with holder(tmp_path, num_shards=2, shard=0), pytest.raises(RunError, match="of a run with other settings"):
         open_alone(tmp_path, {"n_q": 4}, num_shards=2, shard=1)
 
 
