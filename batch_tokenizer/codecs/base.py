@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from batch_tokenizer.codecs.config_keys import MOST_COUNT, MOST_SIZE
 from batch_tokenizer.records import Downmix, RunError, Stage, Task
 
 if TYPE_CHECKING:
@@ -57,6 +58,23 @@ class CodecInfo:
     decoded_sample_rate: int | None = None
     columns: tuple[str, ...] = ()
     channels: int = 1
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            RunError: a number is not of this world: a checkpoint's files hold whatever their author wrote.
+        """
+        for name, value, most in (
+            ("sample rate", self.sample_rate, MOST_SIZE),
+            ("sample rate of the decoded audio", self.output_sample_rate, MOST_SIZE),
+            ("number of samples per frame", self.samples_per_frame, MOST_SIZE),
+            ("number of codebooks", self.num_codebooks, MOST_COUNT),
+            ("greatest codebook", max(self.codebook_sizes, default=0), 1 << 16),
+            ("smallest codebook", min(self.codebook_sizes, default=0), 1 << 16),
+            ("number of channels", self.channels, MOST_COUNT),
+        ):
+            if not 1 <= value <= most:
+                raise RunError(f"{self.name}: its {name} is {value}, must be 1 to {most}")
 
     @property
     def output_sample_rate(self) -> int:

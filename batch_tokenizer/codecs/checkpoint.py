@@ -21,16 +21,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from batch_tokenizer.codecs.config_keys import read_json
+from batch_tokenizer.codecs.weight_files import WEIGHT_FILES, find_weight_files, opened
 from batch_tokenizer.records import RunError, first_line
-
-#: Where the weights may be, in order of preference: a file, or an index of several.
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
 
 #: Where ``Checkpoint.config`` names the ONNX graphs of a folder that has no torch weights.
 GRAPHS_KEY = "onnx_graphs"
@@ -144,17 +139,12 @@ class Checkpoint:
             graphs = [] if has_weights else sorted(graph.name for graph in folder.glob("*.onnx"))
         path = folder / "config.json"
         try:
-            config = json.loads(path.read_text(encoding="utf-8")) if path.exists() or not graphs else {}
+            config = read_json(path) if path.exists() or not graphs else {}
         except FileNotFoundError as error:
             raise RunError(f"{folder}: has no config.json, so it is no checkpoint") from error
         except NotADirectoryError as error:
             raise RunError(f"{folder}: is a file; pass the checkpoint's folder") from error
-        except (OSError, UnicodeDecodeError) as error:
-            raise RunError(f"{path}: cannot be read: {error}") from error
-        except json.JSONDecodeError as error:
-            raise RunError(f"{path}: is not JSON: {error}") from error
-        if not isinstance(config, dict):
-            raise RunError(f"{path}: must hold a JSON object, holds a {type(config).__name__}")
+        config.pop(GRAPHS_KEY, None)  # a name of ours, which no file has
         return cls(folder=folder, name=name, config=config | {GRAPHS_KEY: graphs} if graphs else config)
 
     @cached_property
@@ -164,21 +154,7 @@ class Checkpoint:
         Raises:
             RunError: there are none, or the index names a file that is absent.
         """
-        for name in WEIGHT_FILES:
-            path = self.folder / name
-            if not path.is_file():
-                continue
-            if not name.endswith(".index.json"):
-                return (path,)
-            try:
-                shards = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
-            except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-                raise RunError(f"{path}: is not an index of weight files: {error!r}") from error
-            for shard in shards:
-                if not (self.folder / shard).is_file():
-                    raise RunError(f"{path}: names {shard}, which is not there; download the checkpoint again")
-            return tuple(self.folder / shard for shard in shards)
-        raise RunError(f"{self.folder}: has none of {', '.join(WEIGHT_FILES)}")
+        return find_weight_files(self.folder)
 
     def preprocessor(self) -> Mapping[str, Any]:
         """``preprocessor_config.json``, or an empty mapping where there is none.
@@ -186,16 +162,10 @@ class Checkpoint:
         Raises:
             RunError: it cannot be read, or is not a JSON object.
         """
-        path = self.folder / "preprocessor_config.json"
         try:
-            settings = json.loads(path.read_text(encoding="utf-8"))
+            return read_json(self.folder / "preprocessor_config.json")
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError) as error:
-            raise RunError(f"{path}: cannot be read: {error}") from error
-        if not isinstance(settings, dict):
-            raise RunError(f"{path}: must hold a JSON object, holds a {type(settings).__name__}")
-        return settings
 
     def tensors(self, strip: str = "") -> Iterator[tuple[str, Tensor]]:
         """Names and tensors, one file after the other, mapped from disk and read only where they are touched.
@@ -210,7 +180,7 @@ class Checkpoint:
             names: list[str] | None = None
             while names is None or names:
                 # Mapped pages count as this process's memory until the file is closed: open it anew now and then.
-                with _opened(path) as (stored, get):
+                with opened(path) as (stored, get):
                     names = stored if names is None else names
                     mapped = 0
                     while names and mapped < _MAPPED_BYTES:
@@ -240,6 +210,38 @@ class Checkpoint:
         text = json.dumps([self.config, digests], sort_keys=True, ensure_ascii=True)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
+    @contextmanager
+    def bounded_model(self) -> Iterator[None]:
+        """Builds models of about this checkpoint's size and no far larger ones, which would take memory and minutes.
+
+        Raises:
+            RunError: a model gets several times as many parameters, or numbers in them, as the checkpoint has.
+        """
+        sizes = [tensor.numel() for _, tensor in self.tensors()]
+        # A task's part and the whole are built, and a weight norm replaces one parameter by two.
+        room = [8 * len(sizes) + 1000, 8 * sum(sizes) + (1 << 20)]
+
+        def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+            room[0] -= 1
+            room[1] -= 0 if parameter is None else parameter.numel()
+            if min(room) < 0:
+                raise RunError(
+                    f"{self.folder}: config.json implies a far larger model than the {len(sizes)} tensors of "
+                    f"{sum(sizes):,} numbers that are there"
+                )
+
+        handle = register_module_parameter_registration_hook(count)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def empty_weights(self) -> Iterator[None]:
+        """``empty_weights`` for models of this checkpoint, ``bounded_model``."""
+        with self.bounded_model(), empty_weights():
+            yield
+
     def load(
         self,
         whole: nn.Module,
@@ -262,7 +264,8 @@ class Checkpoint:
         Raises:
             RunError: tensors are missing, unexpected or of another shape; the message names them.
         """
-        expected = {name: tuple(tensor.shape) for name, tensor in whole.state_dict().items()}
+        model = whole.state_dict()
+        expected = {name: tuple(tensor.shape) for name, tensor in model.items()}
         parameters = {name for name, _ in whole.named_parameters()}
         wanted = set(part.state_dict())
         state: dict[str, Tensor] = {}
@@ -271,6 +274,8 @@ class Checkpoint:
             name = rename(stored)
             if name is None:
                 continue
+            if name in seen:
+                raise RunError(f"{self.folder}: has {stored} twice")
             if name not in expected:
                 unexpected.append(stored)
                 continue
@@ -278,6 +283,8 @@ class Checkpoint:
                 raise RunError(
                     f"{self.folder}: {stored} has shape {tuple(tensor.shape)}, config.json implies {expected[name]}"
                 )
+            if model[name].is_floating_point() != tensor.is_floating_point():
+                raise RunError(f"{self.folder}: {stored} is of {tensor.dtype}, must be of {model[name].dtype}")
             seen.add(name)
             if name in wanted:
                 kept = dtype if name in parameters else torch.float32
@@ -299,27 +306,3 @@ def _name(model_path: str) -> str:
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[tuple[list[str], Callable[[str], Tensor]]]:
-    """Names in one weight file, and a function that maps a tensor."""
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="pt") as file:
-                yield list(file.keys()), file.get_tensor
-        except (SafetensorError, OSError) as error:
-            raise RunError(f"{path}: cannot be read as safetensors ({error}); download it again") from error
-    else:
-        import pickle
-
-        try:
-            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-            reason = first_line(error)
-            raise RunError(f"{path}: cannot be read as torch weights ({reason}); download it again") from error
-        if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-            raise RunError(f"{path}: must hold a mapping of names to tensors")
-        yield list(state), state.__getitem__

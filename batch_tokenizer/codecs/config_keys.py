@@ -1,14 +1,71 @@
-"""Keys of a JSON configuration, checked one by one, with messages that say where in the file they are."""
+"""JSON files of checkpoints: read within bounds, and their keys checked one by one, with messages that say where."""
 
 from __future__ import annotations
 
+import json
 import math
+import reprlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from batch_tokenizer.records import RunError
+from batch_tokenizer.records import RunError, first_line
+
+#: Bounds of what a configuration may say, far above every published model: widths, lengths and rates; layers, codebooks
+#: and entries of a list; numbers that are no sizes.
+MOST_SIZE = 1 << 18
+MOST_COUNT = 1024
+MOST_NUMBER = 1e9
+
+#: Bytes of a JSON file. An index of weight files, the longest, has about 100 for each tensor.
+_MOST_BYTES = 1 << 26
+
+#: Digits of an integer that fits in 64 bits for certain.
+_DIGITS = 18
 
 _ABSENT: Any = object()
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlist = _SHORT.maxtuple = 16
+_SHORT.maxstring = _SHORT.maxother = 100
+
+
+def short_repr(value: Any) -> str:
+    """``repr`` of a value out of a JSON file, cut to what a message has room for."""
+    return _SHORT.repr(value)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a checkpoint.
+
+    Integers of more digits than 64 bits have become floats, which no size is, so that reading their key refuses them.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: it is not there.
+        RunError: it cannot be read, is longer than ``_MOST_BYTES``, or is not a JSON object.
+    """
+    try:
+        size = path.stat().st_size
+        if not path.is_file():
+            raise RunError(f"{path}: is not a file")
+        if size > _MOST_BYTES:
+            raise RunError(f"{path}: has {size:,} bytes; a checkpoint's JSON has at most {_MOST_BYTES:,}")
+        found = json.loads(path.read_text(encoding="utf-8"), parse_int=_number)
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read: {error}") from error
+    except RecursionError as error:
+        raise RunError(f"{path}: is nested too deeply") from error
+    except (ValueError, MemoryError) as error:
+        raise RunError(f"{path}: is not JSON: {first_line(error)}") from error
+    if not isinstance(found, dict):
+        raise RunError(f"{path}: must hold a JSON object, holds a {type(found).__name__}")
+    return found
+
+
+def _number(text: str) -> int | float:
+    return int(text) if len(text) <= _DIGITS else float(text)
 
 
 class ConfigKeys:
@@ -26,7 +83,7 @@ class ConfigKeys:
         """The error for ``key``."""
         if key not in self.mapping:
             return RunError(f"{self.file}: {self.place}{key} is absent")
-        return RunError(f"{self.file}: {self.place}{key} = {self.mapping[key]!r}: {rule}")
+        return RunError(f"{self.file}: {self.place}{key} = {short_repr(self.mapping[key])}: {rule}")
 
     def value(self, key: str, default: Any = _ABSENT) -> Any:
         """Whatever is there."""
@@ -34,25 +91,38 @@ class ConfigKeys:
             raise self.wrong(key, "")
         return self.mapping.get(key, default)
 
-    def size(self, key: str, default: int = _ABSENT) -> int:
-        """A whole number above 0."""
+    def size(self, key: str, default: int = _ABSENT, *, most: int = MOST_SIZE) -> int:
+        """A whole number above 0: a width, a length, a rate."""
         value = self.value(key, default)
-        if not _is_size(value):
-            raise self.wrong(key, "must be a whole number above 0")
+        if not _is_size(value, most):
+            raise self.wrong(key, f"must be a whole number above 0, and at most {most}")
         return int(value)
 
+    def count(self, key: str, default: int = _ABSENT) -> int:
+        """A whole number above 0 of things that each take memory or time: layers, codebooks."""
+        return self.size(key, default, most=MOST_COUNT)
+
     def sizes(self, key: str, default: Sequence[int] = _ABSENT) -> tuple[int, ...]:
-        """A list of at least one whole number above 0."""
+        """A list of whole numbers above 0, such as strides, with a product that is a size as well."""
         value = self.value(key, default)
-        if not isinstance(value, (list, tuple)) or not value or not all(map(_is_size, value)):
-            raise self.wrong(key, "must be a list of whole numbers above 0")
+        if not isinstance(value, (list, tuple)) or not 0 < len(value) <= MOST_COUNT:
+            raise self.wrong(key, f"must be a list of 1 to {MOST_COUNT} whole numbers above 0")
+        if not all(_is_size(item, MOST_SIZE) for item in value) or math.prod(map(int, value)) > MOST_SIZE:
+            raise self.wrong(key, f"must be a list of whole numbers above 0 with a product of at most {MOST_SIZE}")
         return tuple(map(int, value))
 
     def number(self, key: str, default: float = _ABSENT) -> float:
-        """A finite number."""
+        """A number."""
         value = self.value(key, default)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) <= MOST_NUMBER:
             raise self.wrong(key, "must be a number")
+        return float(value)
+
+    def positive(self, key: str) -> float:
+        """A number above 0."""
+        value = self.value(key)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= MOST_NUMBER:
+            raise self.wrong(key, "must be a number above 0")
         return float(value)
 
     def flag(self, key: str, default: bool = _ABSENT) -> bool:
@@ -68,6 +138,15 @@ class ConfigKeys:
         if value != known or isinstance(value, bool) != isinstance(known, bool):
             raise self.wrong(key, f"only {known!r} is known")
 
+    def objects(self, key: str) -> list[dict[str, Any]]:
+        """A list of at least one object."""
+        value = self.value(key)
+        if not isinstance(value, list) or not 0 < len(value) <= MOST_COUNT:
+            raise self.wrong(key, f"must be a list of 1 to {MOST_COUNT} objects")
+        if not all(isinstance(item, dict) for item in value):
+            raise self.wrong(key, "must be a list of objects")
+        return value
+
     def inside(self, key: str) -> ConfigKeys:
         """The object under ``key``."""
         value = self.value(key)
@@ -76,6 +155,6 @@ class ConfigKeys:
         return ConfigKeys(value, f"{self.place}{key}.", self.file)
 
 
-def _is_size(value: Any) -> bool:
+def _is_size(value: Any, most: int) -> bool:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and 0 < value < 1 << 31 and float(value).is_integer()
+    return number and 0 < value <= most and float(value).is_integer()

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from batch_tokenizer.codecs import registry
 from batch_tokenizer.codecs.base import Codec, CodecSpec
 from batch_tokenizer.codecs.checkpoint import Checkpoint
 from batch_tokenizer.codecs.memory import is_out_of_memory
@@ -27,8 +28,7 @@ def open_spec(model_path: str | None) -> CodecSpec:
     Raises:
         RunError: it cannot be found or is of no known family.
     """
-    checkpoint = Checkpoint.open(model_path)
-    return find_family(checkpoint).open_spec(checkpoint)
+    return registry.open_spec(Checkpoint.open(model_path))
 
 
 def open_codec(
@@ -84,7 +84,6 @@ class CodecSetup:
         Args:
             family: where it is known.
             options: settings of the family, as ``CodecSpec.with_options`` takes them.
-            options: settings of the codec's family (``CodecSpec.options``).
             local_rank: of the processes on this machine, which go to its GPUs in turn.
             threads: None takes one for each core of this process, and lets torch compute an operation on one thread:
                 faster for short utterances, and results do not depend on how many cores there are. With a number,
@@ -94,7 +93,7 @@ class CodecSetup:
             RunError: the checkpoint or the device cannot be used; the message names what is wrong.
         """
         family = family or find_family(checkpoint)
-        spec = family.open_spec(checkpoint).with_options(options)
+        spec = registry.open_spec(checkpoint, family).with_options(options)
         compute = choose_device(device, dtype, local_rank, spec.cuda_dtype)
         if threads is None:
             # On CUDA the processor only joins arrays, for which eight ranks must not take all cores.
@@ -113,10 +112,11 @@ class CodecSetup:
                 the attention backend cannot run here.
         """
         try:
-            codec = self.family.load_codec(
-                self.checkpoint, self.spec, task=task, device=self.compute.device, dtype=self.compute.dtype,
-                attention=self.attention, threads=self.threads,
-            )  # fmt: skip
+            with registry.refusals(self.checkpoint):
+                codec = self.family.load_codec(
+                    self.checkpoint, self.spec, task=task, device=self.compute.device, dtype=self.compute.dtype,
+                    attention=self.attention, threads=self.threads,
+                )  # fmt: skip
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
 import torch
 
 from batch_tokenizer.codecs.base import Codec, CodecSpec
 from batch_tokenizer.codecs.checkpoint import Checkpoint
-from batch_tokenizer.records import RunError, Task
+from batch_tokenizer.records import RunError, Task, first_line
 
 
 class Family(Protocol):
@@ -50,6 +51,35 @@ FAMILIES: Mapping[str, str] = {
 }
 
 
+@contextmanager
+def refusals(checkpoint: Checkpoint) -> Iterator[None]:
+    """Around everything that a family computes out of a checkpoint's files, which may hold anything.
+
+    Raises:
+        RunError: a value that no check of the family has seen made a computation fail.
+    """
+    try:
+        yield
+    except RecursionError as error:
+        raise RunError(f"{checkpoint.folder}: config.json is nested too deeply") from error
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, MemoryError) as error:
+        reason = f"{type(error).__name__}: {first_line(error)[:300]}"
+        raise RunError(
+            f"{checkpoint.folder}: config.json or the weights have a value that cannot be computed with ({reason})"
+        ) from error
+
+
+def open_spec(checkpoint: Checkpoint, family: Family | None = None) -> CodecSpec:
+    """The spec of a checkpoint, of ``family`` where that is known.
+
+    Raises:
+        RunError: it is of no known family, or is not what its family needs.
+    """
+    family = family or find_family(checkpoint)
+    with refusals(checkpoint):
+        return family.open_spec(checkpoint)
+
+
 def find_family(checkpoint: Checkpoint) -> Family:
     """The family that recognises the checkpoint.
 
@@ -58,9 +88,10 @@ def find_family(checkpoint: Checkpoint) -> Family:
     """
     for module in FAMILIES.values():
         family = cast(Family, importlib.import_module(module))
-        if family.recognises(checkpoint.config):
-            return family
-    kind = checkpoint.config.get("model_type", "absent")
+        with refusals(checkpoint):
+            if family.recognises(checkpoint.config):
+                return family
+    kind = str(checkpoint.config.get("model_type", "absent"))[:100]
     raise RunError(
         f"{checkpoint.folder}: config.json (model_type {kind}) is of no known family; known: {', '.join(FAMILIES)}"
     )

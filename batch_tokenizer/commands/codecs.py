@@ -15,7 +15,7 @@ from pathlib import Path
 
 from batch_tokenizer.codecs.base import Batching, CodecInfo
 from batch_tokenizer.codecs.checkpoint import Checkpoint
-from batch_tokenizer.codecs.registry import FAMILIES, find_family
+from batch_tokenizer.codecs.registry import FAMILIES, open_spec
 from batch_tokenizer.records import RunError
 
 #: What only some families need: the distributions that provide it, and the extra that installs it.
@@ -71,7 +71,7 @@ def describe_checkpoint(checkpoint: Checkpoint) -> list[str]:
     Raises:
         RunError: it cannot be read, or is of no known family.
     """
-    spec = find_family(checkpoint).open_spec(checkpoint)
+    spec = open_spec(checkpoint)
     info = spec.info
     rate = f"{info.sample_rate:,} Hz"
     if info.output_sample_rate != info.sample_rate:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, ClassVar, Literal
@@ -19,10 +20,12 @@ from torch import Tensor
 
 from batch_tokenizer.codecs.base import Batching, CodecInfo, CodecSpec
 from batch_tokenizer.codecs.checkpoint import Checkpoint
+from batch_tokenizer.codecs.config_keys import MOST_COUNT, MOST_SIZE, ConfigKeys
 from batch_tokenizer.codecs.hf.exact import exchange_convolutions
 from batch_tokenizer.codecs.hf.families import KINDS, MOST_SAMPLES, WITHOUT_TOKENS, ModelKind
 from batch_tokenizer.codecs.hf.lengths import Chunks, Lengths, PaddedConvs
 from batch_tokenizer.codecs.layers.padded import PaddedBatch
+from batch_tokenizer.codecs.memory import is_out_of_memory
 from batch_tokenizer.codecs.padded_codec import Codes, PaddedCodec
 from batch_tokenizer.records import RunError, Task, first_line
 
@@ -30,6 +33,9 @@ log = logging.getLogger(__name__)
 
 #: ``--attention`` to the library's name; ``auto`` leaves the choice to the library.
 _ATTENTION = {"sdpa": "sdpa", "reference": "eager", "flash_attn": "flash_attention_2"}
+
+#: Greatest number in a configuration; the bases of rotary angles are among the greatest.
+_MOST_NUMBER = 1 << 20
 
 #: Codes are stored as uint16.
 _LARGEST_CODEBOOK = 1 << 16
@@ -101,6 +107,8 @@ def open_spec(checkpoint: Checkpoint) -> HfSpec:
         lengths = kind.lengths(config, settings)
         input_rate, output_rate = kind.sample_rates(config)
         sizes = kind.codebook_sizes(config)
+        if not 1 <= lengths.hop <= MOST_SIZE:
+            raise RunError(f"config.json: a frame has {lengths.hop:.6g} samples, must have 1 to {MOST_SIZE}")
         for num_samples in (1, *range(8 * lengths.hop, 9 * lengths.hop)):  # lengths repeat themselves with each frame
             lengths.input_length(num_samples)
         channels = int(getattr(config, "audio_channels", 1))
@@ -166,9 +174,10 @@ def load_codec(
     library.utils.logging.disable_progress_bar()
     library.utils.logging.set_verbosity_error()
     try:
-        model, report = _class(library, kind.model_class, checkpoint).from_pretrained(
-            checkpoint.folder, local_files_only=True, dtype=dtype, output_loading_info=True, **chosen
-        )
+        with checkpoint.bounded_model():
+            model, report = _class(library, kind.model_class, checkpoint).from_pretrained(
+                checkpoint.folder, local_files_only=True, dtype=dtype, output_loading_info=True, **chosen
+            )
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, ImportError) as error:
         raise RunError(f"{checkpoint.folder}: transformers cannot load it: {first_line(error)}") from error
     missing = sorted(report["missing_keys"])
@@ -221,17 +230,29 @@ class HfCodec(PaddedCodec):
 
     def encode_padded(self, batch: PaddedBatch, num_quantizers: int) -> Tensor:
         spread = batch.values.to(self.model.dtype).expand(-1, self.spec.channels, -1)
-        with self._lengths.of(batch):
+        with self._lengths.of(batch), self._failures():
             codes = self._kind.encode(self.model, spread, num_quantizers, *self._front_end)
         self._expect("frames", codes.shape[1], self.frames_of(batch.size))
         return codes
 
     def decode_padded(self, codes: PaddedBatch, utterances: Sequence[Codes]) -> Tensor:
-        with self._lengths.of(codes):
+        with self._lengths.of(codes), self._failures():
             audio = self._kind.decode(self.model, codes.values.mT).float()
         audio = audio.reshape(len(audio), -1, audio.shape[-1]).mean(1)
         self._expect("samples", audio.shape[-1], self.spec.num_output_samples(codes.size))
         return audio
+
+    @contextmanager
+    def _failures(self) -> Iterator[None]:
+        """The library does not check what its layers are made of, such as a dilation of 0, before it computes."""
+        try:
+            yield
+        except (RuntimeError, ValueError, LookupError) as error:
+            if is_out_of_memory(error) or isinstance(error, torch.AcceleratorError):
+                raise
+            raise RunError(
+                f"{self.spec.info.name}: transformers cannot compute with its config.json: {first_line(error)}"
+            ) from error
 
     def _expect(self, what: str, found: int, expected: int) -> None:
         if found != expected:
@@ -262,14 +283,38 @@ def _class(library: ModuleType, name: str, checkpoint: Checkpoint) -> Any:
 
 
 def _read_config(checkpoint: Checkpoint, kind: ModelKind) -> Any:
-    model_class = _class(_library(checkpoint), kind.model_class, checkpoint)
+    config_class = _class(_library(checkpoint), kind.model_class, checkpoint).config_class
     from huggingface_hub.errors import StrictDataclassError
 
     try:
-        return model_class.config_class.from_pretrained(checkpoint.folder, local_files_only=True)
-    except (StrictDataclassError, OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
+        _check_numbers(checkpoint.config, config_class().to_dict(), "")
+        return config_class.from_pretrained(checkpoint.folder, local_files_only=True)
+    except RunError as error:
+        raise RunError(f"{checkpoint.folder}: {error}") from error
+    except (
+        StrictDataclassError, OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, MemoryError,
+        RecursionError,
+    ) as error:  # fmt: skip
         reason = " ".join(str(error).split())[:300]  # the first line alone does not say what is wrong
         raise RunError(f"{checkpoint.folder}: transformers refuses config.json: {reason}") from error
+
+
+def _check_numbers(config: Mapping[str, Any], known: Mapping[str, Any], place: str) -> None:
+    """Bounds for the numbers under the keys that the library's class has, which takes any.
+
+    Raises:
+        RunError: a list is too long, or a number is beyond ``_MOST_NUMBER`` or not finite.
+    """
+    for key in sorted(config.keys() & known.keys()):
+        value = config[key]
+        if isinstance(value, Mapping) and isinstance(known[key], Mapping):
+            _check_numbers(value, known[key], f"{place}{key}.")
+            continue
+        listed = value if isinstance(value, list) else [value]
+        if len(listed) > MOST_COUNT:
+            raise ConfigKeys(config, place).wrong(key, f"must not have more than {MOST_COUNT} entries")
+        if not all(abs(item) <= _MOST_NUMBER for item in listed if isinstance(item, (int, float))):
+            raise ConfigKeys(config, place).wrong(key, f"must not be beyond {_MOST_NUMBER}")
 
 
 def _needs(checkpoint: Checkpoint, half: str, needed: bool) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
+from batch_tokenizer.codecs.config_keys import ConfigKeys
 from batch_tokenizer.codecs.hf.lengths import (
     Chunks,
     Conv,
@@ -156,7 +157,11 @@ def _dac_lengths(config: Any, settings: Settings) -> Lengths:
 
 def _multiple(settings: Settings) -> int:
     """What the DAC feature extractor pads to a multiple of; 1 where the checkpoint comes without one."""
-    return int(settings.get("hop_length", 512)) if settings else 1
+    return _front_end(settings).size("hop_length", 512) if settings else 1
+
+
+def _front_end(settings: Settings) -> ConfigKeys:
+    return ConfigKeys(settings, file="preprocessor_config.json")
 
 
 def _dac_encode(model: Any, samples: Tensor, num_quantizers: int) -> Tensor:
@@ -210,7 +215,8 @@ def _xcodec_encode(model: Any, samples: Tensor, num_quantizers: int) -> Tensor:
 
 def _spectrum_lengths(config: Any, settings: Settings, *, rate: int, own_margin: bool, trims: bool) -> Lengths:
     hop = math.prod(config.downsampling_ratios)
-    multiple = int(settings.get("hop_length", hop))
+    multiple = _front_end(settings).size("hop_length", hop)
+    _front_end(settings).count("num_mel_bins", 80)
     # As the library converts samples to milliseconds and back.
     window, shift = (int(rate * (length / rate * 1000) * 0.001) for length in (400, 160))
     return SpectrumAndWaveform(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from batch_tokenizer.audio.mel import log_mel
 from batch_tokenizer.codecs.base import PARTS, Codec, CodecInfo, CodecSpec, Computation, Computed
-from batch_tokenizer.codecs.checkpoint import Checkpoint, empty_weights
+from batch_tokenizer.codecs.checkpoint import Checkpoint
 from batch_tokenizer.codecs.execution import BatchRunner, StageClock, ToHost, to_host
 from batch_tokenizer.codecs.mimo.config import MiMoConfig
 from batch_tokenizer.codecs.mimo.layers import CompilationFailed
@@ -105,7 +105,7 @@ def load_model(
     outer_norm = config.ln_type
     if outer_norm == "RMSNorm" and "encoder.layer_norm.bias" in checkpoint.names(PREFIX):
         outer_norm = "LayerNorm"  # some published versions use ln_type inside the layers only
-    with empty_weights():
+    with checkpoint.empty_weights():
         whole = MiMoAudioTokenizer(config, outer_norm=outer_norm)
         part = MiMoAudioTokenizer(config, parts=parts, outer_norm=outer_norm)
     checkpoint.load(whole, part, device=device, dtype=dtype, strip=PREFIX, rename=_rename)

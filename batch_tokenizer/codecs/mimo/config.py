@@ -7,9 +7,13 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from batch_tokenizer.audio.mel import MelForm
+from batch_tokenizer.codecs.config_keys import MOST_COUNT, MOST_NUMBER, MOST_SIZE, short_repr
 from batch_tokenizer.records import RunError
 
 Window = tuple[int, int]
+
+#: Samples of a spectrum: the filters of ``n_mels`` bands are in memory for each of its frequencies.
+MOST_FFT = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,14 +72,19 @@ class MiMoConfig:
     max_audio_seconds: float = 1800
 
     def __post_init__(self) -> None:
-        for key in (
-            "sampling_rate", "hop_length", "nfft", "window_size", "n_mels", "d_model", "kernel_size", "stride_size",
-            "avg_pooler", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim", "num_quantizers",
-            "decoder_layers", "decoder_attention_heads", "decoder_ffn_dim", "decoder_kernel_size",
-            "decoder_stride_size", "vocoder_dim", "vocoder_num_layers", "vocoder_attention_heads",
-            "vocoder_intermediate_dim", "max_audio_seconds", "rope_theta",
+        for keys, most in (
+            (("encoder_layers", "decoder_layers", "vocoder_num_layers", "num_quantizers", "n_mels"), MOST_COUNT),
+            (
+                ("sampling_rate", "hop_length", "window_size", "d_model", "kernel_size", "stride_size", "avg_pooler",
+                 "encoder_attention_heads", "encoder_ffn_dim", "decoder_attention_heads", "decoder_ffn_dim",
+                 "decoder_kernel_size", "decoder_stride_size", "vocoder_dim", "vocoder_attention_heads",
+                 "vocoder_intermediate_dim"), MOST_SIZE,
+            ),
+            (("nfft",), MOST_FFT),
+            (("max_audio_seconds", "rope_theta"), MOST_NUMBER),
         ):  # fmt: skip
-            self._require(key, getattr(self, key) > 0, "must be above 0")
+            for key in keys:
+                self._require(key, 0 < getattr(self, key) <= most, f"must be above 0, and at most {most:g}")
         self._require("nfft", self.nfft % 2 == 0, "must be even")
         self._require(
             "window_size", self.window_size == self.nfft, f"must equal nfft ({self.nfft}), as the vocoder has it"
@@ -90,7 +99,11 @@ class MiMoConfig:
             self._require(f"{part}_attention_heads", width % heads == 0, f"must divide the width {width}")
             self._require(f"{part}_attention_heads", width // heads % 2 == 0, "must leave an even head size")
             window = getattr(self, f"{part}_attn_window_size")
-            self._require(f"{part}_attn_window_size", min(window) >= -1, "must be two numbers of at least -1")
+            self._require(
+                f"{part}_attn_window_size",
+                -1 <= min(window) <= max(window) <= MOST_NUMBER,
+                f"must be two numbers of -1 to {MOST_NUMBER:g}",
+            )
         skip = self.encoder_skip_layer_id
         self._require(
             "encoder_skip_layer_id", skip is None or 1 <= skip <= self.encoder_layers,
@@ -111,7 +124,7 @@ class MiMoConfig:
 
     def _require(self, key: str, holds: bool, rule: str) -> None:
         if not holds:
-            raise RunError(f"config.json: {key} = {getattr(self, key)!r}: {rule}")
+            raise RunError(f"config.json: {key} = {short_repr(getattr(self, key))}: {rule}")
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> MiMoConfig:
@@ -124,7 +137,7 @@ class MiMoConfig:
                 raise RunError(f"config.json: {field.name} is absent")
         sizes = values["codebook_size"]
         if sizes:
-            values["codebook_size"] = sizes + sizes[-1:] * (values["num_quantizers"] - len(sizes))
+            values["codebook_size"] = sizes + sizes[-1:] * (min(values["num_quantizers"], MOST_COUNT) - len(sizes))
         return cls(**values)
 
     @property
@@ -200,5 +213,7 @@ def _typed(key: str, annotation: str, value: Any) -> Any:
         case _:
             raise TypeError(f"MiMoConfig.{key} has the unforeseen type {annotation}")
     if not valid:
-        raise RunError(f"config.json: {key} = {value!r}: must be {annotation.replace('Window', 'a pair of integers')}")
+        raise RunError(
+            f"config.json: {key} = {short_repr(value)}: must be {annotation.replace('Window', 'a pair of integers')}"
+        )
     return int(result) if whole and annotation.startswith("int") else result

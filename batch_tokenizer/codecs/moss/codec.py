@@ -14,7 +14,7 @@ import torch
 
 from batch_tokenizer.audio.loudness import moss_tts_loudness
 from batch_tokenizer.codecs.base import PARTS, Codec, CodecInfo, CodecSpec
-from batch_tokenizer.codecs.checkpoint import Checkpoint, empty_weights
+from batch_tokenizer.codecs.checkpoint import Checkpoint
 from batch_tokenizer.codecs.execution import BatchRunner, to_host
 from batch_tokenizer.codecs.layers.convolution import weight_norm_name
 from batch_tokenizer.codecs.moss.config import MossConfig, TransformerStage
@@ -109,7 +109,7 @@ def load_model(
         RunError: the checkpoint is not what its ``config.json`` implies; the message names what is wrong.
     """
     config = _config(checkpoint)
-    with empty_weights():
+    with checkpoint.empty_weights():
         whole = MossAudioTokenizer(config)
         part = MossAudioTokenizer(config, parts=parts)
         stored = checkpoint.names()

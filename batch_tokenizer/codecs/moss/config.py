@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from batch_tokenizer.codecs.config_keys import ConfigKeys
 from batch_tokenizer.records import RunError
 
 #: The key for the number of channels, and other names of it.
@@ -27,6 +28,9 @@ _FIXED: Mapping[str, Any] = {
     "norm": "layer_norm",
     "positional_embedding": "rope",
 }
+#: Rows of a stage that a query may see.
+_MOST_CONTEXT = 1 << 30
+
 _SIZES = ("input_dimension", "output_dimension", "d_model", "num_heads", "num_layers", "dim_feedforward")
 
 
@@ -99,7 +103,7 @@ class MossConfig:
         Raises:
             RunError: a key is absent, of the wrong type, out of range or of a kind not known; the message names it.
         """
-        top = _Keys(config, "")
+        top = ConfigKeys(config)
         only_alias = "sample_rate" in config and "sampling_rate" not in config
         sampling_rate = top.size("sample_rate" if only_alias else "sampling_rate")
         if config.get("sample_rate", sampling_rate) != sampling_rate:
@@ -107,9 +111,10 @@ class MossConfig:
         downsample_rate = top.size("downsample_rate")
         quantizer = _quantizer(config)
         channels = _channels(top, downsample_rate)
+        encoder_items, decoder_items = top.objects("encoder_kwargs"), _decoder_items(top)
         stages = _Stages(top, sampling_rate * channels, downsample_rate * channels)
-        encoder = stages.read("encoder_kwargs", top.list("encoder_kwargs"), 1, quantizer.input_dim)
-        decoder = stages.read("decoder_kwargs", _decoder_list(top), quantizer.output_dim, 1)
+        encoder = stages.read("encoder_kwargs", encoder_items, 1, quantizer.input_dim)
+        decoder = stages.read("decoder_kwargs", decoder_items, quantizer.output_dim, 1)
         return cls(
             sampling_rate=sampling_rate,
             downsample_rate=downsample_rate,
@@ -134,53 +139,12 @@ class MossConfig:
         return -(-num_samples // self.downsample_rate)
 
 
-class _Keys:
-    """A mapping inside ``config.json`` that knows where it stands, for messages."""
-
-    def __init__(self, mapping: Mapping[str, Any], place: str) -> None:
-        self.mapping = mapping
-        self.place = place
-
-    def wrong(self, key: str, rule: str) -> RunError:
-        """The error for ``key``."""
-        if key not in self.mapping:
-            return RunError(f"config.json: {self.place}{key} is absent")
-        return RunError(f"config.json: {self.place}{key} = {self.mapping[key]!r}: {rule}")
-
-    def size(self, key: str) -> int:
-        """A whole number above 0."""
-        value = self.number(key)
-        if not value.is_integer():
-            raise self.wrong(key, "must be a whole number")
-        return int(value)
-
-    def number(self, key: str) -> float:
-        """A number above 0."""
-        value = self.mapping.get(key)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
-            raise self.wrong(key, "must be a number above 0")
-        return float(value)
-
-    def list(self, key: str) -> list[Any]:
-        """A list of at least one object."""
-        value = self.mapping.get(key)
-        if not isinstance(value, list) or not value or not all(isinstance(item, dict) for item in value):
-            raise self.wrong(key, "must be a list of stages")
-        return value
-
-    def fixed(self, key: str, known: Any, absent: Any = None) -> None:
-        """A key whose one known value is ``known``."""
-        value = self.mapping.get(key, absent)
-        if value != known or isinstance(value, bool) != isinstance(known, bool):
-            raise self.wrong(key, f"only {known!r} is known")
-
-
 def _quantizer(config: Mapping[str, Any]) -> QuantizerConfig:
     kwargs = config.get("quantizer_kwargs")
     if not isinstance(kwargs, Mapping):
-        raise _Keys(config, "").wrong("quantizer_kwargs", "must be an object")
-    keys = _Keys(kwargs, "quantizer_kwargs.")
-    for holder in (_Keys(config, ""), keys):
+        raise ConfigKeys(config).wrong("quantizer_kwargs", "must be an object")
+    keys = ConfigKeys(kwargs, "quantizer_kwargs.")
+    for holder in (ConfigKeys(config), keys):
         kind = holder.mapping.get("quantizer_type")
         if kind in ("rvq", "spec_rvq"):
             raise holder.wrong("quantizer_type", "is not known here, as the published code cannot decode it")
@@ -192,7 +156,7 @@ def _quantizer(config: Mapping[str, Any]) -> QuantizerConfig:
         input_dim=keys.size("input_dim"),
         rvq_dim=keys.size("rvq_dim"),
         output_dim=keys.size("output_dim"),
-        num_quantizers=keys.size("num_quantizers"),
+        num_quantizers=keys.count("num_quantizers"),
         codebook_size=keys.size("codebook_size"),
         codebook_dim=keys.size("codebook_dim"),
     )
@@ -201,7 +165,7 @@ def _quantizer(config: Mapping[str, Any]) -> QuantizerConfig:
     return quantizer
 
 
-def _channels(top: _Keys, downsample_rate: int) -> int:
+def _channels(top: ConfigKeys, downsample_rate: int) -> int:
     """1 or 2. Where no key says it, two have patches that multiply to twice the samples of a frame.
 
     Raises:
@@ -213,29 +177,29 @@ def _channels(top: _Keys, downsample_rate: int) -> int:
         if channels not in (1, 2):
             raise top.wrong(said[0], "only 1 and 2 are known")
     else:
-        patches = [item.get("patch_size") for item in top.list("encoder_kwargs")]
+        patches = [item.get("patch_size") for item in top.objects("encoder_kwargs")]
         product = math.prod(size for size in patches if isinstance(size, int))
         channels = 2 if product == 2 * downsample_rate else 1
     if channels == 2:
-        top.fixed("enable_channel_interleave", True, absent=True)
+        top.known("enable_channel_interleave", True, True)
     return channels
 
 
-def _decoder_list(top: _Keys) -> list[dict[str, Any]]:
+def _decoder_items(top: ConfigKeys) -> list[dict[str, Any]]:
     """``decoder_kwargs``, or ``reversed_decoder_kwargs`` from back to front with each stage's dimensions swapped."""
     if "decoder_kwargs" in top.mapping or "reversed_decoder_kwargs" not in top.mapping:
-        return top.list("decoder_kwargs")
+        return top.objects("decoder_kwargs")
     swapped = {"input_dimension": "output_dimension", "output_dimension": "input_dimension"}
     return [
         {swapped.get(key, key): value for key, value in item.items()}
-        for item in reversed(top.list("reversed_decoder_kwargs"))
+        for item in reversed(top.objects("reversed_decoder_kwargs"))
     ]
 
 
 class _Stages:
     """Reads lists of stages, for sequences of ``rate`` samples a second and ``rows_per_frame`` a token frame."""
 
-    def __init__(self, top: _Keys, rate: int, rows_per_frame: int) -> None:
+    def __init__(self, top: ConfigKeys, rate: int, rows_per_frame: int) -> None:
         self._top = top
         self._rate = rate
         self._rows_per_frame = rows_per_frame
@@ -257,7 +221,7 @@ class _Stages:
         rows_a_second = float(self._rate) if encoding else self._rate / self._rows_per_frame
         stages: list[Stage] = []
         for index, item in enumerate(items):
-            keys = _Keys(item, f"{key}[{index}].")
+            keys = ConfigKeys(item, f"{key}[{index}].")
             kind = item.get("module_type")
             if kind == "PatchedPretransform":
                 size = keys.size("patch_size")
@@ -271,7 +235,9 @@ class _Stages:
                 stages.append(Patch(size))
             elif kind == "Transformer":
                 own = "context_duration" in item
-                seconds = keys.number("context_duration") if own else top.number("causal_transformer_context_duration")
+                seconds = (keys if own else top).positive(
+                    "context_duration" if own else "causal_transformer_context_duration"
+                )
                 stage = _transformer(keys, self._whole(rows_a_second * seconds), rate)
                 if stage.input_dimension != channels:
                     raise keys.wrong("input_dimension", f"must be {channels}, what the stages before it leave")
@@ -290,25 +256,28 @@ class _Stages:
         return tuple(stages)
 
 
-def _transformer(keys: _Keys, context: int, rate: int) -> TransformerStage:
+def _transformer(keys: ConfigKeys, context: int, rate: int) -> TransformerStage:
     known = {*_FIXED, *_SIZES, "module_type", "layer_scale", "max_period", "context_duration"}
     for key in keys.mapping:
         if key not in known:
             raise keys.wrong(key, "this key is not known, so what the stage computes is not either")
     for key, value in _FIXED.items():
-        keys.fixed(key, value)
-    sizes = {key: keys.size(key) for key in _SIZES}
+        keys.known(key, value)
+    sizes = {key: keys.count(key) if key == "num_layers" else keys.size(key) for key in _SIZES}
     if sizes["d_model"] % sizes["num_heads"]:
         raise keys.wrong("num_heads", f"must divide d_model ({sizes['d_model']})")
     if sizes["d_model"] // sizes["num_heads"] % 2:
         raise keys.wrong("num_heads", "must leave an even head size")
-    if context < 1:
-        raise RunError(f"config.json: {keys.place}context_duration: the window is less than one row of this stage")
+    if not 1 <= context <= _MOST_CONTEXT:
+        raise RunError(
+            f"config.json: {keys.place}context_duration: the window is {context:.6g} rows of this stage, must be 1 to "
+            f"{_MOST_CONTEXT}"
+        )
     if "layer_scale" not in keys.mapping or keys.mapping["layer_scale"] is not None:
-        keys.number("layer_scale")  # what the parameters were set to before training; only its presence matters
+        keys.positive("layer_scale")  # what the parameters were set to before training; only its presence matters
     return TransformerStage(
         **sizes,
-        max_period=keys.number("max_period"),
+        max_period=keys.positive("max_period"),
         layer_scale=keys.mapping["layer_scale"] is not None,
         context=context,
         rate=rate,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from batch_tokenizer.codecs.base import CodecInfo, CodecSpec
-from batch_tokenizer.codecs.checkpoint import Checkpoint, empty_weights
+from batch_tokenizer.codecs.checkpoint import Checkpoint
 from batch_tokenizer.codecs.layers.convolution import weight_norm_name
 from batch_tokenizer.codecs.layers.padded import PaddedBatch
 from batch_tokenizer.codecs.nanocodec.config import NanoCodecConfig
@@ -94,7 +94,7 @@ def load_codec(
         RunError: the checkpoint is not what its configuration implies.
     """
     spec = cast(NanoCodecSpec, spec)
-    with empty_weights():
+    with checkpoint.empty_weights():
         whole = NanoCodec(spec.config)
         part = NanoCodec(spec.config, encoder=task != "token2wav", decoder=task != "wav2token")
     checkpoint.load(whole, part, device=device, dtype=torch.float32, rename=_rename)

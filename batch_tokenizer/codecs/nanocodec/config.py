@@ -62,7 +62,7 @@ class NanoCodecConfig:
             encoder_channels=encoder.size("base_channels"),
             up_sample_rates=decoder.sizes("up_sample_rates"),
             decoder_channels=decoder.size("base_channels"),
-            num_groups=quantizer.size("num_groups"),
+            num_groups=quantizer.count("num_groups"),
             levels=quantizer.sizes("num_levels_per_group"),
         )
         hop = checked.samples_per_frame

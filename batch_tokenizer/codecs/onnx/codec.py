@@ -23,6 +23,7 @@ import torch
 
 from batch_tokenizer.codecs.base import PARTS, Codec, CodecInfo, CodecSpec
 from batch_tokenizer.codecs.checkpoint import GRAPHS_KEY, Checkpoint
+from batch_tokenizer.codecs.config_keys import MOST_COUNT, MOST_SIZE, ConfigKeys, read_json, short_repr
 from batch_tokenizer.codecs.onnx.graph_file import GraphFile
 from batch_tokenizer.codecs.onnx.layouts import PREFIX, Layout, Role, by_role
 from batch_tokenizer.codecs.onnx.session import Session
@@ -392,8 +393,13 @@ class _Sizes:
             "codebook_size": ("quantizer_kwargs.codebook_size", quantizer.get("codebook_size")),
         }
         for key, value in values.values():
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise RunError(f"{checkpoint.folder}/config.json: {key} = {value!r}: must be a whole number above 0")
+            most = MOST_COUNT if key in ("number_channels", "quantizer_kwargs.num_quantizers") else MOST_SIZE
+            if value is None or (isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most):
+                continue
+            raise RunError(
+                f"{checkpoint.folder}/config.json: {key} = {short_repr(value)}: must be a whole number above 0, and at "
+                f"most {most}"
+            )
         return cls(checkpoint.folder, **{name: value for name, (_, value) in values.items()})
 
     def audio_channels(self, layouts: Layouts) -> int:
@@ -435,8 +441,10 @@ class _Sizes:
                 "checkpoint, or one with these keys, beside them"
             )
         size, count = rows.pop(), books.pop()
-        if size > 65536:
-            raise RunError(f"{self.folder}: codebooks of {size} rows, at most 65536 can be written")
+        if not 1 <= size <= 65536 or not 1 <= count <= MOST_COUNT:
+            raise RunError(
+                f"{self.folder}: {count} codebooks of {size} rows; must be 1 to {MOST_COUNT} of 1 to 65536 each"
+            )
         return self.sample_rate, self.samples_per_frame, (size,) * count
 
 
@@ -452,19 +460,19 @@ def _nano_description(checkpoint: Checkpoint) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        stated = json.loads(path.read_text(encoding="utf-8"))["codec_config"]
-        rate = int(stated["sample_rate"])
+        stated = ConfigKeys(read_json(path), file=NANO_DESCRIPTION).inside("codec_config")
+        rate = stated.size("sample_rate")
         return {
             "sampling_rate": rate,
             "downsample_rate": round(rate / 12.5),
-            "number_channels": stated["channels"],
+            "number_channels": stated.count("channels"),
             "quantizer_kwargs": {
-                "num_quantizers": stated["num_quantizers"],
-                "codebook_size": stated.get("codebook_size"),
+                "num_quantizers": stated.count("num_quantizers"),
+                "codebook_size": stated.value("codebook_size", None),
             },
         }
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path}: is not the description of a codec's graphs: {error!r}") from error
+    except RunError as error:
+        raise RunError(f"{checkpoint.folder}: {error}") from error
 
 
 def _known(*values: int | None) -> set[int]:

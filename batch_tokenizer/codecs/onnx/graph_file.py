@@ -130,7 +130,12 @@ class GraphFile:
             location = Path(entries.get("location", ""))
             if location.is_absolute() or ".." in location.parts:
                 raise RunError(f"{self.path}: weight {tensor.name} is at {location}, outside the graph's folder")
-            offset, length = int(entries.get("offset", "0")), int(entries.get("length", "0"))
+            try:
+                offset, length = int(entries.get("offset", "0")), int(entries.get("length", "0"))
+            except ValueError as error:
+                raise RunError(f"{self.path}: weight {tensor.name} is at no place of {location}: {error}") from error
+            if offset < 0 or length < 0:
+                raise RunError(f"{self.path}: weight {tensor.name} is at {offset:,} of {location}, {length:,} long")
             found.append(ExternalWeight(self.path.parent / location, offset, length))
         return tuple(found)
 

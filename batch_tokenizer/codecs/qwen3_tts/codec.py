@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from batch_tokenizer.codecs.base import CodecInfo, CodecSpec
-from batch_tokenizer.codecs.checkpoint import Checkpoint, empty_weights
+from batch_tokenizer.codecs.checkpoint import Checkpoint
 from batch_tokenizer.codecs.layers.padded import PaddedBatch
 from batch_tokenizer.codecs.padded_codec import Codes, PaddedCodec, Samples
 from batch_tokenizer.codecs.qwen3_tts.config import Qwen3TtsConfig
@@ -115,7 +115,7 @@ def load_codec(
     """
     spec = cast(Qwen3TtsSpec, spec)
     config = spec.config
-    with empty_weights():
+    with checkpoint.empty_weights():
         whole = Qwen3TtsTokenizer(config, encoding=config.encoder.num_quantizers)
         part = Qwen3TtsTokenizer(
             config,

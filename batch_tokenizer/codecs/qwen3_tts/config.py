@@ -36,7 +36,7 @@ class TransformerConfig:
         heads = keys.size("num_attention_heads")
         width = keys.size("hidden_size")
         config = cls(
-            num_hidden_layers=keys.size("num_hidden_layers"),
+            num_hidden_layers=keys.count("num_hidden_layers"),
             hidden_size=width,
             num_attention_heads=heads,
             num_key_value_heads=keys.size("num_key_value_heads", heads),
@@ -110,14 +110,14 @@ class EncoderConfig:
             kernel_size=keys.size("kernel_size", 7),
             last_kernel_size=keys.size("last_kernel_size", 3),
             residual_kernel_size=keys.size("residual_kernel_size", 3),
-            num_residual_layers=keys.size("num_residual_layers", 1),
+            num_residual_layers=keys.count("num_residual_layers", 1),
             dilation_growth_rate=keys.size("dilation_growth_rate", 2),
             compress=keys.size("compress", 2),
             downsample=int(downsample),
             codebook_size=keys.size("codebook_size"),
             codebook_dim=codebook_dim,
-            num_quantizers=keys.size("num_quantizers"),
-            num_semantic_quantizers=keys.size("num_semantic_quantizers", 1),
+            num_quantizers=keys.count("num_quantizers"),
+            num_semantic_quantizers=keys.count("num_semantic_quantizers", 1),
         )
         if config.num_semantic_quantizers >= config.num_quantizers:
             raise keys.wrong("num_semantic_quantizers", f"must be below num_quantizers ({config.num_quantizers})")
@@ -154,7 +154,7 @@ class DecoderConfig:
             latent_dim=keys.size("latent_dim"),
             codebook_dim=keys.size("codebook_dim"),
             codebook_size=keys.size("codebook_size"),
-            num_quantizers=keys.size("num_quantizers"),
+            num_quantizers=keys.count("num_quantizers"),
             upsampling_ratios=keys.sizes("upsampling_ratios"),
             upsample_rates=keys.sizes("upsample_rates"),
             decoder_dim=keys.size("decoder_dim"),
@@ -208,7 +208,7 @@ class Qwen3TtsConfig:
         keys.known("decode_upsample_rate", hop)
         if hop != decoder.samples_per_frame:
             raise keys.wrong("decode_upsample_rate", "must be what the decoder's rates multiply to")
-        count = keys.size("encoder_valid_num_quantizers")
+        count = keys.count("encoder_valid_num_quantizers")
         if count > encoder.num_quantizers or count != decoder.num_quantizers:
             raise keys.wrong(
                 "encoder_valid_num_quantizers",

@@ -13,7 +13,7 @@ import torch
 
 from batch_tokenizer.audio.mel import whisper_log_mel
 from batch_tokenizer.codecs.base import Codec, CodecInfo, CodecSpec
-from batch_tokenizer.codecs.checkpoint import GRAPHS_KEY, Checkpoint, empty_weights
+from batch_tokenizer.codecs.checkpoint import GRAPHS_KEY, Checkpoint
 from batch_tokenizer.codecs.execution import BatchRunner, to_host
 from batch_tokenizer.codecs.s3tokenizer.config import SAMPLE_RATE, VERSIONS, S3Config
 from batch_tokenizer.codecs.s3tokenizer.model import DEFAULT_CAPACITY, S3Tokenizer
@@ -29,7 +29,7 @@ Codes = npt.NDArray[np.uint16]
 
 def recognises(config: Mapping[str, Any]) -> bool:
     """A folder whose configuration has one of the published names, or that has a published graph."""
-    return config.get("name") in VERSIONS or any(map(is_published_graph, config.get(GRAPHS_KEY, ())))
+    return config.get("name") in list(VERSIONS) or any(map(is_published_graph, config.get(GRAPHS_KEY, ())))
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def load_codec(
     except BackendUnavailable as error:
         raise RunError(f"--attention {attention}: {error}") from error
     log.info("attention %s (%s)", backend, reason)
-    with empty_weights():
+    with opened.empty_weights():
         model = S3Tokenizer(config, spec.window_merge)
     opened.load(model, model, device=device, dtype=dtype)
     model.encoder.attention = attention

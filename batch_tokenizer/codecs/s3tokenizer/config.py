@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
+from batch_tokenizer.codecs.config_keys import ConfigKeys
 from batch_tokenizer.records import RunError, WindowMerge
 
 #: Hz, samples from one mel frame to the next, and the fewest samples that a spectrum can be made of.
@@ -74,23 +75,21 @@ class S3Config:
         Raises:
             RunError: a key is absent or of no use; the message names it.
         """
+        keys = ConfigKeys(config)
         name = config.get("name")
         if not isinstance(name, str) or name not in VERSIONS:
-            raise RunError(f"config.json: name = {name!r}: must be one of {', '.join(VERSIONS)}")
+            raise keys.wrong("name", f"must be one of {', '.join(VERSIONS)}")
         stride, fsmn = VERSIONS[name]
-        rate = config.get("sampling_rate", SAMPLE_RATE)
-        if rate != SAMPLE_RATE:
-            raise RunError(f"config.json: sampling_rate = {rate!r}: must be {SAMPLE_RATE}")
-        n_mels = _size(config, "n_mels") if "n_mels" in config else 128
+        keys.known("sampling_rate", SAMPLE_RATE, SAMPLE_RATE)
         return cls(
             stride=stride,
             fsmn=fsmn,
-            n_mels=n_mels,
-            n_audio_ctx=_size(config, "n_audio_ctx"),
-            n_audio_state=_size(config, "n_audio_state"),
-            n_audio_head=_size(config, "n_audio_head"),
-            n_audio_layer=_size(config, "n_audio_layer"),
-            n_codebook_size=_size(config, "n_codebook_size"),
+            n_mels=keys.count("n_mels", 128),
+            n_audio_ctx=keys.size("n_audio_ctx"),
+            n_audio_state=keys.size("n_audio_state"),
+            n_audio_head=keys.size("n_audio_head"),
+            n_audio_layer=keys.count("n_audio_layer"),
+            n_codebook_size=keys.size("n_codebook_size"),
         )
 
     def __post_init__(self) -> None:
@@ -155,11 +154,3 @@ class S3Config:
     def num_frames(self, num_samples: int, merge: WindowMerge = "complete") -> int:
         """Token frames of an utterance of ``num_samples`` >= 1 samples."""
         return sum(window.tokens for window in self.windows(self.mel_frames(num_samples), merge))
-
-
-def _size(config: Mapping[str, Any], key: str) -> int:
-    value = config.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        what = f"= {value!r}: must be a whole number above 0" if key in config else "is absent"
-        raise RunError(f"config.json: {key} {what}")
-    return value

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from batch_tokenizer.codecs.config_keys import ConfigKeys
+from batch_tokenizer.codecs.config_keys import MOST_COUNT, ConfigKeys
 
 #: Width of an attention head.
 HEAD_DIM = 64
@@ -69,6 +69,9 @@ class SnacConfig:
             raise keys.wrong("decoder_dim", f"must be a multiple of {2 ** len(checked.decoder_rates)}")
         if min(checked.encoder_rates + checked.decoder_rates) < 2:
             raise keys.wrong("encoder_rates", "rates must be 2 or more")
+        columns = sum(checked.vq_strides[0] // stride for stride in checked.vq_strides)
+        if columns > MOST_COUNT:
+            raise keys.wrong("vq_strides", f"make {columns} codes a frame, at most {MOST_COUNT}")
         if any(coarse % fine for coarse, fine in zip(checked.vq_strides, checked.vq_strides[1:], strict=False)):
             raise keys.wrong("vq_strides", "each must be a multiple of the next")
         if checked.attn_window_size is not None and (latent % HEAD_DIM or checked.decoder_dim % HEAD_DIM):

@@ -1,0 +1,143 @@
+"""Checkpoints that somebody damaged or made up end in one line that names them, at once and with little memory.
+
+``tests/measure/hostile_checkpoints.py`` tries all of the faults; here are some of each family's, drawn by a seed.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from batch_tokenizer.codecs.checkpoint import Checkpoint
+from batch_tokenizer.codecs.opening import CodecSetup
+from batch_tokenizer.records import RunError
+from tests.support import hf, padded_codecs
+from tests.support.checkpoints import write_mimo_checkpoint
+from tests.support.hostile_checkpoints import copied, faults, tensor_faults
+from tests.support.moss import write_moss_checkpoint
+from tests.support.qwen3_tts import write_qwen3_tts_checkpoint
+from tests.support.s3tokenizer import write_s3_checkpoint
+
+FAULTS_OF_A_FAMILY = 16
+
+
+def write(name: str, folder: Path) -> Path:
+    """A good checkpoint of a family."""
+    if name in hf.CONFIGS:
+        hf.save_checkpoint(folder, name)
+        return folder
+    if name in padded_codecs.CONFIGS:
+        return padded_codecs.write_checkpoint(folder, name)
+    if name == "s3tokenizer":
+        return write_s3_checkpoint(folder, "v1")
+    writers: Any = {
+        "mimo": write_mimo_checkpoint,
+        "moss": write_moss_checkpoint,
+        "qwen3_tts": write_qwen3_tts_checkpoint,
+    }
+    return writers[name](folder)
+
+
+def load(folder: Path) -> None:
+    """Opens a checkpoint and loads its encoder, on a CPU with torch's thread count left alone."""
+    CodecSetup.open(Checkpoint.open(str(folder)), device="cpu", threads=1).load("wav2token")
+
+
+def refusal(folder: Path) -> str:
+    """The line with which a checkpoint is refused."""
+    with pytest.raises(RunError) as refused:
+        load(folder)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "family", ["mimo", "moss", "qwen3_tts", "s3tokenizer", "snac", "nanocodec", "wavtokenizer", "dac", "mimi"]
+)
+def test_faults_are_one_line(tmp_path: Path, family: str) -> None:
+    source = write(family, tmp_path / "good")
+    load(source)
+    found = list(faults(source))
+    for number, (name, fault) in enumerate(random.Random(family).sample(found, FAULTS_OF_A_FAMILY)):
+        folder = copied(source, tmp_path / f"hostile {number}")
+        fault(folder)
+        begun = time.process_time()
+        try:
+            load(folder)
+        except RunError as error:
+            text = str(error)
+            assert folder.name in text, (name, text)
+            assert "\n" not in text, (name, text)
+            assert len(text) < 1500, (name, text)
+        assert time.process_time() - begun < 10, name
+
+
+@pytest.mark.parametrize(("name", "fault"), list(tensor_faults()))
+def test_every_fault_of_weights_is_refused(tmp_path: Path, name: str, fault: Any) -> None:
+    folder = padded_codecs.write_checkpoint(tmp_path / "hostile", "snac")
+    fault(folder)
+    text = refusal(folder)
+    assert "hostile" in text
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "words"),
+    [
+        ("mimo", {"encoder_layers": 10_000_000}, r"encoder_layers = 10000000: must be above 0, and at most 1024"),
+        ("mimo", {"num_quantizers": 10**400}, "num_quantizers = inf: must be int"),
+        ("mimo", {"nfft": 1 << 30, "window_size": 1 << 30}, "window_size = 1073741824: must be above 0, and at most"),
+        ("mimo", {"encoder_layers": 900}, "config.json implies a far larger model than the"),
+        ("mimo", {"max_audio_seconds": float("inf")}, "max_audio_seconds = inf: must be above 0, and at most"),
+        ("moss", {"downsample_rate": 10**12}, "downsample_rate = 1000000000000: must be a whole number"),
+        ("s3tokenizer", {"n_audio_layer": 10**7}, "n_audio_layer = 10000000: must be a whole number above 0, and at"),
+        ("s3tokenizer", {"name": ["speech_tokenizer_v1"]}, "is of no known family"),
+        ("snac", {"vq_strides": [4096, 1]}, "vq_strides = .*: make 4097 codes a frame, at most 1024"),
+        ("snac", {"encoder_dim": 1 << 17, "decoder_dim": 1 << 17, "latent_dim": None}, "implies a far larger model"),
+        ("snac", {"onnx_graphs": [7]}, None),
+        ("qwen3_tts", {"encoder_valid_num_quantizers": 10**9}, "encoder_valid_num_quantizers = 1000000000: must be"),
+        ("wavtokenizer", {"decoder_num_layers": 10**7}, "decoder_num_layers = 10000000: must be a whole number"),
+        ("dac", {"n_codebooks": 10**9}, "n_codebooks = 1000000000: must not be beyond"),
+        ("dac", {"downsampling_ratios": [1 << 19] * 4}, "a frame has 7.55579e\\+22 samples, must have 1 to 262144"),
+        ("mimi", {"num_hidden_layers": 10**7}, "num_hidden_layers = 10000000: must not be beyond"),
+        ("mimi", {"num_hidden_layers": 10**6}, "implies a far larger model"),
+    ],
+)  # fmt: skip
+def test_sizes_beyond_this_world_are_named(
+    tmp_path: Path, family: str, changes: dict[str, Any], words: str | None
+) -> None:
+    folder = write(family, tmp_path / "hostile")
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    if words is None:
+        load(folder)
+        return
+    with pytest.raises(RunError, match=words) as refused:
+        load(folder)
+    assert str(folder) in str(refused.value)
+
+
+def test_a_hub_cache_has_links_and_is_no_fault(tmp_path: Path) -> None:
+    folder = padded_codecs.write_checkpoint(tmp_path / "snapshot", "snac")
+    (tmp_path / "blobs").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).rename(tmp_path / "blobs" / name)
+        (folder / name).symlink_to(f"../blobs/{name}")
+    load(folder)
+    (tmp_path / "blobs" / "model.safetensors").unlink()
+    assert "has none of model.safetensors" in refusal(folder)
+
+
+def test_weights_of_other_numbers_are_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = write_mimo_checkpoint(tmp_path / "hostile")
+    tensors = load_file(folder / "model.safetensors")
+    name = "encoder.conv1.weight"
+    save_file({**tensors, name: tensors[name].to(torch.complex64)}, folder / "model.safetensors")
+    assert f"{name} is of torch.complex64, must be of torch.float32" in refusal(folder)
