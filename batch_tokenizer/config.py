@@ -248,6 +248,7 @@ class RunConfig:
         parse=_parse_shard, metavar="I")
     allow_mixed_devices: bool = option(False, "run and resume",
         "resume a run on another type of GPU, where 16-bit tokens may differ in some bits from those that are done")
+    quiet: bool = option(False, "run and resume", "print warnings, errors and the last lines only")
     dry_run: bool = option(False, "run and resume", "check everything, print what the run would do, and stop")
 
     evaluate_every: int = option(0, "quality",

@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -24,12 +23,12 @@ from typing import Any, BinaryIO, Literal, Protocol, get_args
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from batch_tokenizer import __version__
 from batch_tokenizer.config import add_options, check_codes_field
 from batch_tokenizer.records import SHARD_SINKS, RowError, RunError, Sink
 from batch_tokenizer.runs.stored_rows import StoredRow, stored_rows
+from batch_tokenizer.runtime.row_counter import RowCounter
 from batch_tokenizer.sources.finishing import output_path
 from batch_tokenizer.storage.json_lines import json_lines_writer
 from batch_tokenizer.storage.row_info import RUN_INFO_FIELDS, split_info
@@ -106,15 +105,16 @@ def main(arguments: argparse.Namespace) -> int:
 def _fill(target: Target, rows: Iterator[StoredRow], *, tokens_only: bool) -> tuple[int, int]:
     """(rows, codes) that went into the target, which is finished in any case, as it has files open."""
     num_rows = num_codes = 0
-    interval = 0.5 if sys.stderr.isatty() else 30.0
     try:
-        for row in tqdm(rows, unit=" rows", delay=2.0, dynamic_ncols=True, mininterval=interval, desc="convert"):
-            try:
-                target.add(_without_audio(row) if tokens_only else row)
-            except RowError as error:
-                raise RunError(f"row {row.key}: {error.reason}", exit_code=1) from error
-            num_rows += 1
-            num_codes += 0 if row.codes is None else row.codes.size
+        with RowCounter("converted") as counter:
+            for row in rows:
+                try:
+                    target.add(_without_audio(row) if tokens_only else row)
+                except RowError as error:
+                    raise RunError(f"row {row.key}: {error.reason}", exit_code=1) from error
+                num_rows += 1
+                num_codes += 0 if row.codes is None else row.codes.size
+                counter.update()
     except BaseException:
         with suppress(OSError):
             target.finish()

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -25,7 +24,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from batch_tokenizer.audio.decoding import probe_audio
 from batch_tokenizer.commands.status import format_size
@@ -33,6 +31,7 @@ from batch_tokenizer.config import add_options
 from batch_tokenizer.manifest.manifest import Manifest
 from batch_tokenizer.manifest.row import REFUSED, LineState, cut_of
 from batch_tokenizer.records import ManifestRow, RowError, RunError, Sink, first_line, printable
+from batch_tokenizer.runtime.row_counter import RowCounter
 from batch_tokenizer.sources.finishing import SourceSettings
 from batch_tokenizer.sources.listing import lines_of, local_manifest, ordered
 from batch_tokenizer.sources.patterns import find_sources
@@ -135,7 +134,7 @@ def make_manifest(source: str, out: Path, settings: SourceSettings, workers: int
             # 1. List the source; the result is a JSON-lines file of rows without facts from headers.
             listed = local_manifest(source, Path(aside), settings)
             made, bad = Path(aside) / "made", Path(aside) / "bad"
-            with made.open("wb") as stream, bad.open("wb") as bad_stream, _bar("opening files") as bar:
+            with made.open("wb") as stream, bad.open("wb") as bad_stream, RowCounter("opening files") as counter:
                 # 2. Open every file, many at once, and keep the order.
                 for part in ordered(_chunk_maker(settings), _chunks(str(listed)), workers):
                     stream.writelines(line + b"\n" for line in part.lines)
@@ -147,7 +146,7 @@ def make_manifest(source: str, out: Path, settings: SourceSettings, workers: int
                         total.seconds + part.seconds,
                         total.num_unknown + part.num_unknown,
                     )
-                    bar.update(len(part.lines) + len(part.refused))
+                    counter.update(len(part.lines) + len(part.refused))
             # 3. Only a complete manifest takes the place of an earlier one.
             made.replace(out)
             if num_refused:
@@ -163,11 +162,6 @@ def make_manifest(source: str, out: Path, settings: SourceSettings, workers: int
         for row in total.refused:
             print(f"  {printable(row['key'] or 'without key')}: {printable(row['reason'])}")
     return 0 if num_rows else 1
-
-
-def _bar(what: str) -> tqdm[Any]:
-    on_terminal = sys.stderr.isatty()
-    return tqdm(unit=" rows", delay=2.0, dynamic_ncols=True, mininterval=0.5 if on_terminal else 30.0, desc=what)
 
 
 def _chunks(path: str) -> Iterator[list[bytes]]:

@@ -7,14 +7,17 @@ line a rank. Nothing is written, and torch is not imported, so the answer comes 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from shutil import get_terminal_size
+from typing import Any
 
 from batch_tokenizer.records import RunError, printable
-from batch_tokenizer.runtime.progress import JobStatus, RankStatus, read_status
+from batch_tokenizer.runtime.progress import JobStatus, RankStatus, duration_text, read_status, speed_text
 
 #: Seconds without an update after which a rank that should be at work counts as silent. Ranks of a large job write
 #: every 30 s, and clocks of machines differ a little.
@@ -26,6 +29,9 @@ _CLEAR_SCREEN = "\x1b[H\x1b[J"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.add_argument("run_dir", type=Path, help="the run folder, by default named MANIFEST.TASK.run")
+    parser.add_argument(
+        "--json", action="store_true", help="as one line of JSON: sums, and what each rank last reported"
+    )
     parser.add_argument("--watch", type=float, metavar="SECONDS", help="show it again and again, until the run is over")
 
 
@@ -45,11 +51,12 @@ def main(arguments: argparse.Namespace) -> int:
         if not (run_dir / "run.json").exists() and not (run_dir / "status").is_dir():
             raise RunError(f"{run_dir} is not a run folder: it has neither run.json nor status")
         job = read_status(run_dir)
-        lines = report(run_dir, job, time.time())
+        now = time.time()
+        lines = [json.dumps(json_report(job, now))] if arguments.json else report(run_dir, job, now)
         if arguments.watch is None:
             print("\n".join(map(printable, lines)))
             return 0
-        if on_terminal:
+        if on_terminal and not arguments.json:
             height = get_terminal_size().lines - 1
             if len(lines) > height:
                 lines = [*lines[: height - 1], f"… and {len(lines) - height + 1} more ranks"]
@@ -61,6 +68,22 @@ def main(arguments: argparse.Namespace) -> int:
             time.sleep(arguments.watch)
         except KeyboardInterrupt:
             return 0
+
+
+def json_report(job: JobStatus, now: float) -> dict[str, Any]:
+    """The status as one JSON object; ``now`` as in ``report``."""
+    return {
+        "over": is_over(job),
+        "rows": job.rows_total,
+        "done": job.rows_done,
+        "failed": job.rows_failed,
+        "left": max(0, job.rows_total - job.rows_done - job.rows_failed),
+        "audio_seconds": job.audio_seconds,
+        "elapsed_seconds": job.elapsed,
+        "seconds_left": job.seconds_left,
+        "ranks": [asdict(rank) | {"state": state_of(rank, now)} for rank in job.ranks],
+        "not_heard_of": [{"shard": shard, "rank": rank} for shard, rank in missing_ranks(job)],
+    }
 
 
 def report(run_dir: Path, job: JobStatus, now: float) -> list[str]:
@@ -86,7 +109,8 @@ def report(run_dir: Path, job: JobStatus, now: float) -> list[str]:
         f"{run_dir}: " + ", ".join(f"{count} of {num_ranks} ranks {state}" for state, count in counts.items()),
         f"rows     {job.rows_done:,} done, {job.rows_failed:,} failed, {left:,} left of {job.rows_total:,}"
         + (f" ({100 * (job.rows_total - left) / job.rows_total:.1f} %)" if job.rows_total else ""),
-        f"audio    {job.audio_seconds / 3600:.2f} h in {format_duration(job.elapsed)}, {job.hours_per_hour:.1f} h/h",
+        f"audio    {duration_text(job.audio_seconds)} in {format_duration(job.elapsed)}, "
+        f"{speed_text(job.audio_seconds, job.elapsed)}",
     ]
     if left and "running" in states and job.seconds_left is not None:
         lines[-1] += f", about {format_duration(job.seconds_left)} left"
@@ -129,7 +153,19 @@ def is_over(job: JobStatus) -> bool:
 def _table(
     job: JobStatus, states: Sequence[str], unheard: Sequence[tuple[int, int]], now: float, *, with_shards: bool
 ) -> list[str]:
-    head = ["shard", "rank", "attempt", "host", "device", "state", "rows", "failed", "audio h", "h/h", "last heard"]
+    head = [
+        "shard",
+        "rank",
+        "attempt",
+        "host",
+        "device",
+        "state",
+        "rows",
+        "failed",
+        "audio",
+        "× time",
+        "last heard",
+    ]
     rows = [
         [
             str(rank.shard),
@@ -140,8 +176,8 @@ def _table(
             state,
             f"{rank.rows_done:,}",
             f"{rank.rows_failed:,}",
-            f"{rank.audio_seconds / 3600:.2f}",
-            f"{rank.audio_seconds / rank.elapsed:.1f}" if rank.elapsed > 0 else "-",
+            duration_text(rank.audio_seconds),
+            speed_text(rank.audio_seconds, rank.elapsed).split()[0] if rank.elapsed > 0 else "-",
             f"{format_duration(max(0.0, now - rank.updated))} ago",
         ]
         for rank, state in zip(job.ranks, states, strict=True)

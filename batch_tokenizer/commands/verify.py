@@ -16,18 +16,16 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, get_args
 
 import jsonlines
 import orjson
-from tqdm import tqdm
 
 from batch_tokenizer.codecs.base import CodecSpec
 from batch_tokenizer.commands.status import seems_at_work
@@ -66,6 +64,7 @@ from batch_tokenizer.runs.finished_run import FinishedRun
 from batch_tokenizer.runtime.ledger import LedgerState, read_checksums, read_ledger
 from batch_tokenizer.runtime.ledger_writer import LedgerWriter
 from batch_tokenizer.runtime.processes import ProcessGroup
+from batch_tokenizer.runtime.row_counter import RowCounter
 from batch_tokenizer.runtime.run_folder import RunFolder
 from batch_tokenizer.storage.atomic import atomic_write
 from batch_tokenizer.storage.json_lines import json_lines_writer
@@ -306,7 +305,7 @@ class Verification:
         wrong_lines: set[int] = set()
         # Rows of shards are taken back with their whole shard.
         ledger = None if self.run.has_shards else self.ledger
-        with _progress_bar(len(self.manifest)) as bar:
+        with RowCounter("verified", len(self.manifest), delay=5.0) as counter:
             reports: Iterator[ChunkReport]
             reports = processes.map(check_chunk, chunks(self.manifest, self._lengths, state, audit, checksums))
             for report in reports:
@@ -319,7 +318,7 @@ class Verification:
                     self.num_taken_back += len(report.wrong_rows)
                 self.num_checked += report.num_files
                 folders |= report.folders
-                bar.update(report.num_lines)
+                counter.update(report.num_lines)
         for strays in processes.map(find_strays, iter(sorted(folders))):
             for problem in strays:
                 findings.add(problem)
@@ -377,11 +376,3 @@ def _print_counts(run: FinishedRun, manifest: Manifest, state: LedgerState, audi
         keys = ", ".join(state.changed_keys)
         notes.append(f"{state.num_changed:,} rows were done with another manifest line ({keys})")
     print(f"ledger     {'; '.join(notes)}")
-
-
-def _progress_bar(num_rows: int) -> tqdm[Any]:
-    on_terminal = sys.stderr.isatty()
-    return tqdm(
-        total=num_rows, unit=" rows", delay=5.0, dynamic_ncols=True, mininterval=0.5 if on_terminal else 30.0,
-        desc="verify",
-    )  # fmt: skip

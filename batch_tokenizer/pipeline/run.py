@@ -18,9 +18,11 @@ import torch
 from batch_tokenizer.manifest.manifest import Manifest
 from batch_tokenizer.manifest.units import in_shard, plan_units
 from batch_tokenizer.pipeline.claimed_rows import ClaimedRows
+from batch_tokenizer.pipeline.ending import ending_lines, work_figures
 from batch_tokenizer.pipeline.long_audio import LongRows
 from batch_tokenizer.pipeline.rank_loop import RankLoop
 from batch_tokenizer.pipeline.setup import RunContext, open_live_quality, open_manifest
+from batch_tokenizer.records import printable
 from batch_tokenizer.runs.source import typed
 from batch_tokenizer.runtime.devices import environment_of
 from batch_tokenizer.runtime.environments import agree_on_environment, read_environments
@@ -68,6 +70,7 @@ def run_job(context: RunContext) -> int:
                 rows_done_before=int(np.count_nonzero(ours & (status == RowStatus.DONE))),
                 rows_failed_before=int(np.count_nonzero(ours & (status == RowStatus.FAILED) & ~todo)),
                 device=str(context.compute.device),
+                quiet=config.quiet,
             ) as progress,
             context.open_loader() as loader,
         ):
@@ -119,7 +122,9 @@ def run_job(context: RunContext) -> int:
             if processes.is_main:
                 _await_others(folder, stop)
         stop.check()
-        return _summarize(context, folder, manifest) if processes.is_main else 0
+        return (
+            _summarize(context, folder, manifest, len(units) > 0, progress.computing_since) if processes.is_main else 0
+        )
 
 
 def _await_others(folder: RunFolder, stop: StopRequest) -> None:
@@ -147,26 +152,34 @@ def _job_status(folder: RunFolder) -> JobStatus:
     return read_status(folder.path, folder.attempt)
 
 
-def _summarize(context: RunContext, folder: RunFolder, manifest: Manifest) -> int:
-    """Rank 0, when the job's rows have ended: writes failures and summary; returns the exit status."""
+def _summarize(
+    context: RunContext, folder: RunFolder, manifest: Manifest, had_work: bool, computing_since: float | None
+) -> int:
+    """Rank 0, when the job's rows have ended: writes failures and summary; returns the exit status.
+
+    Args:
+        had_work: whether this attempt found rows to do.
+        computing_since: when this rank computed its first row, on the monotonic clock; None if it computed none.
+    """
     # 1. The ledger once more, which now has the rows of all ranks.
     config = context.config
     state = read_ledger(folder.path, manifest)
     failures = write_failures(folder.path, manifest, state)
     job = _job_status(folder)
-    wall_seconds = time.monotonic() - context.started
-    audio = job.audio_seconds
-    rates = {stage: round(seconds / audio, 6) for stage, seconds in job.stage_seconds.items()} if audio else {}
+    figures = work_figures(
+        job.audio_seconds,
+        time.monotonic() - context.started,
+        (computing_since or context.started) - context.started,
+        job.stage_seconds,
+        folder.processes.world_size,
+    )
+    earlier = {} if had_work else folder.read_summary()
     summary = {
         "rows": len(manifest),
         "done": state.num_done,
         "failed": state.num_failed,
         "pending": state.num_pending,
-        "audio_hours": round(audio / 3600, 6),
-        "wall_seconds": round(wall_seconds, 3),
-        "rtf": round(wall_seconds / audio, 6) if audio else None,
-        "rtf_per_stage": rates,
-        "world_size": folder.processes.world_size,
+        **{name: earlier.get(name, value) for name, value in figures.items()},
         "failures": str(failures),
         "environments": read_environments(folder.path),
         "data_list": typed(config.data_list),
@@ -174,14 +187,8 @@ def _summarize(context: RunContext, folder: RunFolder, manifest: Manifest) -> in
     }
     # 2. The same to a file and to the terminal.
     folder.write_summary(summary)
-    print(
-        f"{state.num_done} rows done, {state.num_failed} failed, {state.num_pending} to do\n"
-        f"{audio / 3600:.4f} h of audio in {wall_seconds:.1f} s: RTF "
-        + (f"{wall_seconds / audio:.5f}" if audio else "-")
-        + "".join(f", {stage} {rate:.5f}" for stage, rate in rates.items())
-        + f"\nfailures: {failures}",
-        flush=True,
-    )
+    lines = ending_lines(config, manifest, state, figures, had_work=had_work, run_dir=folder.path, failures=failures)
+    print("\n".join(map(printable, lines)), flush=True)
     # 3. The exit status.
     if left := np.count_nonzero(state.pending & in_shard(manifest, config.num_shards, config.shard)):
         log.error("%d rows are neither done nor failed, as a rank ended early; start the same command again", left)

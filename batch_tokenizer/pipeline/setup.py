@@ -53,7 +53,7 @@ def open_context(config: RunConfig) -> Iterator[RunContext]:
     started = time.monotonic()
     processes = ProcessGroup.from_environment()
     allow_pipes(config)
-    if not processes.is_main:
+    if config.quiet or not processes.is_main:
         logging.getLogger().setLevel(logging.WARNING)
     announcement = (
         f"finishing the batches in progress, at most {config.grace:g} s (--grace); a second signal stops at once"

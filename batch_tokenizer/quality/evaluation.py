@@ -7,7 +7,6 @@ again.
 from __future__ import annotations
 
 import logging
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from batch_tokenizer.codecs.offline import at_input_rate, decode, encode
 from batch_tokenizer.config import Device, Dtype, beside
@@ -29,6 +27,7 @@ from batch_tokenizer.quality.scoring import Record, ScoringTask, score_utterance
 from batch_tokenizer.quality.speakers import SpeakerEncoder
 from batch_tokenizer.records import ManifestRow, Pieces, RowError, RowFailure, RunError
 from batch_tokenizer.runs.scored_rows import Source, load_input, open_source, rows_with_outputs
+from batch_tokenizer.runtime.row_counter import RowCounter
 
 log = logging.getLogger(__name__)
 
@@ -203,13 +202,12 @@ def _scored(results: ResultsFolder, digests: Mapping[int, str], scorer: Scorer) 
 def _score_all(source: Source, lines: Sequence[int], request: Request, results: ResultsFolder) -> None:
     # Another process takes seconds to start, and a few utterances a second are scored.
     workers = max(1, min(request.workers, len(lines) // UTTERANCES_PER_WORKER))
-    on_terminal = sys.stderr.isatty()
     log.info("scoring %d utterances, %d at a time", len(lines), workers)
-    with tqdm(total=len(lines), unit="utterance", mininterval=0.5 if on_terminal else 30.0) as bar:
+    with RowCounter("scored", len(lines), delay=0.0) as counter:
         tasks = _scoring_tasks(source, rows_with_outputs(source.run, source.manifest, lines), results)
         for records in score_utterances(tasks, request.metrics, request.speaker_model, workers):
             results.append(records)
-            bar.update()
+            counter.update()
 
 
 def _scoring_tasks(

@@ -105,11 +105,6 @@ class JobStatus:
         return max((status.elapsed for status in self.ranks), default=0.0)
 
     @property
-    def hours_per_hour(self) -> float:
-        """Hours of audio done in an hour, in these attempts."""
-        return self.audio_seconds / self.elapsed if self.elapsed > 0 else 0.0
-
-    @property
     def seconds_left(self) -> float | None:
         """Estimate from the rows ended a second so far, or None before the first."""
         ended = sum(status.rows_done + status.rows_failed for status in self.ranks)
@@ -126,7 +121,7 @@ class JobStatus:
 
     def line(self) -> str:
         """The state of the whole job in one line, without the counts of rows."""
-        words = [f"{self.audio_seconds / 3600:.2f} h of audio", f"{self.hours_per_hour:.1f} h/h"]
+        words = [f"{duration_text(self.audio_seconds)} of audio", speed_text(self.audio_seconds, self.elapsed)]
         words.append(f"{self.rows_failed} failed")
         if self.seconds_left is not None:
             words.append(f"{tqdm.format_interval(self.seconds_left)} left")
@@ -142,6 +137,20 @@ def read_rank_statuses(run_dir: Path, attempt: int | None = None) -> Iterator[Ra
             continue  # its run was just discarded
         except (OSError, ValueError, TypeError):
             logger.warning("%s is damaged: ignored", path)
+
+
+def duration_text(seconds: float) -> str:
+    """A length of audio or time with three digits or so: 22.5 s, 5.32 min, 12.3 h, 4,210 h."""
+    for unit, size in (("s", 1), ("min", 60)):
+        if seconds < 120 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 3600:.3g} h" if seconds < 3.59e6 else f"{seconds / 3600:,.0f} h"
+
+
+def speed_text(audio_seconds: float, seconds: float) -> str:
+    """How fast audio is worked through: 1.5 × real time."""
+    speed = audio_seconds / seconds if seconds > 0 else 0.0
+    return f"{speed:,.0f} × real time" if speed >= 100 else f"{speed:.2g} × real time"
 
 
 def read_status(run_dir: Path, attempt: int | None = None) -> JobStatus:
@@ -185,11 +194,13 @@ class ProgressReporter:
         rows_done_before: int = 0,
         rows_failed_before: int = 0,
         device: str = "cpu",
+        quiet: bool = False,
         stream: TextIO | None = None,
     ) -> None:
         """
         Args:
             rows_total: rows of this job's shard, those that ended before included.
+            quiet: show no line.
             stream: where rank 0 shows the line: a moving one on a terminal, otherwise one every 30 s. Default: stderr.
         """
         processes = folder.processes
@@ -209,12 +220,14 @@ class ProgressReporter:
         }
         self._run_dir = folder.path
         self._path = status_file(folder.path, folder.attempt, processes.rank)
-        self._is_main = processes.is_main
+        self._is_shown = processes.is_main and not quiet
         self._began = time.monotonic()
         self._state: State = "starting"
         self._rows_done = self._rows_failed = 0
         self._audio_seconds = 0.0
         self._stage_seconds: dict[str, float] = {}
+        #: When the model began with its first batch, on the monotonic clock; None before.
+        self.computing_since: float | None = None
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._warned = False
@@ -238,6 +251,8 @@ class ProgressReporter:
     def add_seconds(self, stage: Stage, seconds: float) -> None:
         """Time that went into a stage."""
         with self._lock:
+            if stage in ("encode", "decode") and self.computing_since is None:
+                self.computing_since = time.monotonic() - seconds
             self._stage_seconds[stage] = self._stage_seconds.get(stage, 0.0) + seconds
 
     def set_state(self, state: State) -> None:
@@ -283,12 +298,12 @@ class ProgressReporter:
         shown = time.monotonic()
         while not self._closed.wait(self._interval):
             self._publish()
-            if self._is_main and (self._bar is not None or time.monotonic() - shown >= _PLAIN_LINE_SECONDS):
+            if self._is_shown and (self._bar is not None or time.monotonic() - shown >= _PLAIN_LINE_SECONDS):
                 self._show()
                 shown = time.monotonic()
 
     def __enter__(self) -> ProgressReporter:
-        if self._is_main and self._stream.isatty():
+        if self._is_shown and self._stream.isatty():
             self._bar = tqdm(
                 total=self._fixed["rows_total"],
                 file=self._stream,
@@ -305,7 +320,7 @@ class ProgressReporter:
         if self._state in ("starting", "running"):
             self._state = "finished" if exception[0] is None else "interrupted"
         self._publish()
-        if self._is_main:
+        if self._is_shown:
             self._show()
         if self._bar is not None:
             with suppress(OSError):

@@ -7,6 +7,7 @@ SIGKILL, it is free at once.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import json
@@ -359,6 +360,14 @@ class RunFolder:
     @property
     def _resume_message(self) -> str:
         return f"{self.attempt_id}.resume"
+
+    def read_summary(self) -> dict[str, Any]:
+        """``summary.json`` of an earlier attempt; empty where there is none that can be read."""
+        with contextlib.suppress(OSError, ValueError):
+            summary = json.loads((self.path / "summary.json").read_bytes())
+            if isinstance(summary, dict):
+                return summary
+        return {}
 
     def write_summary(self, summary: Mapping[str, Any]) -> Path:
         """Replace ``summary.json``; returns its path.

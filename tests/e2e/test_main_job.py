@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import soundfile
 from safetensors.numpy import load_file
 
 import batch_tokenizer as package
+from batch_tokenizer import cli
 from batch_tokenizer.audio.loading import load_samples
 from tests.support.checkpoints import write_mimo_checkpoint
 from tests.support.command import ROOT, batch_tokenizer, contents, environment, failures, output_row, write_manifest
@@ -204,7 +206,28 @@ def test_nothing_failed_means_an_empty_failures_file(tmp_path):
     done = batch_tokenizer("--data_list", manifest, "--run_dir", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert failures(tmp_path / "run") == {}
-    assert str(tmp_path / "run" / "failures.jsonl") in done.stdout
+    assert "failures" not in done.stdout
+
+
+def test_a_run_ends_with_its_outputs_and_one_with_nothing_to_do_keeps_the_figures(tmp_path, monkeypatch, capsys):
+    """In one process, as a user with a folder of audio types it."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "sub/b"):
+        (tmp_path / "audio" / name).parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(tmp_path / "audio" / f"{name}.wav", np.random.default_rng(0).normal(size=24000) * 0.2, 24000)
+    words = ["audio", "-o", "tokens", "--run_dir", "run", "--num_workers", "0", "--quiet"]
+    assert cli.main(words) == 0
+    first, progress = capsys.readouterr()
+    assert progress == ""
+    lines = first.splitlines()
+    assert lines[0] == "2 rows done, 0 failed, 0 to do"
+    assert re.fullmatch(r"2 s of audio in [\d.]+ s, .* × real time; without .* of start-up .* × real time", lines[1])
+    assert lines[3:] == ["outputs: in tokens, the first tokens/a.json", "run folder: run"]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["rtf_after_startup"] < summary["rtf"]
+    assert cli.main(words) == 0
+    assert capsys.readouterr().out.splitlines()[:2] == [lines[0], "nothing was left to do"]
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary
 
 
 def test_the_quick_start_makes_speech_that_can_be_understood(tmp_path):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from batch_tokenizer.runtime import progress as progress_module
+from batch_tokenizer.runtime import row_counter
 from batch_tokenizer.runtime.processes import ProcessGroup
 from batch_tokenizer.runtime.progress import ProgressReporter, read_status
 from batch_tokenizer.runtime.run_folder import RunFolder
@@ -41,7 +42,7 @@ def report(folder: RunFolder, done: int, failed: int = 0, seconds: float = 10.0,
 def test_ranks_add_up_and_only_rank_0_speaks(tmp_path: Path) -> None:
     assert report(folder_of(tmp_path, 1, 2), done=3, failed=1, rows_done_before=20, rows_failed_before=2) == ""
     line = report(folder_of(tmp_path, 0, 2), done=5, rows_done_before=20, rows_failed_before=2)
-    assert line.startswith("31/100 rows, 0.02 h of audio, ")
+    assert line.startswith("31/100 rows, 80 s of audio, ")
     assert ", 3 failed, " in line
     assert line.count("\n") == 1
     status = read_status(tmp_path)
@@ -76,7 +77,7 @@ def test_a_clock_that_jumps_changes_no_rate(tmp_path: Path, monkeypatch: pytest.
         progress._began -= 1800
     status = read_status(tmp_path)
     assert status.elapsed == pytest.approx(1800, abs=300)  # and no day more or less
-    assert status.hours_per_hour == pytest.approx(3600 / status.elapsed)
+    assert status.audio_seconds == 3600
     assert status.seconds_left == pytest.approx(9 * status.elapsed)
 
 
@@ -103,7 +104,7 @@ def test_a_terminal_gets_one_moving_line(tmp_path: Path) -> None:
 
     stream = Terminal()
     report(folder_of(tmp_path), done=5, stream=stream)
-    assert "5/100 rows, 0.01 h of audio" in stream.getvalue()
+    assert "5/100 rows, 50 s of audio" in stream.getvalue()
     assert stream.getvalue().count("\n") == 1
 
 
@@ -117,3 +118,25 @@ def test_status_files_are_never_worth_stopping_for(tmp_path: Path, caplog: pytes
     (tmp_path / "status" / "000001-00000.json").write_bytes(bytes(20))
     assert read_status(tmp_path).ranks == ()
     assert "is damaged" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.0, "0 s"), (22.46, "22.5 s"), (119.0, "119 s"), (319.2, "5.32 min"), (7200.0, "2 h"), (4.2e7, "11,667 h")],
+)
+def test_durations_have_few_digits(seconds: float, text: str) -> None:
+    assert progress_module.duration_text(seconds) == text
+
+
+def test_a_quiet_reporter_shows_nothing_and_counts(tmp_path: Path) -> None:
+    assert report(folder_of(tmp_path), done=5, quiet=True) == ""
+    assert read_status(tmp_path).rows_done == 5
+
+
+def test_rows_are_counted_in_plain_lines_where_nobody_watches(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(row_counter, "_LINE_SECONDS", 0.0)
+    with caplog.at_level("INFO"), row_counter.RowCounter("verified", 2000) as counter:
+        counter.update(1500)
+    assert caplog.messages == ["verified: 1,500 of 2,000 rows"]

@@ -11,7 +11,7 @@ from dataclasses import asdict
 import pytest
 
 from batch_tokenizer.cli import main
-from batch_tokenizer.commands.status import is_over, missing_ranks, report, state_of
+from batch_tokenizer.commands.status import is_over, json_report, missing_ranks, report, state_of
 from batch_tokenizer.runtime.progress import JobStatus, RankStatus
 from tests.support.command import ROOT, contents
 
@@ -46,7 +46,7 @@ class TestReport:
     def test_counts_earlier_attempts_and_this_one(self):
         text = text_of(rank(0, world_size=2), rank(1, world_size=2))
         assert "690 done, 14 failed, 296 left of 1,000 (70.4 %)" in text
-        assert "4.00 h in 10 min 0 s, 24.0 h/h, about 4 min 52 s left" in text  # 608 rows in 600 s
+        assert "4 h in 10 min 0 s, 24 × real time, about 4 min 52 s left" in text  # 608 rows in 600 s
         assert "load 3.0, encode 4.0" in text
         assert "2 of 2 ranks running" in text
 
@@ -54,7 +54,7 @@ class TestReport:
         text = text_of(rank(0, world_size=2), rank(1, world_size=2, state="finished", updated=NOW - 7200))
         [first] = [line for line in text.splitlines() if "node0" in line]
         [second] = [line for line in text.splitlines() if "node1" in line]
-        assert first.split() == ["0", "2", "node0", "cuda:0", "running", "300", "4", "2.00", "12.0", "3", "s", "ago"]
+        assert first.split() == ["0", "2", "node0", "cuda:0", "running", "300", "4", "2", "h", "12", "3", "s", "ago"]
         assert second.split()[4] == "finished"
         assert second.endswith("2 h 0 min ago")
 
@@ -87,6 +87,14 @@ class TestReport:
 
     def test_nothing_started(self):
         assert text_of() == f"{ROOT / 'x.run'}: no process has started yet"
+
+
+def test_json_has_the_sums_and_each_rank():
+    report = json_report(JobStatus((rank(0, world_size=2, updated=NOW - 500),)), NOW)
+    assert json.loads(json.dumps(report)) == report
+    assert report["done"] + report["failed"] + report["left"] == report["rows"] == 1000
+    assert (report["over"], report["ranks"][0]["state"]) == (False, "silent")
+    assert report["not_heard_of"] == [{"shard": 0, "rank": 1}]
 
 
 class TestIsOver:
