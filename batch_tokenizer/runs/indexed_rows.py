@@ -305,8 +305,7 @@ class TokenFiles:
         return _even_blocks(len(self))
 
     def read(self, number: int, *, with_audio: bool) -> StoredRow:
-        del with_audio  # nothing names audio here
-        return token_file_row(self.folder, self.paths[number])
+        return token_file_row(self.folder, self.paths[number], with_audio=with_audio)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -257,7 +258,7 @@ def find_parts(source: str) -> Iterator[Part]:
             if found.kind == "tar" or found.kind == "parquet":
                 yield Part(found.kind, found.location)
             elif found.kind == "rows":
-                yield Part("jsonl" if holds_codes(found.location) else "lines", found.location)
+                yield Part(_kind_of_lines(found.location), found.location)
             elif found.kind == "folder":
                 yield from _folder_parts(Path(found.location))
             else:
@@ -288,6 +289,16 @@ def _folder_parts(folder: Path) -> Iterator[Part]:
         yield Part("lines", str(folder / "data.jsonl"))
     else:
         yield Part("files", str(folder))
+
+
+def _kind_of_lines(location: str) -> Literal["jsonl", "lines", "files"]:
+    """Lines with codes in them, lines that name files, or a token file, whose one line has no key of its own."""
+    if not holds_codes(location):
+        return "lines"
+    if location.endswith(".json"):
+        for _, line in islice(numbered_lines(location), 1):
+            return "jsonl" if "key" in parse_json(line) else "files"
+    return "jsonl"
 
 
 def _shard_kind(name: str) -> Literal["tar", "parquet", "jsonl"]:
@@ -346,8 +357,9 @@ def _token_file_rows(location: str) -> Iterator[StoredRow]:
         raise RunError(f"{location}: has neither shards (.tar, .parquet) nor token files (.json, .npy)")
 
 
-def token_file_row(location: str, path: str) -> StoredRow:
+def token_file_row(location: str, path: str, *, with_audio: bool = True) -> StoredRow:
     """The row of a token file that was found at ``location``; its key is the file's, or its path there without ending.
+    Its audio is what the file names as ``reconstructed_wav``.
 
     Raises:
         RowError: it cannot be read, or is no token file.
@@ -355,7 +367,8 @@ def token_file_row(location: str, path: str) -> StoredRow:
     codes, info = read_any_tokens(path)
     said = info.get("key")
     name = os.path.basename(path) if path == location else os.path.relpath(path, location)
-    return StoredRow(said if isinstance(said, str) else os.path.splitext(name)[0], codes, info)
+    key = said if isinstance(said, str) else os.path.splitext(name)[0]
+    return _with_audio(StoredRow(key, codes, info), info.get("reconstructed_wav") if with_audio else None)
 
 
 def _refuse_mixture(folder: Path, shards: list[str]) -> None:
@@ -368,12 +381,12 @@ def _refuse_mixture(folder: Path, shards: list[str]) -> None:
 
 
 def token_files(location: str) -> Iterator[str]:
-    """The paths of the token files of a folder, in order; of one such file, its own."""
+    """The paths of the token files of a folder, in order; of one such file, its own. Run folders in it have none."""
     if not os.path.isdir(location):
         yield location
         return
     for place, folders, names in os.walk(location):
-        folders.sort()
+        folders[:] = sorted(name for name in folders if not os.path.exists(os.path.join(place, name, "run.json")))
         for name in sorted(names):
             if name.endswith(_FILE_ENDINGS) and not name.startswith("."):
                 yield os.path.join(place, name)
@@ -428,11 +441,15 @@ def manifest_row(row: Mapping[str, Any], *, with_audio: bool = True) -> StoredRo
     if not isinstance(tokens, str):
         raise RunError(f"row {row['key']}: has no quantized_tokens")
     codes, info = read_any_tokens(tokens)
-    about = {**row, **info}
-    if with_audio and isinstance(audio, str) and os.path.exists(audio):
-        content = _read(audio)
-        return StoredRow(row["key"], codes, about, content, "flac" if content[:4] == b"fLaC" else "wav")
-    return StoredRow(row["key"], codes, about)
+    return _with_audio(StoredRow(row["key"], codes, {**row, **info}), audio if with_audio else None)
+
+
+def _with_audio(row: StoredRow, path: object) -> StoredRow:
+    """The row with the audio file at ``path``, if there is one."""
+    if not isinstance(path, str) or not os.path.exists(path):
+        return row
+    content = _read(path)
+    return replace(row, audio=content, audio_format="flac" if content[:4] == b"fLaC" else "wav")
 
 
 def _read(path: str) -> bytes:

@@ -333,6 +333,8 @@ class TestSources:
 
     def test_a_manifest_of_files(self, manifest: Path, results: list[Any]) -> None:
         self.check(manifest, results, audio=True)
+        self.check(manifest.parent / "in", results, audio=True)
+        self.check(f"{manifest.parent}/in/*.json", results, audio=True)
 
     @pytest.mark.parametrize("form", ["json", "npy", "jsonl", "tar", "parquet"])
     def test_what_convert_writes(self, tmp_path: Path, shards: Path, results: list[Any], form: str) -> None:
@@ -371,6 +373,9 @@ class TestSources:
         for line, result in enumerate(results):
             place = str(tmp_path / f"in/{line % 3}/{line}.{form}")
             sink.write(tokenized(line, result.codes, **{**result.row.fields, "quantized_tokens": place}))
+        # A run folder in the folder of its outputs has JSON files too.
+        (tmp_path / "in" / "x.run" / "status").mkdir(parents=True)
+        (tmp_path / "in" / "x.run" / "run.json").write_text("{}")
         self.check(tmp_path / "in", results, audio=False)
 
     def test_parquet_of_many_groups(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, results: list[Any]) -> None:
