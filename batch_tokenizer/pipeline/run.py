@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +24,7 @@ from batch_tokenizer.pipeline.ending import ending_lines, work_figures
 from batch_tokenizer.pipeline.long_audio import LongRows
 from batch_tokenizer.pipeline.rank_loop import RankLoop
 from batch_tokenizer.pipeline.setup import RunContext, open_live_quality, open_manifest
-from batch_tokenizer.records import printable
+from batch_tokenizer.records import ManifestRow, printable
 from batch_tokenizer.runs.source import typed
 from batch_tokenizer.runtime.devices import environment_of
 from batch_tokenizer.runtime.environments import agree_on_environment, read_environments
@@ -87,6 +89,7 @@ def run_job(context: RunContext) -> int:
                             context.num_quantizers,
                             context.spec.info.output_sample_rate,
                             ledger.append,
+                            _fields_of_first_rows(manifest),
                         ) as sink,
                         open_live_quality(config, context.spec) as quality,
                     ):
@@ -125,6 +128,13 @@ def run_job(context: RunContext) -> int:
         return (
             _summarize(context, folder, manifest, len(units) > 0, progress.computing_since) if processes.is_main else 0
         )
+
+
+def _fields_of_first_rows(manifest: Manifest) -> Iterator[Mapping[str, Any]]:
+    """The fields of the manifest's rows, some thousand from the first on."""
+    for row in manifest.read(0, min(manifest.num_lines, 2000)):
+        if isinstance(row, ManifestRow):
+            yield row.fields
 
 
 def _await_others(folder: RunFolder, stop: StopRequest) -> None:

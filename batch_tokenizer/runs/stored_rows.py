@@ -29,7 +29,8 @@ from batch_tokenizer.storage.files import open_file
 from batch_tokenizer.storage.json_lines import json_lines_reader, parse_json
 from batch_tokenizer.storage.jsonl_rows import holds_codes, numbered_lines
 from batch_tokenizer.storage.names import display_name, member_name, split_member_name
-from batch_tokenizer.storage.parquet_rows import TokenParquet, find_row, row_info
+from batch_tokenizer.storage.parquet_rows import TokenParquet, find_row
+from batch_tokenizer.storage.row_info import join_info
 from batch_tokenizer.storage.tar import ByteStream, SeekableByteStream, TornTar, walk
 
 #: Bytes that one member of a row may have.
@@ -38,9 +39,6 @@ _MOST_MEMBER = 1 << 32
 _TOKENS = ("tokens.npy", "npy")
 
 _AUDIO = ("wav", "flac")
-
-#: Columns of a parquet shard that make a row.
-_COLUMNS = ("key", "codes", "num_frames", "info", "audio")
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +168,7 @@ def _parquet_rows(path: str) -> Iterator[StoredRow]:
     parquet = TokenParquet.open(path, must_have_codes=False)
     try:
         for group in range(parquet.num_groups):
-            table = parquet.read_group(group, list(_COLUMNS))
+            table = parquet.read_group(group, [*parquet.token_columns, "audio"])
             for number in range(len(table)):
                 yield _parquet_row(parquet, table, number)
     finally:
@@ -183,8 +181,7 @@ def parquet_row_at(path: str, number: int, *, with_audio: bool = True) -> Stored
     Raises:
         RowError: it cannot be read, or is no row.
     """
-    columns = _COLUMNS if with_audio else tuple(name for name in _COLUMNS if name != "audio")
-    return _parquet_row(*find_row(path, number, columns))
+    return _parquet_row(*find_row(path, number, with_audio=with_audio))
 
 
 def _parquet_row(parquet: TokenParquet, table: Any, number: int) -> StoredRow:
@@ -194,12 +191,12 @@ def _parquet_row(parquet: TokenParquet, table: Any, number: int) -> StoredRow:
     if not isinstance(key, str):
         raise RowError("load", f"{parquet.name}: a row has no key")
     codes = None
-    if "codes" in table.column_names:
+    if parquet.codes_column is not None:
         values = parquet.codes_of(table, number)
         if values.size and (values.min() < 0 or values.max() > 0xFFFF):
             raise RowError("load", f"{parquet.name}: row {key!a} has codes beyond 16 bits")
         codes = values.astype(np.uint16)
-    info = {**parquet.run_info, "key": key, **row_info(table, number)}
+    info = join_info(*parquet.parts_of(table, number))
     audio = table.column("audio")[number].as_py() if "audio" in table.column_names else None
     if not isinstance(audio, dict) or not isinstance(audio.get("bytes"), bytes):
         return StoredRow(key, codes, info)

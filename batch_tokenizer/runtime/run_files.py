@@ -9,6 +9,7 @@
     status/ATTEMPT-RANK.json            progress of one process, rewritten every few seconds
     resume/PART.ATTEMPT_ID.npy          which rows were pending when the attempt began, from rank 0 to its other ranks
     index/                              the manifest's index, and the manifest where it was listed from other sources
+    columns.json                        columns of parquet shards for the fields of rows
     environments.json                   devices and versions that rows were computed with
     failures.jsonl, summary.json, verify.jsonl
     lock, lock.PART                     PART is shard-I-of-N, the part of the manifest that a job works on
@@ -47,6 +48,7 @@ RUN_PATTERNS = (
     "verify.jsonl",
     "summary.json",
     "environments.json",
+    "columns.json",
     "run.json",
 )
 

@@ -9,7 +9,7 @@ from batch_tokenizer.manifest.row import REFUSED
 from batch_tokenizer.records import RowError
 from batch_tokenizer.sources.sidecars import own_fields
 from batch_tokenizer.storage.names import row_location
-from batch_tokenizer.storage.parquet_rows import TokenParquet, row_info
+from batch_tokenizer.storage.parquet_rows import TokenParquet
 
 
 def parquet_rows(location: str) -> Iterator[dict[str, Any]]:
@@ -22,7 +22,7 @@ def parquet_rows(location: str) -> Iterator[dict[str, Any]]:
     try:
         first = 0
         for group in range(parquet.num_groups):
-            table = parquet.read_group(group, ["key", "info"])
+            table = parquet.read_group(group, ["key", "info", *parquet.fields])
             for number in range(len(table)):
                 yield _row(parquet, location, table, number, first + number)
             first += len(table)
@@ -37,4 +37,4 @@ def _row(parquet: TokenParquet, location: str, table: Any, number: int, row: int
     key = table.column("key")[number].as_py() if "key" in table.column_names else None
     if not isinstance(key, str) or not key:
         return {"key": place, REFUSED: f"{parquet.name}: row {row} has no key"}
-    return {"key": key, "quantized_tokens": place, **own_fields(row_info(table, number))}
+    return {"key": key, "quantized_tokens": place, **own_fields(parquet.parts_of(table, number)[0])}

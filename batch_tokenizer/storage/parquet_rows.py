@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -17,10 +17,14 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from batch_tokenizer.records import RowError, first_line
+from batch_tokenizer.records import CODES_FIELD, RowError, first_line
 from batch_tokenizer.storage.files import open_file
 from batch_tokenizer.storage.json_lines import parse_json
 from batch_tokenizer.storage.names import display_name
+from batch_tokenizer.storage.row_info import join_info, split_info
+
+#: Columns in which codes are looked for where the metadata does not name one, in this order.
+CODES_COLUMNS = (CODES_FIELD, "codes")
 
 #: Files, and groups of rows, that a process caches.
 _KEPT_FILES, _KEPT_GROUPS = 8, 4
@@ -38,6 +42,8 @@ class TokenParquet:
         first_rows: int64 (G + 1,), the first row of each group, then the number of rows.
         run_info: what the metadata says of all rows.
         num_quantizers: K by the metadata; None where it does not say.
+        codes_column: the column of codes; None where there is none.
+        fields: the columns that are fields of rows.
     """
 
     name: str
@@ -45,14 +51,16 @@ class TokenParquet:
     first_rows: npt.NDArray[np.int64]
     run_info: Mapping[str, Any]
     num_quantizers: int | None
+    codes_column: str | None
+    fields: tuple[str, ...]
     _closing: ExitStack
 
     @classmethod
     def open(cls, path: str, *, must_have_codes: bool = True) -> TokenParquet:
         """
         Raises:
-            RowError: it cannot be read, its column ``codes`` is none of lists of integers, or is not there although it
-                must be; or pyarrow is not installed.
+            RowError: it cannot be read, has no column of codes although it must, or one that is none of lists of
+                integers; or pyarrow is not installed.
         """
         try:
             import pyarrow as pa
@@ -69,21 +77,22 @@ class TokenParquet:
                 schema = file.schema_arrow
             except (pa.ArrowException, OSError, ValueError) as error:
                 raise RowError("load", f"{name}: not a parquet file that can be read: {first_line(error)}") from error
-            field = schema.field("codes") if "codes" in schema.names else None
-            is_codes = field is not None and pa.types.is_list(field.type) and pa.types.is_integer(field.type.value_type)
-            if not is_codes and (must_have_codes or field is not None):
-                raise RowError("load", f"{name}: has no column codes of lists of integers")
             metadata = schema.metadata or {}
+            named = metadata.get(b"codes_field", b"").decode("utf-8", "replace")
+            codes = next((column for column in (named, *CODES_COLUMNS) if column in schema.names), None)
+            if (codes is None and must_have_codes) or (codes is not None and not _holds_codes(schema.field(codes))):
+                raise RowError("load", f"{name}: has no column {codes or CODES_FIELD} of lists of integers")
             try:
                 run_info = orjson.loads(metadata.get(b"batch_tokenizer", b"{}"))
                 width = metadata.get(b"num_quantizers")
                 num_quantizers = None if width is None else int(width)
+                fields = _field_columns(schema, codes)
             except ValueError as error:
                 raise RowError("load", f"{name}: its schema's metadata is damaged") from error
             if not isinstance(run_info, dict) or (num_quantizers is not None and num_quantizers < 1):
                 raise RowError("load", f"{name}: its schema's metadata is damaged")
             first_rows = np.cumsum([0, *sizes], dtype=np.int64)
-            return cls(name, file, first_rows, run_info, num_quantizers, stack.pop_all())
+            return cls(name, file, first_rows, run_info, num_quantizers, codes, fields, stack.pop_all())
 
     def __len__(self) -> int:
         """Rows."""
@@ -94,7 +103,13 @@ class TokenParquet:
         """Groups of rows."""
         return len(self.first_rows) - 1
 
-    def read_group(self, group: int, columns: list[str]) -> Any:
+    @property
+    def token_columns(self) -> tuple[str, ...]:
+        """The columns of a row's codes and of what is known of it."""
+        codes = () if self.codes_column is None else (self.codes_column,)
+        return ("key", *codes, "num_frames", "num_samples", "info", *self.fields)
+
+    def read_group(self, group: int, columns: Sequence[str]) -> Any:
         """Columns of a group of rows, as a table; those that the file does not have are left out.
 
         Raises:
@@ -104,7 +119,7 @@ class TokenParquet:
 
         about = self.file.metadata.row_group(group)
         paths = [about.column(number) for number in range(about.num_columns)]
-        size = sum(column.total_uncompressed_size for column in paths if column.path_in_schema.split(".")[0] in columns)
+        size = sum(column.total_uncompressed_size for column in paths if _is_of(column.path_in_schema, columns))
         if size > _MOST_GROUP_BYTES:
             raise RowError("load", f"{self.name}: a group of rows of {size:,} bytes is too large")
         there = [name for name in columns if name in self.file.schema_arrow.names]
@@ -121,22 +136,91 @@ class TokenParquet:
         Raises:
             RowError: the row has none, or not as many as its frames take.
         """
-        row = table.column("codes")[number]
+        row = table.column(self.codes_column)[number]
         if not row.is_valid:
             raise RowError("load", f"{self.name}: a row has no codes")
-        if row.values.null_count:
+        values = row.values
+        widths: set[int] = set()
+        if _is_list(values.type):  # of frames
+            if values.null_count:
+                raise RowError("load", f"{self.name}: a row has frames that are null")
+            widths = set(values.value_lengths().to_pylist())
+            if len(widths) > 1:
+                raise RowError("load", f"{self.name}: a row has frames of {min(widths)} and of {max(widths)} codes")
+            values = values.flatten()
+        if values.null_count:
             raise RowError("load", f"{self.name}: a row has codes that are null")
-        flat = row.values.to_numpy(zero_copy_only=False)
+        flat = values.to_numpy(zero_copy_only=False)
+        if widths:
+            return np.asarray(flat).reshape(-1, widths.pop())
         frames = table.column("num_frames")[number].as_py() if "num_frames" in table.column_names else None
         width = self.num_quantizers or (len(flat) // frames if isinstance(frames, int) and frames > 0 else 0)
         if width < 1 or len(flat) % width or (isinstance(frames, int) and frames * width != len(flat)):
             raise RowError("load", f"{self.name}: a row has {len(flat)} codes, where it should have {frames} × {width}")
         return np.asarray(flat).reshape(-1, width)
 
+    def parts_of(self, table: Any, number: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The fields of a row of a table, and what is known of its codes; of columns that the table has."""
+        about = dict(self.run_info)
+        for name in ("num_frames", "num_samples"):
+            if name in table.column_names and (count := table.column(name)[number].as_py()) is not None:
+                about[name] = count
+        if self.num_quantizers is not None:
+            about["num_quantizers"] = self.num_quantizers
+        there = (name for name in ("key", *self.fields) if name in table.column_names)
+        fields = {name: table.column(name)[number].as_py() for name in there}
+        more, more_about = split_info(row_info(table, number))
+        return {name: value for name, value in fields.items() if value is not None} | more, about | more_about
+
     def close(self) -> None:
         """Close the file."""
         self.file.close()
         self._closing.close()
+
+
+def _is_list(type_: Any) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_list(type_) or pa.types.is_large_list(type_) or pa.types.is_fixed_size_list(type_))
+
+
+def _holds_codes(field: Any) -> bool:
+    """Whether a column has lists of integers, frame by frame, or lists of such lists."""
+    import pyarrow as pa
+
+    inner = field.type.value_type if _is_list(field.type) else None
+    inner = inner.value_type if inner is not None and _is_list(inner) else inner
+    return inner is not None and bool(pa.types.is_integer(inner))
+
+
+def _field_columns(schema: Any, codes: str | None) -> tuple[str, ...]:
+    """The columns that are fields of rows: those that the metadata names, or, in files of other programs, all whose
+    values JSON can hold."""
+    metadata = schema.metadata or {}
+    if b"fields" in metadata:
+        named = orjson.loads(metadata[b"fields"])
+        return tuple(name for name in schema.names if isinstance(named, list) and name in named)
+    if b"batch_tokenizer" in metadata:  # of version 0.1, with fields in ``info`` alone
+        return ()
+    others = ("key", codes, "num_frames", "num_samples", "info", "audio")
+    return tuple(field.name for field in schema if field.name not in others and _is_plain(field.type))
+
+
+def _is_plain(type_: Any) -> bool:
+    import pyarrow as pa
+
+    types = pa.types
+    if types.is_struct(type_):
+        return all(_is_plain(field.type) for field in type_)
+    if _is_list(type_):
+        return _is_plain(type_.value_type)
+    is_text = types.is_string(type_) or types.is_large_string(type_)
+    return bool(is_text or types.is_integer(type_) or types.is_floating(type_) or types.is_boolean(type_))
+
+
+def _is_of(path: str, columns: Sequence[str]) -> bool:
+    """Whether values of this path in the file belong to one of the columns."""
+    return any(path == column or path.startswith(f"{column}.") for column in columns)
 
 
 _lock = threading.Lock()
@@ -160,10 +244,10 @@ def read_row(path: str, row: int) -> tuple[npt.NDArray[Any], Mapping[str, Any]]:
     Raises:
         RowError: it cannot be read.
     """
-    parquet, table, number = find_row(path, row, ("key", "codes", "num_frames", "info"))
-    if "codes" not in table.column_names:
-        raise RowError("load", f"{parquet.name}: has no column codes of lists of integers")
-    return parquet.codes_of(table, number), {**parquet.run_info, **row_info(table, number)}
+    parquet, table, number = find_row(path, row)
+    if parquet.codes_column is None:
+        raise RowError("load", f"{parquet.name}: has no column {CODES_FIELD} of lists of integers")
+    return parquet.codes_of(table, number), join_info(*parquet.parts_of(table, number))
 
 
 def read_audio(path: str, row: int) -> bytes:
@@ -172,15 +256,21 @@ def read_audio(path: str, row: int) -> bytes:
     Raises:
         RowError: it cannot be read, or there is none.
     """
-    parquet, table, number = find_row(path, row, ("audio",))
+    parquet, table, number = find_row(path, row, with_tokens=False, with_audio=True)
     audio = table.column("audio")[number].as_py() if table.column_names else None
     if not isinstance(audio, dict) or not isinstance(audio.get("bytes"), bytes):
         raise RowError("load", f"{parquet.name}: row {row} has no audio")
     return audio["bytes"]
 
 
-def find_row(path: str, row: int, columns: tuple[str, ...]) -> tuple[TokenParquet, Any, int]:
-    """The file, those columns of the row's group, and the row's number in the group.
+def find_row(
+    path: str, row: int, *, with_tokens: bool = True, with_audio: bool = False
+) -> tuple[TokenParquet, Any, int]:
+    """The file, a table of the row's group, and the row's number in it.
+
+    Args:
+        with_tokens: whether the table has codes and what is known of them.
+        with_audio: whether it has audio, where the file does.
 
     Raises:
         RowError: they cannot be read, or there is no such row.
@@ -192,6 +282,7 @@ def find_row(path: str, row: int, columns: tuple[str, ...]) -> tuple[TokenParque
             _files.popitem(last=False)[1].close()
         if row >= len(parquet):
             raise RowError("load", f"{parquet.name}: has {len(parquet):,} rows, and no row {row}")
+        columns = (parquet.token_columns if with_tokens else ()) + (("audio",) if with_audio else ())
         group = int(np.searchsorted(parquet.first_rows, row, side="right")) - 1
         table = _groups.pop((path, group, columns), None)
         if table is None:

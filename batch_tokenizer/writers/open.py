@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import json
 import mmap
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,10 +18,22 @@ import numpy.typing as npt
 
 from batch_tokenizer.audio.encoding import encoded_bytes, write_flac
 from batch_tokenizer.config import OUTPUT_SETTINGS, RunConfig
-from batch_tokenizer.records import CODES_FIELD_SINKS, OUTPUT_FIELDS, SHARD_SINKS, LedgerEntry, RowError, TokenizedRow
+from batch_tokenizer.records import (
+    CODES_FIELD_SINKS,
+    OUTPUT_FIELDS,
+    SHARD_SINKS,
+    LedgerEntry,
+    RowError,
+    RunError,
+    TokenizedRow,
+    first_line,
+)
 from batch_tokenizer.runtime.run_folder import RunFolder
 from batch_tokenizer.runtime.shard_ledger import ShardJournal
+from batch_tokenizer.storage.atomic import atomic_write
 from batch_tokenizer.writers.file_sink import FileSink
+from batch_tokenizer.writers.parquet_columns import DECIDING_ROWS, ColumnType, column_types
+from batch_tokenizer.writers.parquet_shard import reserved_columns
 from batch_tokenizer.writers.row_encoding import (
     AudioEncoder,
     RowEncoder,
@@ -139,10 +153,44 @@ def output_bytes(
     return {name: sizes[name] for name in OUTPUT_FIELDS[config.task]}
 
 
-def _shard_form(config: RunConfig, run_info: Mapping[str, Any], num_quantizers: int) -> ShardForm:
+def _shard_form(
+    config: RunConfig,
+    run_info: Mapping[str, Any],
+    num_quantizers: int,
+    fields: Mapping[str, ColumnType] | None = None,
+) -> ShardForm:
     outputs = OUTPUT_FIELDS[config.task]
     width = num_quantizers if "quantized_tokens" in outputs else None
-    return shard_form(config.sink, run_info, width, "reconstructed_wav" in outputs, config.codes_field)
+    return shard_form(config.sink, run_info, width, "reconstructed_wav" in outputs, config.codes_field, fields)
+
+
+def run_columns(
+    run_dir: Path, first_rows: Iterable[Mapping[str, Any]], codes_field: str
+) -> Mapping[str, ColumnType] | None:
+    """The columns for fields of rows that all shards of a run have, kept in its folder (``columns.json``): the first
+    rows of the manifest decide about them when the run begins, in every process alike. None where there are no rows.
+
+    Raises:
+        RunError: the run folder cannot be read or written (exit code 1).
+    """
+    path = run_dir / "columns.json"
+    try:
+        try:
+            known: Mapping[str, ColumnType] = json.loads(path.read_bytes())
+            return known
+        except FileNotFoundError:
+            pass
+        rows = list(islice(first_rows, DECIDING_ROWS))
+        if not rows:
+            return None
+        types = column_types(rows, reserved_columns(codes_field))
+        with atomic_write(path) as file:
+            file.write((json.dumps(types, indent=2) + "\n").encode())
+        return types
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"{path}: {first_line(error)}; remove it and start the same command again", exit_code=1
+        ) from error
 
 
 def open_sink(
@@ -152,15 +200,17 @@ def open_sink(
     num_quantizers: int,
     sample_rate: int,
     record: Callable[[LedgerEntry], None],
+    first_rows: Iterable[Mapping[str, Any]] = (),
 ) -> AbstractContextManager[ResultSink]:
     """The sink of one process.
 
     Args:
         sample_rate: of decoded samples, in Hz.
         record: takes the ledger entries of rows that are published one by one.
+        first_rows: fields of the manifest's rows from the first on, which decide about the columns of parquet.
 
     Raises:
-        RunError: a library is not installed.
+        RunError: a library is not installed, or the run folder cannot be written.
     """
     encode_audio = audio_encoder(config.audio_format)
     if config.sink == "json" or config.sink == "npy":
@@ -169,7 +219,8 @@ def open_sink(
             encode_audio=partial(_encode_long, encode_audio, config.audio_format, folder.path),
         )  # fmt: skip
     encode = RowEncoder(config.task, run_info, sample_rate, encode_audio, config.audio_format)
-    form = _shard_form(config, run_info, num_quantizers)
+    fields = run_columns(folder.path, first_rows, config.codes_field) if config.sink == "parquet" else None
+    form = _shard_form(config, run_info, num_quantizers, fields)
     journal = ShardJournal(folder.path, config.task, folder.attempt, folder.processes.rank)
     return ShardSink(
         encode, form, shard_folder(str(config.output_dir)), journal, most_bytes=config.shard_megabytes * 1_000_000

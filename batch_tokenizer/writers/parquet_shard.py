@@ -1,27 +1,32 @@
 """Parquet shards: a file of columns, which ``datasets``, polars and duckdb read as it is.
 
-    key         string
-    codes       list<uint16>, a row's codes (T, K) frame by frame; K is in the metadata. Absent without tokens.
-    num_frames  int32, T
-    duration    double, seconds of audio
-    text        string, where the row has one
-    info        string, JSON: the row's other fields
-    audio       struct<bytes: binary, path: string>. Absent without audio.
+    key          string
+    audio_codes  list<list<uint16>>, a row's codes (T, K), under ``--codes_field``. Absent without tokens.
+    num_frames   int32, T
+    num_samples  int64, samples of input at the codec's rate
+    duration     double, seconds of audio, where rows have no field of this name
+    …            a column for each field of the rows (``writers/parquet_columns.py``)
+    info         string, JSON: what is known of the row and has no column; null where there is nothing
+    audio        struct<bytes: binary, path: string>, which ``datasets`` plays. Absent without audio.
 
 The schema's metadata names what is the same for all rows, a string each (``codec``, ``fingerprint``, ``sample_rate``,
-``frame_rate``, ``num_quantizers``, ``version`` …), and all of it as JSON under ``batch_tokenizer``. Row groups are
-small enough for readers that stream.
+``frame_rate``, ``num_quantizers``, ``version`` …), and all of it as JSON under ``batch_tokenizer``; ``fields`` are the
+columns that are fields of the rows. Row groups are small enough for readers that stream.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from batch_tokenizer.records import RowError, RunError
+from batch_tokenizer.records import CODES_FIELD, RowError, RunError
+from batch_tokenizer.storage.json_lines import dump_json
+from batch_tokenizer.storage.row_info import join_info
+from batch_tokenizer.writers.parquet_columns import ColumnType, arrow_type, column_types, fits, leaves, texts_of
 from batch_tokenizer.writers.row_encoding import EncodedRow, json_bytes
 
 #: A row group ends at so many rows or bytes, whichever is first.
@@ -31,53 +36,72 @@ ROWS_PER_GROUP, BYTES_PER_GROUP = 1024, 16 * 2**20
 #: A group's audio is counted in 31 bits, and a row may come on top of a group that is nearly full.
 _MOST_AUDIO_BYTES = 2**31 - 1 - BYTES_PER_GROUP
 
+#: ``datasets`` takes a column for audio that it decodes where the metadata says so.
+_AUDIO_FEATURE = {"info": {"features": {"audio": {"_type": "Audio"}}}}
+
+
+@dataclass(slots=True)
+class ParquetForm:
+    """What all shards of a run have in common.
+
+    Attributes:
+        common: what is the same for all rows, ``num_quantizers`` (K) among it where there are tokens.
+        has_tokens, has_audio: what rows have.
+        codes_field: the name of the codes' column.
+        fields: the fields of rows that have a column, with its type; None until rows decide about it.
+    """
+
+    common: Mapping[str, Any]
+    has_tokens: bool
+    has_audio: bool
+    codes_field: str = CODES_FIELD
+    fields: Mapping[str, ColumnType] | None = None
+    #: Names that columns for fields cannot have.
+    reserved: frozenset[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.reserved = reserved_columns(self.codes_field)
+
+    def decide(self, rows: Iterable[Mapping[str, Any]]) -> Mapping[str, ColumnType]:
+        """The columns for fields, decided by the first rows that are asked about."""
+        if self.fields is None:
+            self.fields = column_types(rows, self.reserved)
+        return self.fields
+
+
+def reserved_columns(codes_field: str) -> frozenset[str]:
+    """Columns that fields of rows cannot have."""
+    return frozenset(("key", codes_field, "num_frames", "num_samples", "info", "audio"))
+
 
 class ParquetRow(NamedTuple):
-    """A row's columns."""
+    """A row's columns, with its fields still together.
+
+    Attributes:
+        about: what the run says of the row alone and has no column.
+        num_bytes: about what it takes.
+    """
 
     key: str
     codes: npt.NDArray[np.uint16] | None
-    num_frames: int
-    duration: float | None
-    text: str | None
-    info: str
+    num_frames: int | None
+    num_samples: int | None
+    fields: Mapping[str, Any]
+    about: Mapping[str, Any]
     audio: dict[str, Any] | None
     num_bytes: int
 
 
 class ParquetShard:
-    """A parquet file that is being written.
-
-    Args:
-        common: what is the same for all rows, ``num_quantizers`` (K) among it where there are tokens.
-        has_tokens, has_audio: what rows have.
-    """
+    """A parquet file that is being written."""
 
     suffix = "parquet"
 
-    def __init__(self, stream: BinaryIO, common: Mapping[str, Any], *, has_tokens: bool, has_audio: bool) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        fields = [("key", pa.string()), ("num_frames", pa.int32()), ("duration", pa.float64())]
-        if has_tokens:
-            fields.insert(1, ("codes", pa.list_(pa.uint16())))
-        fields += [("text", pa.string()), ("info", pa.string())]
-        if has_audio:
-            fields.append(("audio", pa.struct([("bytes", pa.binary()), ("path", pa.string())])))
-        metadata = {name: value if isinstance(value, str) else json_bytes(value) for name, value in common.items()}
-        self._schema = pa.schema(fields, metadata={**metadata, "batch_tokenizer": json_bytes(common)})
+    def __init__(self, stream: BinaryIO, form: ParquetForm) -> None:
         self._stream = stream
-        # Codes of a codebook are few, so a dictionary packs them into as many bits as they need.
-        dictionary = ["codes.list.element"] if has_tokens else False
-        compression = dict.fromkeys(("key", "num_frames", "duration", "text", "info"), "zstd")
-        if has_tokens:
-            compression["codes.list.element"] = "zstd"
-        if has_audio:
-            compression |= {"audio.bytes": "none", "audio.path": "zstd"}
-        self._writer = pq.ParquetWriter(
-            stream, self._schema, use_dictionary=dictionary, compression=compression, write_page_checksum=True
-        )
+        self._form = form
+        self._schema: Any = None
+        self._writer: Any = None
         self._rows: list[ParquetRow] = []
         self._waiting = 0
 
@@ -97,49 +121,131 @@ class ParquetShard:
         """Write what waits and the end of the file. The stream stays open."""
         if self._rows:
             self._write_group()
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def _open(self, types: Mapping[str, ColumnType]) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        form = self._form
+        codes: ColumnType = {"list": {"list": "uint16"}}
+        columns: dict[str, Any] = {"key": pa.string()}
+        if form.has_tokens:
+            columns[form.codes_field] = pa.list_(pa.list_(pa.uint16()))
+        columns |= {"num_frames": pa.int32(), "num_samples": pa.int64()}
+        if "duration" not in types:
+            columns["duration"] = pa.float64()
+        columns |= {name: arrow_type(type_) for name, type_ in types.items()}
+        columns["info"] = pa.string()
+        packed = [path for name in columns if name not in types for path in leaves(name, "string")]
+        packed += [path for name, type_ in types.items() for path in leaves(name, type_)]
+        # Codes of a codebook are few, so a dictionary packs them into as many bits as they need; likewise speakers.
+        dictionary = [path for name, type_ in types.items() for path in texts_of(name, type_)]
+        if form.has_tokens:
+            dictionary += leaves(form.codes_field, codes)
+            packed += leaves(form.codes_field, codes)
+        compression = dict.fromkeys(packed, "zstd")
+        metadata = {name: value if isinstance(value, str) else json_bytes(value) for name, value in form.common.items()}
+        metadata |= {"batch_tokenizer": json_bytes(form.common), "fields": dump_json(list(types))}
+        if form.has_tokens:
+            metadata["codes_field"] = form.codes_field
+        if form.has_audio:
+            columns["audio"] = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+            compression |= {"audio.bytes": "none", "audio.path": "zstd"}
+            metadata["huggingface"] = json_bytes(_AUDIO_FEATURE)
+        self._schema = pa.schema(list(columns.items()), metadata=metadata)
+        self._writer = pq.ParquetWriter(
+            self._stream,
+            self._schema,
+            use_dictionary=dictionary or False,
+            compression=compression,
+            write_page_checksum=True,
+        )
 
     def _write_group(self) -> None:
         import pyarrow as pa
 
         rows = self._rows
-        columns = []
-        for field in self._schema:
-            if field.name == "codes":
-                flat = [row.codes.reshape(-1) for row in rows if row.codes is not None]
-                ends = np.cumsum([0, *map(len, flat)], dtype=np.int32)
-                columns.append(pa.ListArray.from_arrays(pa.array(ends), pa.array(np.concatenate(flat))))
-            else:
-                columns.append(pa.array([getattr(row, field.name) for row in rows], field.type))
-        self._writer.write_table(pa.table(columns, schema=self._schema), row_group_size=len(rows))
+        types = self._form.decide(row.fields for row in rows)
+        if self._writer is None:
+            self._open(types)
+        columns: dict[str, list[Any]] = {name: [] for name in self._schema.names}
+        codes = columns.pop(self._form.codes_field) if self._form.has_tokens else []
+        for row in rows:
+            codes.append(row.codes)
+            own: dict[str, Any] = {
+                "key": row.key,
+                "num_frames": row.num_frames,
+                "num_samples": row.num_samples,
+                "audio": row.audio,
+            }
+            left = {}
+            for name, value in row.fields.items():
+                if value is not None and name in types and fits(value, types[name]):
+                    own[name] = value
+                elif name != "key":
+                    left[name] = value
+            if "duration" not in types:
+                own["duration"] = self._seconds(row)
+            info = join_info(left, row.about)
+            own["info"] = json_bytes(info).decode() if info else None
+            for name, values in columns.items():
+                values.append(own.get(name))
+        arrays = {name: pa.array(values, self._schema.field(name).type) for name, values in columns.items()}
+        if self._form.has_tokens:
+            arrays[self._form.codes_field] = _codes_array(codes)
+        table = pa.table([arrays[name] for name in self._schema.names], schema=self._schema)
+        self._writer.write_table(table, row_group_size=len(rows))
         self._rows = []
         self._waiting = 0
 
+    def _seconds(self, row: ParquetRow) -> float | None:
+        rate = self._form.common.get("sample_rate", row.about.get("sample_rate"))
+        if row.num_samples is None or not isinstance(rate, int) or rate <= 0:
+            return None
+        return row.num_samples / rate
 
-def parquet_row(row: EncodedRow, common: Mapping[str, Any]) -> ParquetRow:
-    """The row's columns; what the metadata has, ``common``, is left out of its ``info``.
+
+def _codes_array(codes: list[npt.NDArray[np.uint16]]) -> Any:
+    """Codes of rows, (T, K) each, as list<list<uint16>>."""
+    import pyarrow as pa
+
+    widths = [array.shape[1] for array in codes for _ in range(len(array))]
+    frames = pa.ListArray.from_arrays(
+        pa.array(np.cumsum([0, *widths], dtype=np.int32)),
+        pa.array(np.concatenate([array.reshape(-1) for array in codes])),
+    )
+    return pa.ListArray.from_arrays(pa.array(np.cumsum([0, *map(len, codes)], dtype=np.int32)), frames)
+
+
+def parquet_row(row: EncodedRow, form: ParquetForm) -> ParquetRow:
+    """The row's columns; what the metadata has is left out.
 
     Raises:
-        RowError: its info is nested too deeply to be written, or its audio is too large.
+        RowError: its fields are nested too deeply to be written, or its audio is too large.
     """
     if row.audio is not None and len(row.audio) > _MOST_AUDIO_BYTES:
         raise RowError("write", f"audio of {len(row.audio):,} bytes does not fit into parquet (2 GiB): use --sink tar")
-    kept = {name: value for name, value in row.info.items() if name not in common or common[name] != value}
-    info = json_bytes(kept)
-    text = row.info.get("text")
-    text = text if isinstance(text, str) and not any("\ud800" <= letter <= "\udfff" for letter in text) else None
-    rate, num_samples = row.info.get("sample_rate"), row.info.get("num_samples")
+    fields_bytes = len(json_bytes(row.fields))
+    own = {"num_frames": row.about.get("num_frames"), "num_samples": row.about.get("num_samples")}
+    counts = {name: value if type(value) is int and 0 <= value < 2**31 else None for name, value in own.items()}
+    about = {
+        name: value
+        for name, value in row.about.items()
+        if counts.get(name) is None and not (name in form.common and form.common[name] == value)
+    }
     audio = None if row.audio is None else {"bytes": row.audio, "path": f"{row.key}.{row.audio_format}"}
     num_codes = 0 if row.codes is None else row.codes.size
     return ParquetRow(
         row.key,
         row.codes,
-        int(row.about.get("num_frames", 0)),
-        num_samples / rate if isinstance(num_samples, int) and isinstance(rate, int) and rate > 0 else None,
-        text,
-        info.decode(),
+        counts["num_frames"],
+        counts["num_samples"],
+        row.fields,
+        about,
         audio,
-        2 * num_codes + len(info) + len(row.audio or b"") + 100,
+        2 * num_codes + fields_bytes + len(row.audio or b"") + 100,
     )
 
 

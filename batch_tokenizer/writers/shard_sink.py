@@ -22,7 +22,8 @@ from typing import Any, BinaryIO, Protocol
 from batch_tokenizer.records import CODES_FIELD, LedgerEntry, RunError, TokenizedRow, first_line
 from batch_tokenizer.runtime.shard_ledger import ShardJournal
 from batch_tokenizer.writers.jsonl_shard import JsonlShard, jsonl_line
-from batch_tokenizer.writers.parquet_shard import ParquetShard, parquet_row, require_pyarrow
+from batch_tokenizer.writers.parquet_columns import ColumnType
+from batch_tokenizer.writers.parquet_shard import ParquetForm, ParquetShard, parquet_row, require_pyarrow
 from batch_tokenizer.writers.row_encoding import EncodedRow, RowEncoder, done_entry
 from batch_tokenizer.writers.shard_folder import ShardFolder
 from batch_tokenizer.writers.tar_shard import TarShard
@@ -69,6 +70,7 @@ def shard_form(
     num_quantizers: int | None,
     has_audio: bool,
     codes_field: str = CODES_FIELD,
+    fields: Mapping[str, ColumnType] | None = None,
 ) -> ShardForm:
     """The form of ``jsonl``, ``tar`` or ``parquet`` shards.
 
@@ -76,6 +78,7 @@ def shard_form(
         run_info: what is the same for all rows.
         num_quantizers: K of all rows; None where there are no tokens.
         codes_field: the name of the codes in ``jsonl`` and ``parquet``.
+        fields: the columns of ``parquet`` for fields of rows; None where the first rows decide about them.
 
     Raises:
         RunError: a library is not installed.
@@ -89,11 +92,12 @@ def shard_form(
     require_pyarrow()
     has_tokens = num_quantizers is not None
     common = {**run_info, "num_quantizers": num_quantizers} if has_tokens else run_info
+    parquet = ParquetForm(common, has_tokens, has_audio, codes_field, fields)
     return ShardForm(
         ParquetShard.suffix,
-        lambda row: parquet_row(row, common),
+        lambda row: parquet_row(row, parquet),
         lambda row: {} if row.audio is None else {"audio": row.audio["bytes"]},
-        lambda stream: ParquetShard(stream, common, has_tokens=has_tokens, has_audio=has_audio),
+        lambda stream: ParquetShard(stream, parquet),
     )
 
 

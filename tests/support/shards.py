@@ -80,10 +80,12 @@ def _jsonl_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
 def _parquet_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
     table = pq.read_table(path)
     common = json.loads(table.schema.metadata[b"batch_tokenizer"])
-    width = int(table.schema.metadata.get(b"num_quantizers", b"0"))
+    fields = json.loads(table.schema.metadata[b"fields"])
     rows = []
     for row in table.to_pylist():
-        codes = np.array(row["codes"], np.uint16).reshape(-1, width) if width else None
+        codes = np.array(row["audio_codes"], np.uint16) if "audio_codes" in row else None
         audio = (row.get("audio") or {}).get("bytes")
-        rows.append((row["key"], {"codes": codes, "info": {**common, **json.loads(row["info"])}, "audio": audio}))
+        own = {name: row[name] for name in ("num_frames", "num_samples", *fields) if row[name] is not None}
+        info = {**common, **own, **json.loads(row["info"] or "{}")}
+        rows.append((row["key"], {"codes": codes, "info": info, "audio": audio}))
     return rows

@@ -21,7 +21,7 @@ from hypothesis.extra.numpy import arrays
 
 from batch_tokenizer.audio.decoding import decode_audio
 from batch_tokenizer.codecs.base import CodecInfo
-from batch_tokenizer.data.token_files import parse_tokens, read_tokens
+from batch_tokenizer.data.token_files import parse_tokens, read_any_tokens, read_tokens
 from batch_tokenizer.manifest.row import REFUSED
 from batch_tokenizer.records import RowError, RunError, Sink
 from batch_tokenizer.runs.stored_rows import shard_rows
@@ -33,7 +33,7 @@ from batch_tokenizer.storage.parquet_rows import TokenParquet
 from batch_tokenizer.writers import parquet_shard
 from batch_tokenizer.writers.file_sink import FileSink
 from batch_tokenizer.writers.open import audio_encoder
-from batch_tokenizer.writers.row_encoding import RowEncoder, npy_bytes, tokens_as_npy
+from batch_tokenizer.writers.row_encoding import RowEncoder, npy_bytes, row_info, tokens_as_npy
 from batch_tokenizer.writers.shard_sink import shard_form
 from tests.support.loading import INFO
 from tests.support.shards import RUN_INFO, tokenized
@@ -158,24 +158,33 @@ class TestOtherReaders:
     def test_datasets(self, tmp_path: Path, results: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
         datasets = pytest.importorskip("datasets", reason="datasets is not installed")
-        path = write_shard(tmp_path / "x.parquet", results, audio=True)
-        read = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
-        for row, result in zip(read, results, strict=True):
-            assert row["key"] == result.row.key
-            assert np.array_equal(np.reshape(row["codes"], (row["num_frames"], 3)), result.codes)
-            assert row["audio"]["bytes"][:4] == b"RIFF"
+        path = write_shard(tmp_path / "x.parquet", results[:30], audio=True)
+        for streaming in (True, False):
+            cache = str(tmp_path / "cache")
+            read = datasets.load_dataset(
+                "parquet", data_files=str(path), split="train", streaming=streaming, cache_dir=cache
+            )
+            plain = read.cast_column("audio", datasets.Audio(decode=False))
+            for row, result in zip(plain, results[:30], strict=True):
+                assert (row["key"], row["text"]) == (result.row.key, result.row.fields["text"])
+                assert np.array_equal(row["audio_codes"], result.codes)
+                assert row["audio"]["bytes"][:4] == b"RIFF"
+        assert isinstance(read.features["audio"], datasets.Audio)
+        pytest.importorskip("torchcodec", reason="datasets decodes audio with torchcodec, which is not installed")
+        audio = read[0]["audio"]
+        assert (audio["sampling_rate"], len(audio["array"])) == (24000, 1000)
 
     def test_polars(self, tmp_path: Path, results: list[Any]) -> None:
         polars = pytest.importorskip("polars", reason="polars is not installed")
         frame = polars.read_parquet(write_shard(tmp_path / "x.parquet", results))
         assert frame["key"].to_list() == [result.row.key for result in results]
-        assert frame["codes"][7].to_list() == results[7].codes.reshape(-1).tolist()
+        assert frame["audio_codes"][7].to_list() == results[7].codes.tolist()
         assert frame["text"][7] == "text 7"
 
     def test_duckdb(self, tmp_path: Path, results: list[Any]) -> None:
         duckdb = pytest.importorskip("duckdb", reason="duckdb is not installed")
         path = write_shard(tmp_path / "x.parquet", results)
-        query = f"select count(*), sum(num_frames), sum(len(codes)), sum(duration) from '{path}'"
+        query = f"select count(*), sum(num_frames), sum(len(flatten(audio_codes))), sum(duration) from '{path}'"
         [(rows, frames, codes, seconds)] = duckdb.sql(query).fetchall()
         expected = sum(len(result.codes) for result in results)
         assert (rows, frames, codes) == (2500, expected, 3 * expected)
@@ -225,8 +234,9 @@ def test_a_parquet_rows_audio_opens_by_its_place(tmp_path: Path, monkeypatch: py
 def test_audio_beyond_what_parquet_counts_fails_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parquet_shard, "_MOST_AUDIO_BYTES", 2043)
     row = tokenized(0, samples=np.zeros(1000, np.float32))
+    form = parquet_shard.ParquetForm(RUN_INFO, True, True)
     with pytest.raises(RowError, match=r"2,044 bytes does not fit into parquet"):
-        parquet_shard.parquet_row(RowEncoder("wav2token2wav", RUN_INFO, 24000)(row), RUN_INFO)
+        parquet_shard.parquet_row(RowEncoder("wav2token2wav", RUN_INFO, 24000)(row), form)
 
 
 def test_parquet_without_its_library_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,7 +314,9 @@ class TestHostile:
     @pytest.mark.parametrize(
         ("table", "words"),
         [
-            (pa.table({"key": ["a"]}), "no column codes"),
+            (pa.table({"key": ["a"]}), "no column audio_codes"),
+            (pa.table({"key": ["a"], "codes": [[[1, 2], [3]]]}), "frames of 1 and of 2 codes"),
+            (pa.table({"key": ["a"], "codes": [[[1, 2], None]]}), "frames that are null"),
             (pa.table({"key": ["a"], "codes": [1]}), "no column codes"),
             (pa.table({"key": ["a"], "codes": [[0.5]]}), "no column codes"),
             (pa.table({"key": ["a"], "codes": [[1, 2]], "num_frames": [3]}), "2 codes"),
@@ -380,3 +392,73 @@ def test_a_line_has_the_rows_fields_as_they_were(
         for name, value in result.row.fields.items():
             ours = name in ("audio_codes", "num_frames", "codec", "fingerprint", "batch_tokenizer", "manifest_row")
             assert row[name] == value or (ours and row["manifest_row"][name] == value)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    rows=st.lists(st.tuples(KEYS, CODES, FIELDS), min_size=1, max_size=5, unique_by=lambda row: row[0]),
+    sink=st.sampled_from(["json", "npy", "jsonl", "tar", "parquet"]),
+)
+def test_whatever_a_row_says_comes_out_of_every_sink(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, Any, dict[str, Any]]], sink: Sink
+) -> None:
+    """Nested, null, of other kinds from row to row, integers of any size, and names that the run uses itself."""
+    folder = tmp_path_factory.mktemp("sink")
+    results = [
+        tokenized(line, codes, **{**fields, "key": key, "quantized_tokens": str(folder / f"{line}.tokens")})
+        for line, (key, codes, fields) in enumerate(rows)
+    ]
+    if sink == "json" or sink == "npy":
+        files = FileSink("wav2token", 24000, RUN_INFO, form=sink)
+        for result in results:
+            files.write(result)
+        infos = [read_any_tokens(str(result.row.quantized_tokens))[1] for result in results]
+    else:
+        infos = [stored.info for stored in shard_rows(str(write_shard(folder / f"x.{sink}", results)))]
+    for result, info in zip(results, infos, strict=True):
+        assert info == row_info(result, RUN_INFO)
+
+
+def test_fields_are_columns_of_their_own_kind(tmp_path: Path) -> None:
+    fields: list[dict[str, Any]] = [
+        {"speaker": 7, "text": "a", "tags": ["x", "y"], "score": 0.5, "words": {"start": 0.0, "word": "a"}},
+        {"speaker": 2**70, "text": None, "score": 3, "noisy": True, "words": {"start": 0.5}, "duration": 1.25},
+        {"speaker": "seven", "tags": [], "sample_rate": 16000, "mixed": 1},
+        {"mixed": "one", "codec": "mine", "audio": "a.wav"},
+    ]
+    results = [tokenized(line, **row) for line, row in enumerate(fields)]
+    path = write_shard(tmp_path / "x.parquet", results)
+    table = pq.read_table(path)
+    types = {name: str(table.schema.field(name).type) for name in table.schema.names}
+    kept = {"speaker": "int64", "text": "string", "score": "double", "noisy": "bool", "sample_rate": "int64"}
+    assert kept.items() <= types.items()
+    assert types["tags"] == "list<element: string>"
+    assert "audio" not in types  # the name of a column of ours
+    assert types["duration"] == "double"
+    assert table.column("duration").to_pylist() == [None, 1.25, None, None]  # the rows' own
+    assert table.column("speaker").to_pylist() == [7, None, None, None]
+    left = [json.loads(text or "{}") for text in table.column("info").to_pylist()]
+    assert left[0] == {}
+    assert left[1] == {"speaker": 2**70, "text": None, "words": {"start": 0.5}}
+    assert left[2]["speaker"] == "seven"
+    assert left[3]["mixed"] == "one"
+    for result, stored in zip(results, shard_rows(str(path)), strict=True):
+        assert stored.info == row_info(result, RUN_INFO)
+
+
+def test_parquet_of_version_0_1_is_read_as_before(tmp_path: Path) -> None:
+    """Codes as one list a row, and fields in a column of JSON."""
+    about = {"codec": "fake", "fingerprint": "feedface", "num_quantizers": 3}
+    metadata = {"batch_tokenizer": json.dumps(about), "num_quantizers": "3"}
+    columns = {
+        "key": ["a"], "codes": pa.array([[1, 2, 3, 4, 5, 6]], pa.list_(pa.uint16())),
+        "num_frames": pa.array([2], pa.int32()), "duration": [0.08], "text": ["t"],
+        "info": ['{"key":"a","text":"t","num_samples":1920}'],
+    }  # fmt: skip
+    pq.write_table(pa.table(columns).replace_schema_metadata(metadata), tmp_path / "x.parquet")
+    [row] = shard_rows(str(tmp_path / "x.parquet"))
+    assert row.codes is not None
+    assert row.codes.tolist() == [[1, 2, 3], [4, 5, 6]]
+    assert row.info == {**about, "key": "a", "text": "t", "num_samples": 1920, "num_frames": 2}
+    [listed_row] = parquet_rows(str(tmp_path / "x.parquet"))
+    assert (listed_row["key"], listed_row["text"]) == ("a", "t")
