@@ -149,6 +149,7 @@ def _reader_is_gone(stream: TextIO) -> bool:
 
 
 def _main(argv: Sequence[str] | None) -> int:
+    # Logs go to stderr, what a command prints to stdout. Every expected error ends in one line of the log.
     words = list(sys.argv[1:] if argv is None else argv)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_LogFormatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))

@@ -59,9 +59,9 @@ class Option:
         group: the heading in ``--help`` and in ``docs/flags.md``.
         help: what it sets, without the default and the choices.
         default: the field's default.
-        unset: what None, as the default, stands for.
         value_type: of the field; a bool is a switch without a value.
         choices: the allowed values; empty where any is allowed.
+        unset: what None, as the default, stands for.
         minimum: the least value allowed.
         parse: from the text on the command line to the value, where that is more than ``value_type(text)``.
         metavar: what stands for the value in the help; N for whole numbers and SECONDS for others unless it is given.
@@ -73,14 +73,14 @@ class Option:
     group: Group
     help: str
     default: Any
-    unset: str
     value_type: type
     choices: tuple[str, ...]
-    minimum: float | None
-    parse: Callable[[str], Any] | None
-    metavar: str | None
-    repeated: bool
-    short: str
+    unset: str = ""
+    minimum: float | None = None
+    parse: Callable[[str], Any] | None = None
+    metavar: str | None = None
+    repeated: bool = False
+    short: str = ""
 
     @property
     def default_text(self) -> str:
@@ -117,24 +117,9 @@ class Option:
         parser.add_argument(*filter(None, (self.short,)), f"--{self.name}", **keywords)
 
 
-def option(
-    default: Any,
-    group: Group,
-    help: str,
-    *,
-    unset: str = "",
-    minimum: float | None = None,
-    parse: Callable[[str], Any] | None = None,
-    metavar: str | None = None,
-    repeated: bool = False,
-    short: str = "",
-) -> Any:
-    """A field of ``RunConfig`` with the declaration of its flag; parameters are those of ``Option``."""
-    declared = {
-        "group": group, "help": help, "unset": unset, "minimum": minimum, "parse": parse, "metavar": metavar,
-        "repeated": repeated, "short": short,
-    }  # fmt: skip
-    return field(default=default, metadata=declared)
+def option(default: Any, group: Group, help: str, **more: Any) -> Any:
+    """A field of ``RunConfig`` with the declaration of its flag; ``more`` are further attributes of ``Option``."""
+    return field(default=default, metadata={"group": group, "help": help, **more})
 
 
 def _parse_shard(text: str) -> int | Literal["slurm"]:

@@ -143,6 +143,7 @@ class FFmpegReader(AudioReader):
         if has_sought:
             self._container.seek(origin + max(0, start - _WARM_UP), stream=stream, backward=True)
         self._was_read = True
+        # After a seek the first frame's time stamp says where it landed; without one, positions are counted.
         position = 0
         for frame in self._frames():
             block = _float_samples(frame, self.name)

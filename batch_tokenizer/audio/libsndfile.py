@@ -285,6 +285,7 @@ class LibsndfileReader(AudioReader):
         end = promised if stop is None else min(stop, promised)
         position = 0
         try:
+            # Ogg Vorbis is read from before its last page, into which libsndfile's seek is not exact.
             if self.seeks:
                 position = min(start, promised)
                 if self._subtype == "VORBIS":

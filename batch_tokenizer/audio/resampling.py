@@ -57,6 +57,7 @@ def resample(samples: Samples, from_rate: int, to_rate: int, resampler: Resample
     S' is about S x ``to_rate`` / ``from_rate``; ``reference`` rounds it as torchaudio does. At equal rates the input
     itself is returned. The same input gives the same bits on any number of threads.
     """
+    # Published tokens were made with torchaudio's kernel, which is used wherever it has a sensible size.
     if from_rate == to_rate:
         return samples
     if resampler == "soxr":

@@ -104,6 +104,7 @@ class PublishedLoop:
 
 def encode_padded(model: MiMoAudioTokenizer, mels: Tensor, lengths: Tensor, num_quantizers: int) -> list[Tensor]:
     """Log-mel (B, T, n_mels) padded with zeros to codes int64 (T_i, K) each."""
+    # 1. Convolutions see the padding, as published.
     config, encoder = model.config, model.encoder
     x = gelu(conv1d(mels.transpose(1, 2), encoder.conv1.weight, encoder.conv1.bias, padding=1))
     x = gelu(conv1d(x, encoder.conv2.weight, encoder.conv2.bias, stride=config.stride_size, padding=1))
@@ -116,6 +117,7 @@ def encode_padded(model: MiMoAudioTokenizer, mels: Tensor, lengths: Tensor, num_
         x = gelu(conv1d(x, encoder.down_sample_layer.get_parameter("0.weight"), stride=config.avg_pooler))
         x = encoder.down_sample_norm(x.transpose(1, 2)).transpose(1, 2)
         frames = -(-frames // config.avg_pooler)
+    # 2. Residual quantization of the valid frames.
     packed = x.transpose(1, 2)[_valid(frames, x.shape[2], x.device)].float()
     codes = []
     for codebook in encoder.quantizer.codebooks[:num_quantizers]:

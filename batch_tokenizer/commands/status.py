@@ -94,6 +94,7 @@ def report(run_dir: Path, job: JobStatus, now: float) -> list[str]:
     """
     if not job.ranks:
         return [f"{run_dir}: no process has started yet"]
+    # 1. What is missing: ranks that have written nothing, and shards whose job has not started.
     left = max(0, job.rows_total - job.rows_done - job.rows_failed)
     states = [state_of(rank, now) for rank in job.ranks]
     unheard = missing_ranks(job)
@@ -101,6 +102,7 @@ def report(run_dir: Path, job: JobStatus, now: float) -> list[str]:
     num_shards = job.ranks[0].num_shards
     waiting = sorted(set(range(num_shards)) - set(shards))
 
+    # 2. The sums.
     counts = {state: states.count(state) for state in dict.fromkeys(states)}
     if unheard:
         counts["not heard of"] = len(unheard)

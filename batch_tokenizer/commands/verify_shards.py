@@ -146,6 +146,7 @@ class ShardChecker:
             problems.append(Problem(None, None, "missing", shard.path, what))
             return report
         try:
+            # Rows are compared by place: the shard was written in the order of its ledger file.
             for entry, row in zip_longest(shard.entries, shard_rows(shard.path)):
                 report.num_rows += row is not None
                 if entry is None:

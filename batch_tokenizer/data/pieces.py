@@ -47,6 +47,7 @@ class PassLimit:
             raise RunError(f"--long_audio {policy}: {asked} needs whole utterances; leave one of them out")
         if policy == "stream" and not spec.streams:
             raise RunError(f"--long_audio stream: {info.family} has no exact streams; use --long_audio segment")
+        # 1. The user's limit, or the usual length of a piece, but never more than the model takes.
         model = info.max_samples
         if max_seconds is None:
             samples = model
@@ -58,6 +59,7 @@ class PassLimit:
             if model is not None and samples > model:
                 most = model / info.sample_rate
                 raise RunError(f"--max_seconds {max_seconds:g}: {info.name} takes {most:g} s in one pass")
+        # 2. A stream's pieces end with whole frames, as its state goes on from frame to frame.
         if policy == "stream" and samples is not None:
             samples = max(1, samples // info.samples_per_frame) * info.samples_per_frame
         return cls(policy, samples, max_seconds)

@@ -41,10 +41,12 @@ def ensure_fork_server(load: Callable[[ManifestRow], LoadedRow]) -> None:
     Raises:
         OSError: no process can be started.
     """
+    # 1. The modules that loading needs, by the names in the pickled function: the server imports them once for all.
     operations = pickletools.genops(pickle.dumps(load, protocol=2))
     modules = {str(names).split(" ")[0] for operation, names, _ in operations if operation.name == "GLOBAL"}
     preload = [f"{__package__}.fork_server", f"{__package__}.workers", *sorted(modules)]
     multiprocessing.get_context("forkserver").set_forkserver_preload(preload)
+    # 2. What the server inherits is changed for the moment of its start. Each worker computes on one thread.
     changes = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     changes |= {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)), "PYTHONSAFEPATH": "1"}
     with _changing:

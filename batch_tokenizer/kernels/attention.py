@@ -207,12 +207,16 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, window: Window) -> Tensor:
     left, right = window
     shift = num_keys - num_queries
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, H, L, D)
+    # 1. No mask, where the window reaches over all keys.
     if (left < 0 or left >= num_keys - 1) and (right < 0 or right >= num_keys - 1):
         out = scaled_dot_product_attention(q, k, v)
+    # 2. Causal, without a bound to the left.
     elif (left < 0 or left >= num_keys - 1) and right == 0 and shift == 0:
         out = scaled_dot_product_attention(q, k, v, is_causal=True)
+    # 3. Bounded on both sides: all blocks in one call.
     elif left >= 0 and right >= 0 and shift == 0:
         out = _banded(q, k, v, left, right)
+    # 4. Everything else, such as chunks with cached keys: block by block.
     else:
         block = block_size(left, right)
         out = torch.cat(

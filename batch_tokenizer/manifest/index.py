@@ -61,6 +61,7 @@ def _lines_by_block(stream: IO[bytes], start: int, size: int) -> Iterator[tuple[
         block = stream.read(min(BLOCK_BYTES, size - position))
         if not block:
             raise RunError("it became shorter while it was read", exit_code=1)
+        # The first part continues the line that the block before left unfinished, the last part is unfinished itself.
         lines = block.split(b"\n")
         ends = position + np.cumsum(np.fromiter(map(len, lines), np.int64, len(lines)) + 1)
         position += len(block)

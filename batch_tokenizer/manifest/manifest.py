@@ -177,6 +177,7 @@ class Manifest:
         return items
 
     def _item(self, line: int, text: bytes, digest: str, duplicate: bool) -> ManifestRow | RowFailure:
+        # The reason is made here and not when the index is built, so that the index holds no text.
         try:
             row = check_line(text, self.form)
         except RefusedLine as refused:

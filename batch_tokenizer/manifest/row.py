@@ -88,6 +88,7 @@ def check_line(text: bytes, form: RowForm) -> dict[str, Any]:
     Raises:
         RefusedLine: it cannot be a row, whatever the other lines are; the reason says why.
     """
+    # 1. An object.
     if len(text) > MAX_LINE:
         raise RefusedLine(f"the line is longer than {MAX_LINE // 2**20} MiB")
     try:
@@ -96,6 +97,7 @@ def check_line(text: bytes, form: RowForm) -> dict[str, Any]:
         raise _explain_json(text, error) from None
     if not isinstance(row, dict):
         raise RefusedLine(f"not a JSON object but {_type_name(row)}")
+    # 2. With the required fields. The key is read first, so that every later reason is reported under it.
     key = row.get("key")
     key = key if isinstance(key, str) and key else None
     for name in form.required:
@@ -110,6 +112,7 @@ def check_line(text: bytes, form: RowForm) -> dict[str, Any]:
             raise RefusedLine(f'field "{name}" is empty', key)
         if "\0" in value:
             raise RefusedLine(f'field "{name}" has a NUL character', key)
+    # 3. That name different files: an output would replace the input.
     seen: dict[str, str] = {}
     for name in form.required[1:]:
         path = normalised_path(row[name])

@@ -26,19 +26,12 @@ class CodebookUse:
         """Count codes (T, K); utterances may have different K."""
         self.frames += len(codes)
         for codebook, column in enumerate(codes.T):
-            counts = np.bincount(column)
             if codebook == len(self._counts):
-                self._counts.append(counts)
-                continue
+                self._counts.append(np.zeros(0, np.int64))
             before = self._counts[codebook]
-            total = np.zeros(max(len(before), len(counts)), np.int64)
-            total[: len(before)] += before
-            total[: len(counts)] += counts
-            self._counts[codebook] = total
-
-    def histogram(self, codebook: int) -> npt.NDArray[np.int64]:
-        """Occurrences of each code."""
-        return self._counts[codebook]
+            counts = np.bincount(column, minlength=len(before))  # as long as the largest code so far
+            counts[: len(before)] += before
+            self._counts[codebook] = counts
 
     def __len__(self) -> int:
         """Codebooks seen."""

@@ -217,6 +217,7 @@ def _scoring_tasks(
     most = source.num_quantizers[-1]
     rows = iter(rows)
     while chunk := list(islice(rows, _CHUNK)):
+        # 1. What the codec starts from: audio, or the codes that the run stored.
         ready: list[tuple[ManifestRow, Record]] = []
         loaded: list[tuple[Any, Pieces | None]] = []
         for row, known in chunk:
@@ -234,6 +235,7 @@ def _scoring_tasks(
                 ready.append((row, record))
             except RowError as error:
                 yield {**record, "failed": error.reason}
+        # 2. Codes of all codebooks asked for; smaller numbers are prefixes of these.
         if source.run is None:
             assert source.codec is not None
             coded: list[Any] = encode(source.codec, [samples for samples, _ in loaded], most)
@@ -251,6 +253,7 @@ def _reconstructed(
 ) -> Iterator[ScoringTask | Record]:
     """Tasks for rows with their codes: from each number of codebooks, the audio that the run wrote or that the codec
     makes of them."""
+    # 1. Audio from each number of codebooks.
     made: list[dict[int, Any]] = [{} for _ in rows]
     failed: dict[int, RowError] = {number: codes for number, codes in enumerate(coded) if isinstance(codes, RowError)}
     for num_quantizers in source.num_quantizers:
@@ -266,6 +269,7 @@ def _reconstructed(
                 failed[number] = samples
             else:
                 made[number][num_quantizers] = at_input_rate(source.codec.info, samples)
+    # 2. A task for each row that has them all.
     for number, (row, record) in enumerate(rows):
         if number in failed:
             yield {**record, "failed": failed[number].reason}

@@ -108,6 +108,7 @@ class LiveQuality:
     def _score(self, scorer: Scorer, result: TokenizedRow) -> None:
         assert result.row.wav is not None
         assert result.samples is not None
+        # 1. The first minutes of both.
         cut, samples = result.row.cut, result.samples
         if samples.shape[-1] > MOST_SECONDS * self._output_rate:  # hours, perhaps
             cut = cut or AudioCut()
@@ -117,6 +118,7 @@ class LiveQuality:
         mono = samples if samples.ndim == 1 else samples.mean(axis=0)
         made = resample(mono[None], self._output_rate, self._sample_rate, "soxr")[0]
         reference, (reconstruction,) = align(original, [made], self._sample_rate)
+        # 2. Scores, and whether the mean of the last ones crosses a threshold.
         scores = scorer.score(reference, reconstruction)
         log.info("quality of row %s: %s", result.row.key, score_line(scores))
         for name, least in self._stop_below.items():

@@ -60,30 +60,28 @@ class Metric:
     Attributes:
         label: as tables name it.
         unit: of its values, or empty.
-        best: the value of identical recordings, where there is one.
         higher_is_better: None for what is neither.
         decimals: that are worth showing.
     """
 
     label: str
     unit: str = ""
-    best: float | None = None
     higher_is_better: bool | None = True
     decimals: int = 2
 
 
 #: All metrics, in the order of tables.
 METRICS: Mapping[str, Metric] = {
-    "pesq_nb": Metric("PESQ-NB", best=4.549),
-    "pesq_wb": Metric("PESQ-WB", best=4.644),
-    "sim": Metric("SIM", best=1.0, decimals=3),
-    "stoi": Metric("STOI", best=1.0, decimals=3),
-    "estoi": Metric("ESTOI", best=1.0, decimals=3),
-    "si_sdr": Metric("SI-SDR", "dB", best=_SI_SDR_BOUNDS[1], decimals=1),
-    "mel_distance": Metric("Mel distance", "dB", best=0.0, higher_is_better=False),
+    "pesq_nb": Metric("PESQ-NB"),
+    "pesq_wb": Metric("PESQ-WB"),
+    "sim": Metric("SIM", decimals=3),
+    "stoi": Metric("STOI", decimals=3),
+    "estoi": Metric("ESTOI", decimals=3),
+    "si_sdr": Metric("SI-SDR", "dB", decimals=1),
+    "mel_distance": Metric("Mel distance", "dB", higher_is_better=False),
     "mos": Metric("MOS predicted"),
     "mos_original": Metric("MOS of original", higher_is_better=None),
-    "level_change": Metric("Level change", "dB", best=0.0, higher_is_better=None, decimals=1),
+    "level_change": Metric("Level change", "dB", higher_is_better=None, decimals=1),
     "clipped": Metric("Clipped", "%", higher_is_better=False),
     "clipped_original": Metric("Clipped original", "%", higher_is_better=None),
 }

@@ -203,6 +203,7 @@ def check_audio(
 def _check_wav(head: bytes, size: int, sample_rate: int, num_samples: int, due: int) -> None:
     if head[:4] != b"RIFF" or head[8:12] != b"WAVE":
         raise CheckFailed("unreadable", f"not a wav file ({size} bytes)")
+    # 1. The chunks up to the samples.
     chunks: dict[bytes, tuple[int, int]] = {}
     at = 12
     while b"data" not in chunks and at + 8 <= len(head):
@@ -211,6 +212,7 @@ def _check_wav(head: bytes, size: int, sample_rate: int, num_samples: int, due: 
         at += 8 + length + length % 2
     if b"data" not in chunks or b"fmt " not in chunks or chunks[b"fmt "][0] + 16 > len(head):
         raise CheckFailed("unreadable", f"not a wav file that can be read: its header is damaged ({size} bytes)")
+    # 2. The format, then the length by the header against the file's size.
     tag, channels, rate, _, _, bits = struct.unpack_from("<HHIIHH", head, chunks[b"fmt "][0])
     if (tag, channels, bits) != (1, due, 16):
         raise CheckFailed(

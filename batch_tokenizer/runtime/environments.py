@@ -51,6 +51,7 @@ def agree_on_environment(
     Raises:
         RunError: earlier rows were computed where bits may differ (exit code 1), or the record cannot be written.
     """
+    # Under the lock, as all ranks come here at about the same time.
     with folder.exclusive_lock():
         known = read_environments(folder.path)
         if environment in known:

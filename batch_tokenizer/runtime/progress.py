@@ -166,6 +166,7 @@ def read_status(run_dir: Path, attempt: int | None = None) -> JobStatus:
         ranks[status.rank] = status
     if not latest:
         return JobStatus(())
+    # Only shards of the division that was used last: an earlier one may have had another number of shards.
     num_shards = max(
         (max(status.attempt for status in ranks.values()), shards) for (shards, _), ranks in latest.items()
     )[1]

@@ -234,6 +234,7 @@ class RunFolder:
                 break
             except FileExistsError:
                 continue  # a job on a file system without locks was quicker
+        # The random part keeps names apart where a folder was removed and numbers begin again.
         self.attempt = attempt
         self.attempt_id = f"{attempt:06d}-{uuid.uuid4().hex[:8]}"
         holder = {"host": self.processes.host, "pid": self.processes.pid, "attempt": attempt}

@@ -37,6 +37,7 @@ def walk_folder(folder: str, field_name: str, note: Note) -> Iterator[Found]:
             raise RunError(f"--data_list {error.reason}", exit_code=1) from error
         yield from _pick(names, endings, set(names))
         return
+    # Depth first, in the order of names, so that the same folder always gives the same manifest.
     below = [folder]
     while below:
         place = below.pop()

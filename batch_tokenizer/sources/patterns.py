@@ -126,6 +126,7 @@ def find_sources(data_list: str) -> list[Source]:
     Raises:
         RunError: nothing is there, or it is no source.
     """
+    # A list of shards is resolved here, one level deep: it may name tars and parquet files, not further lists.
     sources: list[Source] = []
     for location in locations(data_list):
         kind = kind_of(location)

@@ -182,6 +182,7 @@ def _sidecar(group: _Group, lead: str, ending: str) -> bytes | None:
 @contextmanager
 def _open_stream(location: str) -> Iterator[tuple[ByteStream, bool]]:
     """The archive's bytes, and whether they can be read from the front only."""
+    # 1. A plain tar whose bytes can be addressed: content is skipped, not read.
     if not location.startswith(PIPE):
         if is_url(location):
             head = remote.read_range(location, 0, len(GZIP_MAGIC))
@@ -204,6 +205,7 @@ def _open_stream(location: str) -> Iterator[tuple[ByteStream, bool]]:
                 if file.read(len(GZIP_MAGIC)) != GZIP_MAGIC:
                     yield SeekableByteStream.of_file(cast(BinaryIO, file)), False
                     return
+    # 2. A compressed tar or a command's output, from the front.
     reader = StreamReader(location)
     try:
         yield ByteStream(reader.read), True

@@ -33,6 +33,7 @@ class FileLock:
 
     def acquire(self) -> bool:
         """Take the lock, or return False because another process has it. True where the file system has no locks."""
+        # Not inherited by programs that this process starts, which would hold the lock after it has ended.
         self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -132,6 +132,7 @@ class _ContentCache:
         Raises:
             StorageError: they are too many.
         """
+        # A single small piece, the usual case, stays in memory; with a second one it is more than a block: to a file.
         first = next(pieces, b"")
         second = next(pieces, None)
         if second is None and len(first) <= _IN_MEMORY:

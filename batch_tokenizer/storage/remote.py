@@ -198,6 +198,7 @@ def _tried(url: str, ask: Callable[[Any, str], Answer]) -> Answer:
         try:
             return ask(system, path)
         except Exception as error:  # types of libraries that may not be installed
+            # Waits grow, and differ by chance, so that many processes do not ask again at the same moment.
             lasting = _lasting_cause(error)
             if lasting is not None:
                 raise StorageError(f"{display_name(url)}: {lasting}") from error

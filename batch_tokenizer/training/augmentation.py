@@ -83,16 +83,19 @@ def _filtered(samples: Samples, sample_rate: int, rng: np.random.Generator, how:
     frequencies = np.fft.rfftfreq(size, 1 / sample_rate)
     octaves = np.log2(np.maximum(frequencies, 50) / 1000)
     response: npt.NDArray[np.complex128] = np.ones(len(frequencies), np.complex128)
+    # 1. Tilt and two resonances: microphones and voices.
     if chances[0]:
         decibels = rng.uniform(-how.tilt, how.tilt) * octaves
         for _ in range(2):
             centre, width = rng.uniform(-3, 3), rng.uniform(0.2, 1.0)
             decibels = decibels + rng.uniform(-9, 9) * np.exp(-0.5 * ((octaves - centre) / width) ** 2)
         response *= 10 ** (decibels.clip(-24, 12) / 20)
+    # 2. Band limits, as of telephones: Butterworth magnitudes without a phase.
     if chances[1]:
         response /= np.sqrt(1 + (frequencies / rng.uniform(3200, 8000)) ** 24)
         if rng.random() < 0.5:
             response /= np.sqrt(1 + (rng.uniform(100, 300) / np.maximum(frequencies, 1)) ** 8)
+    # 3. A room: noise that decays by 60 dB, behind the direct sound.
     if chances[2]:
         count = int(rng.uniform(0.1, 0.6) * sample_rate)
         decay = np.exp(np.linspace(0, -math.log(1000), count))

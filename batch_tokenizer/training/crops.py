@@ -170,6 +170,7 @@ class Crops(Dataset[tuple[Samples, Samples, Samples]]):
         samples = augment(
             lambda length: crop(self.audio, length, rng), self.length, self.config.sampling_rate, rng, self.how
         )
+        # The inverse transform centres its frames half a hop later than the front end does.
         late = self.config.hop_length // 2 if self.config.vocoder_padding == "same" else 0
         form = self.config.mel
         return samples, log_mel(samples, form), log_mel(np.pad(samples[late:], (0, late)), form)

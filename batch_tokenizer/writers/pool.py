@@ -119,6 +119,7 @@ class WriterPool:
                 if self._fault or not self._queue:
                     return
                 result = self._queue.popleft()
+            # Outside the lock, so that threads write side by side. A fault ends all threads.
             try:
                 self._write_one(result)
             except BaseException as error:  # noqa: BLE001 - raised again in the submitting thread

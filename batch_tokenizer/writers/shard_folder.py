@@ -44,6 +44,7 @@ class ShardFolder:
         Raises:
             RunError: it holds shards of the task that another run made (exit code 2), or cannot be written (1).
         """
+        # A marker names the run that owns the folder. Shards without one may be of any run.
         marker = f".batch_tokenizer.{task}.json"
         try:
             content = self._read_marker(marker)
