@@ -112,11 +112,23 @@ def mel_spectrogram(wav: Tensor, config: MiMoConfig) -> Tensor:
     """Log-mel float32 (n_mels, L) of samples (S,) at ``config.sampling_rate``; L = 1 + S // hop_length.
 
     Fewer than nfft/2 + 1 samples are padded with zeros to that many.
+
+    Raises:
+        ValueError: ``wav`` is of another shape or type, or empty.
     """
+    if wav.ndim != 1 or not len(wav) or not wav.is_floating_point():
+        raise ValueError(f"wav must be samples (S,) of floats, S >= 1; got {tuple(wav.shape)} of {wav.dtype}")
     return log_mel_tensor(wav, config.mel)
 
 
 def padding(mels: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Log-mels (n_mels, L_i) to one batch (B, n_mels, max L) padded with zeros, and int64 (B,) lengths."""
+    """Log-mels (n_mels, L_i) to one batch (B, n_mels, max L) padded with zeros, and int64 (B,) lengths.
+
+    Raises:
+        ValueError: there are none, or they are not all (n_mels, L_i).
+    """
+    shapes = [tuple(mel.shape) for mel in mels]
+    if not mels or any(len(shape) != 2 or shape[0] != shapes[0][0] for shape in shapes):
+        raise ValueError(f"mels must be one or more log-mels (n_mels, L_i) of the same n_mels; got {shapes[:8]}")
     batch = pad_sequence([mel.t() for mel in mels], batch_first=True).transpose(1, 2)
     return batch, torch.tensor([mel.shape[1] for mel in mels], dtype=torch.int64)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
@@ -161,6 +162,10 @@ class CodecSpec(ABC):
         Runs in a loader worker.
         """
 
+    def is_feature_length(self, length: int) -> bool:
+        """Whether ``features`` of some utterance have this length, of those that have no fewer or more."""
+        return length >= 1
+
     @abstractmethod
     def num_frames(self, num_samples: int) -> int:
         """Token frames T of an utterance of ``num_samples`` >= 1 samples of each channel."""
@@ -227,16 +232,60 @@ class Codec(ABC):
         """The spec's ``info``."""
         return self.spec.info
 
-    @abstractmethod
     def encode(self, features: Sequence[npt.NDArray[np.float32]], num_quantizers: int) -> list[npt.NDArray[np.uint16]]:
-        """Features (channels, length_i) each to codes (T_i, ``num_quantizers``) each, in the order given."""
+        """Features (channels, length_i) each to codes (T_i, ``num_quantizers``) each, in the order given.
 
-    @abstractmethod
+        Raises:
+            ValueError: ``num_quantizers`` is not 1 to ``num_codebooks``, or a member is not as ``spec.features`` makes
+                it: of another shape or number format, or not finite.
+        """
+        count = self.info.num_codebooks
+        if not isinstance(num_quantizers, (int, np.integer)) or not 1 <= num_quantizers <= count:
+            raise ValueError(f"{num_quantizers} codebooks asked for: this checkpoint has 1 to {count}")
+        for index, member in enumerate(features):
+            self._check_features(member, f"utterance {index}")
+        return self.encode_batch(features, int(num_quantizers)) if len(features) else []
+
     def decode(self, codes: Sequence[npt.NDArray[np.uint16]]) -> list[npt.NDArray[np.float32]]:
         """Codes (T_i, K_i) each, 1 <= K_i <= ``num_codebooks``, to samples (S_i,) each, in the order given.
 
         Samples are (channels, S_i) where the codec has more than one channel.
+
+        Raises:
+            ValueError: a member has no frames, another shape, or a code that is not in its codebook.
         """
+        for index, member in enumerate(codes):
+            check_codes(member, self.info.codebook_sizes, f"utterance {index}")
+        return self.decode_batch(codes) if len(codes) else []
+
+    @abstractmethod
+    def encode_batch(
+        self, features: Sequence[npt.NDArray[np.float32]], num_quantizers: int
+    ) -> list[npt.NDArray[np.uint16]]:
+        """``encode`` of one or more members, which are checked."""
+
+    @abstractmethod
+    def decode_batch(self, codes: Sequence[npt.NDArray[np.uint16]]) -> list[npt.NDArray[np.float32]]:
+        """``decode`` of one or more members, which are checked."""
+
+    @cached_property
+    def _feature_channels(self) -> int:
+        channels = self.info.channels
+        return len(self.spec.features(np.zeros((1,) if channels == 1 else (channels, 1), np.float32)))
+
+    def _check_features(self, features: npt.NDArray[np.float32], name: str) -> None:
+        shape, dtype = np.shape(features), getattr(features, "dtype", type(features).__name__)
+        if not isinstance(features, np.ndarray) or dtype != np.float32:
+            raise ValueError(
+                f"{name}: features are of {dtype}, must be a numpy array of float32, as spec.features gives"
+            )
+        if len(shape) != 2 or shape[0] != self._feature_channels or not self.spec.is_feature_length(shape[1]):
+            raise ValueError(
+                f"{name}: features have shape {shape}, must be ({self._feature_channels}, length) as "
+                f"spec.features(samples) gives them"
+            )
+        if not np.isfinite(features).all():
+            raise ValueError(f"{name}: features are not finite")
 
     def begin(self, task: Task, inputs: Sequence[npt.NDArray[Any]], num_quantizers: int) -> Computation:
         """All of ``task`` for a batch of features, or of codes in ``token2wav``, where ``runs_ahead``.
@@ -255,6 +304,33 @@ class Codec(ABC):
         from accelerate.utils.memory import clear_device_cache  # imported here, as loader processes need it never
 
         clear_device_cache()
+
+
+def as_channels(samples: npt.NDArray[Any], channels: int) -> npt.NDArray[np.float32]:
+    """Samples (S,) of one channel, or (channels, S), as float32 (channels, S).
+
+    Raises:
+        ValueError: they are of another number of channels.
+    """
+    if samples.shape[:-1] != (() if channels == 1 else (channels,)):
+        wanted = "(S,)" if channels == 1 else f"({channels}, S)"
+        raise ValueError(f"samples have shape {samples.shape}, must be {wanted}")
+    return np.asarray(samples, dtype=np.float32).reshape(channels, -1)
+
+
+def check_codes(codes: npt.NDArray[Any], codebook_sizes: Sequence[int], name: str, *, least: int = 1) -> None:
+    """
+    Raises:
+        ValueError: codes of the utterance ``name`` are not integers (T, K), T at least ``least`` and K from 1 to the
+            number of codebooks, or one is not in its codebook.
+    """
+    shape, dtype = np.shape(codes), getattr(codes, "dtype", type(codes).__name__)
+    if not isinstance(codes, np.ndarray) or codes.dtype.kind not in "ui":
+        raise ValueError(f"{name}: codes are of {dtype}, must be a numpy array of integers")
+    if len(shape) != 2 or shape[0] < least or not 1 <= shape[1] <= len(codebook_sizes):
+        raise ValueError(f"{name}: codes have shape {shape}, must be ({least} or more, 1 to {len(codebook_sizes)})")
+    if (codes < 0).any() or (codes >= np.array(codebook_sizes[: shape[1]])).any():
+        raise ValueError(f"{name}: a code is negative or not below its codebook's size ({max(codebook_sizes)})")
 
 
 def fitted(samples: npt.NDArray[np.float32], length: int) -> npt.NDArray[np.float32]:

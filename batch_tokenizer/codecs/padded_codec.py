@@ -65,10 +65,7 @@ class PaddedCodec(Codec):
     def together(self, together: bool) -> None:
         self._run.together = together
 
-    def encode(self, features: Sequence[Samples], num_quantizers: int) -> list[Codes]:
-        if not 1 <= num_quantizers <= self.info.num_codebooks:
-            raise ValueError(f"{num_quantizers} codebooks: this checkpoint has 1 to {self.info.num_codebooks}")
-
+    def encode_batch(self, features: Sequence[Samples], num_quantizers: int) -> list[Codes]:
         def compute(members: list[Tensor], size: int | None, rows: int | None) -> list[Tensor]:
             samples = None if size is None else size * self.info.samples_per_frame
             batch = PaddedBatch.join(members, device=self.device, size=samples, rows=rows)
@@ -80,9 +77,7 @@ class PaddedCodec(Codec):
         done = self._run(compute, tensors, _length, unit=self.info.samples_per_frame)
         return [part.astype(np.uint16) for part in to_host(done, torch.int32)]
 
-    def decode(self, codes: Sequence[Codes]) -> list[Samples]:
-        for index, code in enumerate(codes):
-            self._check(code, f"utterance {index}")
+    def decode_batch(self, codes: Sequence[Codes]) -> list[Samples]:
         results: dict[int, Samples] = {}
         for width in sorted({code.shape[1] for code in codes}):  # one number of codebooks at a time
             chosen = [index for index, code in enumerate(codes) if code.shape[1] == width]
@@ -104,13 +99,6 @@ class PaddedCodec(Codec):
         super().release()
         if self.device.type == "cuda":
             self._run.shrink()
-
-    def _check(self, code: Codes, name: str) -> None:
-        sizes = self.info.codebook_sizes
-        if code.ndim != 2 or not 1 <= code.shape[1] <= len(sizes) or not len(code):
-            raise ValueError(f"{name}: codes have shape {code.shape}, must be (1 or more, 1 to {len(sizes)})")
-        if (code >= np.array(sizes[: code.shape[1]])).any():
-            raise ValueError(f"{name}: a code is not below its codebook's size ({max(sizes)})")
 
 
 def _length(member: Tensor) -> int:

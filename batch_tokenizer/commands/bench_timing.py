@@ -62,11 +62,13 @@ class TimedCodec(Codec):
     def frame_budget(self, frames: int) -> None:
         self._codec.frame_budget = frames
 
-    def encode(self, features: Sequence[npt.NDArray[np.float32]], num_quantizers: int) -> list[npt.NDArray[np.uint16]]:
+    def encode_batch(
+        self, features: Sequence[npt.NDArray[np.float32]], num_quantizers: int
+    ) -> list[npt.NDArray[np.uint16]]:
         with self._timed():
             return self._codec.encode(features, num_quantizers)
 
-    def decode(self, codes: Sequence[npt.NDArray[np.uint16]]) -> list[npt.NDArray[np.float32]]:
+    def decode_batch(self, codes: Sequence[npt.NDArray[np.uint16]]) -> list[npt.NDArray[np.float32]]:
         with self._timed():
             return self._codec.decode(codes)
 

@@ -199,11 +199,13 @@ class FreeCodec(Codec):
         self._codes = generator.integers(0, 1024, (1 << 12, spec.info.num_codebooks), dtype=np.uint16)
         self._samples = generator.uniform(-0.5, 0.5, 1 << 18).astype(np.float32)
 
-    def encode(self, features: Sequence[npt.NDArray[np.float32]], num_quantizers: int) -> list[npt.NDArray[np.uint16]]:
+    def encode_batch(
+        self, features: Sequence[npt.NDArray[np.float32]], num_quantizers: int
+    ) -> list[npt.NDArray[np.uint16]]:
         lengths = [self.spec.num_frames(part.shape[1]) for part in features]
         return [_repeated(self._codes, length)[:, :num_quantizers] for length in lengths]
 
-    def decode(self, codes: Sequence[npt.NDArray[np.uint16]]) -> list[npt.NDArray[np.float32]]:
+    def decode_batch(self, codes: Sequence[npt.NDArray[np.uint16]]) -> list[npt.NDArray[np.float32]]:
         return [_repeated(self._samples, self.spec.num_output_samples(len(code))) for code in codes]
 
 

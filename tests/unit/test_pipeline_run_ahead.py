@@ -60,10 +60,10 @@ class AheadCodec(Codec):
         self.device.events.append(("begin", number))
         return AheadComputation(self, task, list(inputs), num_quantizers, number)
 
-    def encode(self, features: Any, num_quantizers: int) -> Any:
+    def encode_batch(self, features: Any, num_quantizers: int) -> Any:
         raise AssertionError("a codec that runs ahead is not asked to wait")
 
-    def decode(self, codes: Any) -> Any:
+    def decode_batch(self, codes: Any) -> Any:
         raise AssertionError("a codec that runs ahead is not asked to wait")
 
 

@@ -78,6 +78,9 @@ class HfSpec(CodecSpec):
         length = self.lengths.input_length(len(samples))
         return np.pad(samples, (0, length - len(samples)))[None]
 
+    def is_feature_length(self, length: int) -> bool:
+        return length >= 1 and self.lengths.takes(length)
+
     def num_frames(self, num_samples: int) -> int:
         return self.lengths.frames(self.lengths.input_length(num_samples))
 

@@ -62,6 +62,10 @@ class Lengths(ABC):
     def frames(self, length: int) -> int:
         """Token frames of an input of ``length`` samples; 0 where the model cannot take that length."""
 
+    def takes(self, length: int) -> bool:
+        """Whether an input of ``length`` >= 1 samples is padded as ``input_length`` has it."""
+        return length % self.multiple == 0 and self.frames(length) > 0
+
     @abstractmethod
     def output_samples(self, num_frames: int) -> int:
         """Samples that ``num_frames`` >= 1 frames decode to.
@@ -125,6 +129,9 @@ class Chunks(Lengths):
 
     def input_length(self, num_samples: int) -> int:
         return (-(-num_samples // self.stride) - 1) * self.stride + self.length
+
+    def takes(self, length: int) -> bool:
+        return length >= self.length and (length - self.length) % self.stride == 0
 
     def frames(self, length: int) -> int:
         starts = range(0, length, self.stride)
@@ -250,6 +257,9 @@ class SpectrumAndWaveform(Lengths):
         if self.frames(num_samples):
             return num_samples
         return _lengthened(self, _round_up(num_samples, self.multiple), self.multiple, 8 * self.multiple)
+
+    def takes(self, length: int) -> bool:
+        return self.frames(length) > 0  # the feature extractor pads
 
     def frames(self, length: int) -> int:
         padded = _round_up(length + 1, self.multiple)

@@ -199,12 +199,14 @@ class MiMoCodec(Codec):
         self._run = BatchRunner(model.device, threads)
         self.batch_limit = self._run.batch_limit
 
-    def encode(self, features: Sequence[npt.NDArray[np.float32]], num_quantizers: int) -> list[npt.NDArray[np.uint16]]:
+    def encode_batch(
+        self, features: Sequence[npt.NDArray[np.float32]], num_quantizers: int
+    ) -> list[npt.NDArray[np.uint16]]:
         inputs = [torch.from_numpy(part) for part in features]
         codes = self._run(lambda batch: self._encode(batch, num_quantizers), inputs, lambda part: part.shape[1])
         return _unsigned(ToHost(codes, torch.int16))
 
-    def decode(self, codes: Sequence[npt.NDArray[np.uint16]]) -> list[npt.NDArray[np.float32]]:
+    def decode_batch(self, codes: Sequence[npt.NDArray[np.uint16]]) -> list[npt.NDArray[np.float32]]:
         tensors = [torch.from_numpy(code.astype(np.int64)) for code in codes]
         return to_host(self._run(self.model.decode_utterances, tensors, len), torch.float32)
 

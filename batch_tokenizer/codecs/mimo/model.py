@@ -149,12 +149,15 @@ class MiMoAudioTokenizer(nn.Module):
             ``{"batch_size", "encode_time"}``, seconds.
 
         Raises:
-            ValueError: ``n_q`` or a length is out of range.
+            ValueError: ``mels`` are of another shape or type, or ``n_q`` or a length is out of range.
         """
         started = time.perf_counter()
-        if mels.ndim != 3 or mels.shape[1] != self.config.n_mels:
-            raise ValueError(f"mels must be (B, {self.config.n_mels}, T), got {tuple(mels.shape)}")
-        utterances = [mel[:, :length] for mel, length in zip(mels, mels_lens.tolist(), strict=True)]
+        if mels.ndim != 3 or mels.shape[1] != self.config.n_mels or not mels.is_floating_point():
+            raise ValueError(
+                f"mels must be log-mel (B, {self.config.n_mels}, T) of floats, got {tuple(mels.shape)} of {mels.dtype}"
+            )
+        lens = _checked_lengths("mels_lens", mels_lens, len(mels), mels.shape[2])
+        utterances = [mel[:, :length] for mel, length in zip(mels, lens, strict=True)]
         codes = self.encode_utterances(utterances, n_q)
         lengths = torch.tensor([len(code) for code in codes], dtype=torch.int64, device=mels.device)
         stats = {"batch_size": len(codes), "encode_time": time.perf_counter() - started}
@@ -176,9 +179,10 @@ class MiMoAudioTokenizer(nn.Module):
             ValueError: a code, a length or K is out of range, or the decoder was not loaded.
         """
         started = time.perf_counter()
-        if codes.ndim != 3:
-            raise ValueError(f"codes must be (B, T, K), got {tuple(codes.shape)}")
-        utterances = [code[:length] for code, length in zip(codes, codes_lens.tolist(), strict=True)]
+        if codes.ndim != 3 or codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
+            raise ValueError(f"codes must be (B, T, K) of integers, got {tuple(codes.shape)} of {codes.dtype}")
+        lens = _checked_lengths("codes_lens", codes_lens, len(codes), codes.shape[1])
+        utterances = [code[:length] for code, length in zip(codes, lens, strict=True)]
         for index, code in enumerate(utterances):
             self._check_codes(code, index)
         samples = self.decode_utterances(utterances)
@@ -214,6 +218,8 @@ class MiMoAudioTokenizer(nn.Module):
         self, mel_frames: Sequence[int], rows: Callable[[list[int], EncoderLayout], Tensor], n_q: int | None
     ) -> list[Tensor]:
         """Codes of utterances of ``mel_frames`` each; ``rows`` puts a pack's log-mel on the layout's axis."""
+        if not hasattr(self.encoder, "conv1"):
+            raise ValueError("this model was loaded without its encoder")
         num_quantizers = self.config.num_quantizers if n_q is None else n_q
         if not 1 <= num_quantizers <= self.config.num_quantizers:
             raise ValueError(f"n_q = {n_q}: this checkpoint has 1 to {self.config.num_quantizers} codebooks")
@@ -285,3 +291,20 @@ class MiMoAudioTokenizer(nn.Module):
         sizes = torch.tensor(self.config.codebook_size[:used], device=codes.device)
         if bool(((codes < 0) | (codes >= sizes)).any()):
             raise ValueError(f"utterance {index}: a code is negative or not below its codebook's size {sizes.tolist()}")
+
+
+def _checked_lengths(name: str, lengths: Tensor, count: int, most: int) -> list[int]:
+    """Lengths of a padded batch's members.
+
+    Raises:
+        ValueError: they are not ``count`` integers from 1 to ``most``.
+    """
+    if lengths.shape != (count,) or lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+        raise ValueError(
+            f"{name} must be {count} integers, one for each utterance; got {tuple(lengths.shape)} of {lengths.dtype}"
+        )
+    listed: list[int] = lengths.tolist()
+    for index, length in enumerate(listed):
+        if not 1 <= length <= most:
+            raise ValueError(f"{name}[{index}] = {length}: must be 1 to {most}, the length of the batch")
+    return listed

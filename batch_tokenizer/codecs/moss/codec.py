@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from batch_tokenizer.audio.loudness import moss_tts_loudness
-from batch_tokenizer.codecs.base import PARTS, Codec, CodecInfo, CodecSpec
+from batch_tokenizer.codecs.base import PARTS, Codec, CodecInfo, CodecSpec, as_channels, check_codes
 from batch_tokenizer.codecs.checkpoint import Checkpoint
 from batch_tokenizer.codecs.execution import BatchRunner, to_host
 from batch_tokenizer.codecs.layers.convolution import weight_norm_name
@@ -66,7 +66,7 @@ class MossSpec(CodecSpec):
         return self.loudness != "none"
 
     def features(self, samples: Samples) -> Samples:
-        channels = np.asarray(samples, dtype=np.float32).reshape(self.info.channels, -1)
+        channels = as_channels(samples, self.info.channels)
         return channels if self.loudness == "none" else moss_tts_loudness(channels)
 
     def num_frames(self, num_samples: int) -> int:
@@ -160,16 +160,12 @@ class MossCodec(Codec):
         self._run = BatchRunner(model.device, threads)
         self.batch_limit = self._run.batch_limit
 
-    def encode(self, features: Sequence[Samples], num_quantizers: int) -> list[Codes]:
+    def encode_batch(self, features: Sequence[Samples], num_quantizers: int) -> list[Codes]:
         samples = [interleave(torch.from_numpy(feature)) for feature in features]
         codes = self._run(lambda batch: self.model.encode_utterances(batch, num_quantizers), samples, len)
         return _codes_to_host(codes)
 
-    def decode(self, codes: Sequence[Codes]) -> list[Samples]:
-        for index, code in enumerate(codes):
-            self._check_codes(code, f"utterance {index}")
-            if not len(code):
-                raise ValueError(f"utterance {index}: codes have no frames")
+    def decode_batch(self, codes: Sequence[Codes]) -> list[Samples]:
         tensors = [torch.from_numpy(code.astype(np.int64)) for code in codes]
         return self._channels(self._run(self.model.decode_utterances, tensors, len))
 
@@ -237,15 +233,8 @@ class MossCodec(Codec):
         return arrays if channels == 1 else [np.ascontiguousarray(one.reshape(-1, channels).T) for one in arrays]
 
     def _codes(self, code: Codes, index: int) -> torch.Tensor:
-        self._check_codes(code, f"utterance {index}")
+        check_codes(code, self.info.codebook_sizes, f"utterance {index}", least=0)
         return torch.from_numpy(code.astype(np.int64))
-
-    def _check_codes(self, code: Codes, name: str) -> None:
-        quantizer = self.model.config.quantizer
-        if code.ndim != 2 or not 1 <= code.shape[1] <= quantizer.num_quantizers:
-            raise ValueError(f"{name}: codes have shape {code.shape}, must be (T, 1 to {quantizer.num_quantizers})")
-        if code.size and not 0 <= int(code.min()) <= int(code.max()) < quantizer.codebook_size:
-            raise ValueError(f"{name}: a code is negative or not below the codebooks' size {quantizer.codebook_size}")
 
 
 class MossStream:
@@ -270,9 +259,7 @@ class MossStream:
 
 def _samples(chunk: Samples, channels: int) -> torch.Tensor:
     """Samples (n,) or (channels, n), interleaved."""
-    if chunk.shape[:-1] != (() if channels == 1 else (channels,)):
-        raise ValueError(f"samples have shape {chunk.shape}, must be {'(n,)' if channels == 1 else f'({channels}, n)'}")
-    return interleave(torch.from_numpy(np.asarray(chunk, dtype=np.float32)).reshape(channels, -1))
+    return interleave(torch.from_numpy(as_channels(chunk, channels)))
 
 
 def _codes_to_host(codes: Sequence[torch.Tensor]) -> list[Codes]:

@@ -45,6 +45,9 @@ class NanoCodecSpec(CodecSpec):
         missing = -len(samples) % self.config.samples_per_frame
         return np.pad(np.asarray(samples, dtype=np.float32), (0, missing))[None]
 
+    def is_feature_length(self, length: int) -> bool:
+        return length >= 1 and length % self.config.samples_per_frame == 0
+
     def num_frames(self, num_samples: int) -> int:
         return -(-num_samples // self.config.samples_per_frame)
 

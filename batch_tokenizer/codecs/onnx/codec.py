@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from batch_tokenizer.codecs.base import PARTS, Codec, CodecInfo, CodecSpec
+from batch_tokenizer.codecs.base import PARTS, Codec, CodecInfo, CodecSpec, as_channels
 from batch_tokenizer.codecs.checkpoint import GRAPHS_KEY, Checkpoint
 from batch_tokenizer.codecs.config_keys import MOST_COUNT, MOST_SIZE, ConfigKeys, read_json, short_repr
 from batch_tokenizer.codecs.onnx.graph_file import GraphFile
@@ -75,7 +75,7 @@ class OnnxSpec(CodecSpec):
     faults: tuple[str, ...] = ()
 
     def features(self, samples: Samples) -> Samples:
-        return np.asarray(samples, dtype=np.float32).reshape(self.info.channels, -1)
+        return as_channels(samples, self.info.channels)
 
     def num_frames(self, num_samples: int) -> int:
         return -(-num_samples // self.info.samples_per_frame)
@@ -168,16 +168,10 @@ class OnnxCodec(Codec):
         self.pieces_above = max(3, int(PIECES_ABOVE_SECONDS * rate))
         self.step = max(1, int(STEP_SECONDS * rate))
 
-    def encode(self, features: Sequence[Samples], num_quantizers: int) -> list[Codes]:
-        if not 1 <= num_quantizers <= self.info.num_codebooks:
-            raise ValueError(
-                f"{num_quantizers} codebooks asked for: this checkpoint has 1 to {self.info.num_codebooks}"
-            )
+    def encode_batch(self, features: Sequence[Samples], num_quantizers: int) -> list[Codes]:
         return self._each(lambda channels: self._encode(channels, num_quantizers), features, lambda f: f.shape[1])
 
-    def decode(self, codes: Sequence[Codes]) -> list[Samples]:
-        for index, code in enumerate(codes):
-            self._check_codes(code, f"utterance {index}")
+    def decode_batch(self, codes: Sequence[Codes]) -> list[Samples]:
         return self._each(self._decode, codes, len)
 
     def seam_error(self, codes: Codes) -> float:
@@ -359,13 +353,6 @@ class OnnxCodec(Codec):
             into[..., done : done + result.shape[-1]] = result[0]
             done += result.shape[-1]
             frames += self.step
-
-    def _check_codes(self, code: Codes, name: str) -> None:
-        """Graphs take codes that are out of range in silence."""
-        if code.ndim != 2 or not len(code) or not 1 <= code.shape[1] <= self.info.num_codebooks:
-            raise ValueError(f"{name}: codes have shape {code.shape}, must be (T >= 1, 1 to {self.info.num_codebooks})")
-        if (code < 0).any() or (code >= np.array(self.info.codebook_sizes[: code.shape[1]])).any():
-            raise ValueError(f"{name}: a code is negative or not below its codebook's size")
 
 
 @dataclass(frozen=True)

@@ -128,12 +128,12 @@ class S3Codec(Codec):
         self._run = BatchRunner(model.device, threads)
         self.batch_limit = self._run.batch_limit
 
-    def encode(self, features: Sequence[Samples], num_quantizers: int) -> list[Codes]:
+    def encode_batch(self, features: Sequence[Samples], num_quantizers: int) -> list[Codes]:
         mels = [torch.from_numpy(feature) for feature in features]
         codes = self._run(self.model.encode_utterances, mels, lambda mel: mel.shape[1])
         return [part.astype(np.uint16) for part in to_host(codes, torch.int32)]
 
-    def decode(self, codes: Sequence[Codes]) -> list[Samples]:
+    def decode_batch(self, codes: Sequence[Codes]) -> list[Samples]:
         raise RowError("decode", "S3Tokenizer has no decoder")
 
     @property

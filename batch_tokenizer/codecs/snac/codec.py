@@ -51,6 +51,9 @@ class SnacSpec(CodecSpec):
     def features(self, samples: Samples) -> Samples:
         return np.pad(np.asarray(samples, dtype=np.float32), (0, -len(samples) % self.config.multiple))[None]
 
+    def is_feature_length(self, length: int) -> bool:
+        return length >= 1 and length % self.config.multiple == 0
+
     def num_frames(self, num_samples: int) -> int:
         padded = math.ceil(num_samples / self.config.multiple) * self.config.multiple
         return padded // self.config.samples_per_frame
