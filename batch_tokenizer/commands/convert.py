@@ -207,15 +207,15 @@ class FileTarget:
 
     def add(self, row: StoredRow) -> None:
         codes = _codes_of(row)
-        line: dict[str, Any] = {"key": row.key}
+        fields, _ = split_info(row.info)
+        line: dict[str, Any] = {"key": row.key, **{name: value for name, value in fields.items() if name != "key"}}
+        line.pop("reconstructed_wav", None)
         line["quantized_tokens"] = self._write(row.key, self._ending, self._to_bytes(codes, _info_of(row, codes)))
         if row.audio is not None:
             line["reconstructed_wav"] = self._write(row.key, f".{row.audio_format}", row.audio)
         rate, samples = row.info.get("sample_rate"), row.info.get("num_samples")
         if isinstance(rate, int) and isinstance(samples, int) and rate > 0:
-            line["duration"] = round(samples / rate, 4)
-        if isinstance(row.info.get("text"), str):
-            line["text"] = row.info["text"]
+            line.setdefault("duration", round(samples / rate, 4))
         self._manifest.write(line)
 
     def _write(self, key: str, ending: str, content: bytes) -> str:

@@ -31,6 +31,7 @@ from batch_tokenizer.manifest.row import LineState
 from batch_tokenizer.manifest.units import in_shard, plan_units
 from batch_tokenizer.pipeline.setup import RunContext
 from batch_tokenizer.records import LoadedRow, ManifestRow, RowError, RowForm, RunError, TokenizedRow
+from batch_tokenizer.runs.output_rows import run_as_source
 from batch_tokenizer.runs.source import settings_of
 from batch_tokenizer.runtime.ledger import RowStatus, read_ledger
 from batch_tokenizer.runtime.ledger_lines import has_done_rows
@@ -92,7 +93,10 @@ def dry_run(context: RunContext) -> int:
     with tempfile.TemporaryDirectory(prefix="batch_tokenizer-") as scratch:
         # 1. The rows, and what an earlier run did of them.
         idle = context.stop.check
-        path = local_manifest(str(config.data_list), Path(scratch), settings_of(config), idle)
+        source = str(config.data_list)
+        if config.task == "token2wav":
+            source = run_as_source(source, Path(scratch), idle)
+        path = local_manifest(source, Path(scratch), settings_of(config), idle)
         manifest = Manifest.open(path, config.task, scratch, sink=config.sink, progress=lambda done, total: idle())
         trouble += _describe_manifest(manifest, display_name(str(config.data_list)))
         status, troubles = _earlier_run(context, run_dir, manifest)

@@ -18,13 +18,14 @@ from batch_tokenizer.config import add_options
 from batch_tokenizer.quality.evaluation import Request, evaluate
 from batch_tokenizer.quality.metrics import METRICS
 from batch_tokenizer.records import printable, printable_lines
+from batch_tokenizer.runs.finished_run import find_run_folder
 from batch_tokenizer.runtime.processes import num_cores
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     add = parser.add_argument
-    add("run_dir", type=Path, nargs="?", help="a run folder: score what the run made")
+    add("run_dir", type=Path, nargs="?", help="a run folder, or the folder of its outputs: score what the run made")
     add("--data_list", help="a manifest: put its audio through the codec; with RUN_DIR, the run's manifest")
     add("--model_path", help="checkpoint folder or hub id; the run's, or the bundled default, when absent")
     add("--sample", type=int, metavar="N", help="score N utterances, in effect drawn at random; all when absent")
@@ -46,7 +47,7 @@ def main(arguments: argparse.Namespace) -> int:
         RunError: there is nothing to score, or it cannot be scored this way; the message names flag and remedy.
     """
     request = Request(
-        run_dir=arguments.run_dir,
+        run_dir=None if arguments.run_dir is None else find_run_folder(arguments.run_dir),
         data_list=arguments.data_list,
         model_path=arguments.model_path,
         sample=arguments.sample,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,8 @@ from batch_tokenizer.pipeline.long_audio import LongRows
 from batch_tokenizer.pipeline.rank_loop import RankLoop
 from batch_tokenizer.pipeline.setup import RunContext, open_live_quality, open_manifest
 from batch_tokenizer.records import ManifestRow, printable
+from batch_tokenizer.runs.finished_run import FinishedRun
+from batch_tokenizer.runs.output_rows import write_run_manifest
 from batch_tokenizer.runs.source import typed
 from batch_tokenizer.runtime.devices import environment_of
 from batch_tokenizer.runtime.environments import agree_on_environment, read_environments
@@ -34,6 +37,7 @@ from batch_tokenizer.runtime.progress import JobStatus, ProgressReporter, RankSt
 from batch_tokenizer.runtime.run_folder import RunFolder
 from batch_tokenizer.runtime.signals import StopRequest
 from batch_tokenizer.runtime.work_queue import WorkQueue
+from batch_tokenizer.storage.names import is_url
 from batch_tokenizer.writers.open import open_sink
 
 log = logging.getLogger(__name__)
@@ -195,11 +199,20 @@ def _summarize(
         "data_list": typed(config.data_list),
         "model_path": config.model_path,
     }
-    # 2. The same to a file and to the terminal.
+    # 2. Once no job has anything left to do: a manifest of what all have made, beside the outputs.
+    known = folder.read_summary().get("manifest")
+    in_folder = config.output_dir is not None and not is_url(config.output_dir)
+    if in_folder and not state.num_pending and (had_work or not known):
+        run = FinishedRun.open(folder.path)
+        written = write_run_manifest(run, manifest, Path(str(config.output_dir)), known, context.stop.check)
+        known = str(written) if written is not None else known
+    if known:
+        summary["manifest"] = known
+    # 3. The same to a file and to the terminal.
     folder.write_summary(summary)
     lines = ending_lines(config, manifest, state, figures, had_work=had_work, run_dir=folder.path, failures=failures)
     print("\n".join(map(printable, lines)), flush=True)
-    # 3. The exit status.
+    # 4. The exit status.
     if left := np.count_nonzero(state.pending & in_shard(manifest, config.num_shards, config.shard)):
         log.error("%d rows are neither done nor failed, as a rank ended early; start the same command again", left)
         return 1

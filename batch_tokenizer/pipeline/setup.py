@@ -25,6 +25,7 @@ from batch_tokenizer.manifest.manifest import Manifest
 from batch_tokenizer.pipeline.other_outputs import warn_of_other_outputs
 from batch_tokenizer.quality.live import LiveQuality
 from batch_tokenizer.records import SHARD_SINKS, RunError
+from batch_tokenizer.runs.output_rows import run_as_source
 from batch_tokenizer.runs.source import allow_pipes, prepare
 from batch_tokenizer.runtime.devices import ComputeDevice
 from batch_tokenizer.runtime.ledger import LedgerState, read_ledger
@@ -214,7 +215,10 @@ def open_manifest(context: RunContext, folder: RunFolder) -> tuple[Manifest, npt
         path = folder.manifest or Path(config.data_list)
         return Manifest.open(path, config.task, folder.index_dir, sink=config.sink), status
     # 1. One local manifest, whatever the source is.
-    path = prepare(config, folder.path, idle)
+    source = str(config.data_list)
+    if config.task == "token2wav":
+        source = run_as_source(source, folder.index_dir, idle)
+    path = prepare(config, folder.path, source, idle)
     manifest = Manifest.open(path, config.task, folder.index_dir, sink=config.sink, progress=_IndexProgress(idle))
     # 2. What is done, after half-published shards are settled.
     recover_shards(config, folder)

@@ -24,6 +24,27 @@ class PublishedShard(NamedTuple):
     ledger: Path
 
 
+def find_run_folder(folder: Path) -> Path:
+    """The run folder that a folder is, or that made the outputs in it: one inside, or the one whose shards it has.
+
+    Raises:
+        RunError: there is none, or more than one.
+    """
+    if not folder.is_dir() or (folder / "run.json").exists():
+        return folder
+    found = {path.parent.resolve(): path.parent for path in sorted(folder.glob("*/run.json"))}
+    for marker in sorted(folder.glob(".batch_tokenizer.*.json")):
+        named = read_record(marker).get("run_folder")
+        if isinstance(named, str) and (Path(named) / "run.json").exists():
+            found.setdefault(Path(named).resolve(), Path(named))
+    if len(found) > 1:
+        names = ", ".join(str(path) for path in found.values())
+        raise RunError(f"{folder} has outputs of several runs: name the folder of one: {names}")
+    if not found:
+        raise RunError(f"{folder} is not a run folder, and no run folder lies in it")
+    return next(iter(found.values()))
+
+
 @dataclass(frozen=True, slots=True)
 class FinishedRun:
     """What a run folder says. The run need not have come to its end.

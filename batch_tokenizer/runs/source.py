@@ -34,14 +34,17 @@ def allow_pipes(config: RunConfig) -> None:
         os.environ[ALLOW_PIPE] = "1"
 
 
-def prepare(config: RunConfig, run_dir: Path, idle: Callable[[], None]) -> Path:
+def prepare(config: RunConfig, run_dir: Path, source: str, idle: Callable[[], None]) -> Path:
     """Rank 0, when a run starts: the local file of its rows, which ``source.json`` records.
+
+    Args:
+        source: what stands for ``--data_list``; the same, unless that is a run folder.
 
     Raises:
         RunError: the source cannot be listed, or the run folder not be written.
     """
     settings = settings_of(config)
-    manifest = local_manifest(str(config.data_list), run_dir / "index", settings, idle)
+    manifest = local_manifest(source, run_dir / "index", settings, idle)
     listed = manifest.parent == run_dir / "index"
     record = {
         "data_list": str(config.data_list),

@@ -1,7 +1,9 @@
-"""A folder to rows: every audio file below it, in the order of names, with the ``.json`` and ``.txt`` beside it.
+"""A folder to rows: every audio file below it, in the order of names, with the ``.json`` and ``.txt`` beside it; or
+every token file (``.npy``, ``.json``).
 
-The key is the path below the folder without its ending, as in tars. Hidden files and folders are left out; a link to a
-file counts as the file, a link to a folder is not followed. Run folders are left out.
+The key is the path below the folder without its ending, as in tars, unless a token file says what its key is. Hidden
+files and folders are left out; a link to a file counts as the file, a link to a folder is not followed. Run folders are
+left out.
 """
 
 from __future__ import annotations
@@ -11,13 +13,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from batch_tokenizer.manifest.row import REFUSED
-from batch_tokenizer.records import RunError
+from batch_tokenizer.records import RowError, RunError
 from batch_tokenizer.sources.foreign_rows import Refused
-from batch_tokenizer.sources.sidecars import AUDIO_ENDINGS, MOST_SIDECAR, TOKEN_ENDINGS, sidecar_fields
+from batch_tokenizer.sources.sidecars import AUDIO_ENDINGS, MOST_SIDECAR, TOKEN_ENDINGS, own_fields, sidecar_fields
 from batch_tokenizer.sources.tar_rows import Note
 from batch_tokenizer.storage import remote
 from batch_tokenizer.storage.names import file_name, is_url
 from batch_tokenizer.storage.remote import StorageError
+from batch_tokenizer.storage.row_info import split_info
+from batch_tokenizer.storage.token_info import NoTokens, stored_info
 
 #: (location, whether a .json and a .txt lie beside it)
 Found = tuple[str, bool, bool]
@@ -66,15 +70,20 @@ def walk_folder(folder: str, field_name: str, note: Note) -> Iterator[Found]:
 
 
 def _pick(paths: list[str], endings: frozenset[str], there: set[str]) -> Iterator[Found]:
+    """Files with one of these endings; among token files also JSON that lies beside no array."""
     for path in paths:
         stem, _, ending = path.rpartition(".")
         if stem and ending.lower() in endings:
             stem = stem.removesuffix(".tokens") if ending == "npy" else stem
             yield path, f"{stem}.json" in there, f"{stem}.txt" in there
+        elif endings is TOKEN_ENDINGS and stem and ending == "json":
+            beside = {f"{stem}.npy", f"{stem}.tokens.npy"} & there
+            if not beside:
+                yield path, False, f"{stem}.txt" in there
 
 
-def folder_row(folder: str, field_name: str, found: Found) -> dict[str, Any]:
-    """The row of one file; a refused one has the field ``REFUSED``."""
+def folder_row(folder: str, field_name: str, found: Found) -> dict[str, Any] | None:
+    """The row of one file; a refused one has the field ``REFUSED``. None for a JSON file without tokens."""
     path, has_json, has_text = found
     name = file_name(path)
     begin = len(file_name(folder).rstrip("/")) + 1
@@ -88,8 +97,19 @@ def folder_row(folder: str, field_name: str, found: Found) -> dict[str, Any]:
     stem = path.rpartition(".")[0]
     if field_name == "quantized_tokens":
         stem = stem.removesuffix(".tokens")
+    fields: dict[str, Any] = {}
     try:
-        fields = sidecar_fields(_read(f"{stem}.json") if has_json else None, _read(f"{stem}.txt") if has_text else None)
+        if field_name == "quantized_tokens":
+            own, _ = split_info(stored_info(path))
+            key = own["key"] if isinstance(own.get("key"), str) and own["key"] else key
+            fields = own_fields(own)
+    except NoTokens:
+        return None
+    except RowError as error:
+        return {"key": key, REFUSED: error.reason}
+    try:
+        json_content = _read(f"{stem}.json") if has_json else None
+        fields |= sidecar_fields(json_content, _read(f"{stem}.txt") if has_text else None)
     except Refused as refused:
         return {"key": key, REFUSED: f"{path}: {refused.reason}"}
     return {"key": key, field_name: path, **fields}

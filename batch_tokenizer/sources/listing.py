@@ -34,7 +34,7 @@ from batch_tokenizer.sources.folder_rows import folder_row, walk_folder
 from batch_tokenizer.sources.foreign_rows import AUDIO_FIELDS, Refused, complete, is_relative
 from batch_tokenizer.sources.list_rows import path_rows, scp_rows, table_rows
 from batch_tokenizer.sources.parquet_rows import parquet_rows
-from batch_tokenizer.sources.patterns import DESCRIPTIONS, Source, find_sources
+from batch_tokenizer.sources.patterns import DESCRIPTIONS, Source, find_sources, stored_sources
 from batch_tokenizer.sources.tar_rows import tar_rows
 from batch_tokenizer.sources.token_lines import token_line_rows
 from batch_tokenizer.storage import remote
@@ -104,6 +104,8 @@ def local_manifest(
     """
     # 1. One of our own manifests needs no listing.
     sources = find_sources(data_list)
+    if settings.input_field == "quantized_tokens":
+        sources = [stored for source in sources for stored in stored_sources(source)]
     if len(sources) == 1 and sources[0].kind == "rows" and _is_ours(sources[0].location, settings):
         return Path(sources[0].location)
     if (
@@ -274,7 +276,7 @@ def _tasks(source: Source, settings: SourceSettings, left_out: LeftOut) -> Itera
     elif source.kind == "folder":
         found = walk_folder(location, field_name, left_out.add)
         while part := list(islice(found, _CHUNK)):
-            rows = map(partial(folder_row, location, field_name), part)
+            rows = (row for found_file in part if (row := folder_row(location, field_name, found_file)) is not None)
             yield partial(_finish_rows, rows, Finisher(settings, mirrored=_is_mirrored(source, settings)))
     elif source.kind == "rows" and _has_codes(location, settings):
         yield lambda: _finish_rows(token_line_rows(location), Finisher(settings))

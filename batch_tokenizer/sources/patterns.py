@@ -23,6 +23,7 @@ import braceexpand
 from batch_tokenizer.records import RunError
 from batch_tokenizer.sources.sidecars import AUDIO_ENDINGS, TOKEN_ENDINGS
 from batch_tokenizer.storage import remote
+from batch_tokenizer.storage.jsonl_rows import holds_codes
 from batch_tokenizer.storage.names import PIPE, display_name, file_name, is_url
 from batch_tokenizer.storage.remote import StorageError
 from batch_tokenizer.storage.streams import StreamReader
@@ -136,7 +137,7 @@ def find_sources(data_list: str) -> list[Source]:
         for line in _list_lines(location):
             for named in locations(line):
                 inner = kind_of(named)
-                if inner not in ("tar", "parquet"):
+                if inner not in ("tar", "parquet") and not (inner == "rows" and holds_codes(named)):
                     raise RunError(
                         f"list {display_name(location)} names {display_name(named)}, which is neither tar nor parquet"
                     )
@@ -144,6 +145,27 @@ def find_sources(data_list: str) -> list[Source]:
     if not sources:
         raise RunError(f"--data_list {display_name(data_list)}: names nothing")
     return sources
+
+
+def stored_sources(source: Source) -> Iterator[Source]:
+    """Where the tokens of a local folder of outputs are: in its shards, or in the token files below it. Any other
+    source is its own.
+
+    Raises:
+        RunError: the folder cannot be read.
+    """
+    if source.kind != "folder" or is_url(source.location):
+        yield source
+        return
+    try:
+        names = sorted(name for name in os.listdir(source.location) if not name.startswith("."))
+    except OSError as error:
+        raise RunError(f"folder {source.location} cannot be read: {error.strerror}") from error
+    paths = [os.path.join(source.location, name) for name in names if not name.startswith("token2wav-")]
+    shards = [Source(path, kind_of(path)) for path in paths if path.endswith((".tar", ".parquet"))]
+    lines = [path for path in paths if path.endswith(".jsonl")]
+    shards += [Source(path, "rows") for path in lines if holds_codes(path)]
+    yield from shards or [source]
 
 
 def kind_of(location: str) -> Kind:
@@ -171,7 +193,7 @@ def kind_of(location: str) -> Kind:
         return "rows"
     if first == "[" or first.startswith("[{"):
         raise RunError(f"--data_list {display_name(location)}: is a JSON array: write one object a line")
-    if first.startswith(PIPE) or bool(_TAR_NAME.search(first)) or first.lower().endswith(".parquet"):
+    if first.startswith(PIPE) or bool(_TAR_NAME.search(first)) or first.lower().endswith((".parquet", ".jsonl")):
         return "list"
     if first.rpartition(".")[2].lower() in AUDIO_ENDINGS:
         # Kaldi's lists have a key before the path; paths may have blanks in them.

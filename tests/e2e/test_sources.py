@@ -38,6 +38,8 @@ def results(workspace: Workspace) -> dict[str, bytes]:
     """Codes and audio by the names that the undisturbed run gave them."""
     found = {}
     for path in (workspace.folder / "tokens").rglob("*.*"):
+        if path.suffix not in (".json", ".wav"):
+            continue  # the manifest of the outputs
         content = path.read_bytes()
         if path.suffix == ".json":
             document = json.loads(content)
