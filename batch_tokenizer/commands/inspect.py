@@ -21,10 +21,10 @@ from batch_tokenizer.codecs.opening import open_codec
 from batch_tokenizer.config import add_options
 from batch_tokenizer.quality.aggregates import score_texts
 from batch_tokenizer.quality.codebooks import bit_rate
-from batch_tokenizer.quality.metrics import METRICS, Scorer, Scores, mel_db
-from batch_tokenizer.quality.recordings import Recording, align
+from batch_tokenizer.quality.metrics import METRICS, Scorer, Scores
+from batch_tokenizer.quality.recordings import align
 from batch_tokenizer.records import ManifestRow, RowError, RunError, TokenizedRow, printable
-from batch_tokenizer.report.figures import draw_mel, token_matrix
+from batch_tokenizer.report.comparison import draw_comparison
 from batch_tokenizer.storage.names import display_name, file_name
 from batch_tokenizer.writers.publish import publish
 from batch_tokenizer.writers.row_encoding import token_json, wav_bytes
@@ -80,7 +80,10 @@ def main(arguments: argparse.Namespace) -> int:
         original, reconstruction
     )
     picture = out / f"{name}.png"
-    drawn = _draw(picture, original, reconstruction, codes, info)
+    drawn = draw_comparison(
+        picture, f"{file_name(location)} through {info.name}", original, reconstruction, codes,
+        info.codebook_sizes[:num_quantizers], info.frame_rate, scores,
+    )  # fmt: skip
     for line in summary(display_name(location), info, codes, len(mono), scores):
         print(printable(line))
     print(f"tokens: {out / name}.json\nreconstruction: {out / name}.wav")
@@ -115,26 +118,3 @@ def summary(source: str, info: CodecInfo, codes: npt.NDArray[np.uint16], num_sam
     lines.append("reconstruction against original:")
     lines += [f"  {heading:<22}{text}" for heading, text in score_texts(scores.values, scores.reasons).items()]
     return lines
-
-
-def _draw(path: Path, original: Recording, made: Recording, codes: npt.NDArray[np.uint16], info: CodecInfo) -> bool:
-    """The picture; False where matplotlib is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    drawing = Figure(figsize=(10, 7.5), layout="constrained", facecolor="white")
-    above, middle, below = drawing.subplots(3, 1, sharex=True)
-    for axes, title, recording in ((above, "original", original), (middle, "reconstruction", made)):
-        draw_mel(axes, mel_db(recording), recording.seconds)
-        axes.set_title(title, loc="left")
-    token_matrix(below, codes, info.codebook_sizes, info.frame_rate)
-    below.set_title(
-        f"codes: {codes.shape[0]} frames, {codes.shape[1]} codebooks (colour: place in the codebook)", loc="left"
-    )
-    below.set_xlim(0, original.seconds)
-    try:
-        drawing.savefig(path, dpi=110)
-    except OSError as error:
-        raise RunError(f"{path} cannot be written: {error.strerror}", exit_code=1) from error
-    return True

@@ -190,7 +190,7 @@ def heading(metric: str) -> str:
 def score_texts(scores: Mapping[str, float], reasons: Mapping[str, str]) -> dict[str, str]:
     """One utterance's metrics by their headings: the value, or the reason why there is none."""
     return {
-        heading(name): f"{scores[name]:.{about.decimals}f}" if name in scores else reasons[name]
+        heading(name): about.text(scores[name]) if name in scores else reasons[name]
         for name, about in METRICS.items()
         if name in scores or name in reasons
     }
@@ -201,7 +201,7 @@ def _cell(one: Group, metric: str) -> str:
     if found is None:
         reasons = one.reasons.get(metric, {})
         return "not run" if reasons and all(reason.startswith("not run") for reason in reasons) else "-"
-    decimals = METRICS[metric].decimals
+    text = METRICS[metric].text
     if found.low is None or found.high is None:
-        return f"{found.mean:.{decimals}f}"
-    return f"{found.mean:.{decimals}f} ±{(found.high - found.low) / 2:.{decimals}f}"
+        return text(found.mean)
+    return f"{text(found.mean)} ±{text((found.high - found.low) / 2)}"

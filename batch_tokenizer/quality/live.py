@@ -140,7 +140,7 @@ def score_line(scores: Scores) -> str:
     for name, about in METRICS.items():
         if name in scores.values:
             unit = f" {about.unit}" if about.unit else ""
-            parts.append(f"{about.label} {scores.values[name]:.{about.decimals}f}{unit}")
+            parts.append(f"{about.label} {about.text(scores.values[name])}{unit}")
         elif name in scores.reasons:
             parts.append(f"{about.label} {scores.reasons[name]}")
     return ", ".join(parts)

@@ -69,6 +69,10 @@ class Metric:
     higher_is_better: bool | None = True
     decimals: int = 2
 
+    def text(self, value: float) -> str:
+        """A value, rounded; never a zero with a minus."""
+        return f"{round(value, self.decimals) + 0.0:.{self.decimals}f}"
+
 
 #: All metrics, in the order of tables.
 METRICS: Mapping[str, Metric] = {

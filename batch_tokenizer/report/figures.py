@@ -141,42 +141,55 @@ def recording(title: str, sound: Recording, *, peak: float) -> str:
     Args:
         peak: amplitude at which the waveform's axis ends, the same for recordings that are compared.
     """
-    columns = 500
-    samples = sound.samples
-    edges = np.linspace(0, len(samples), min(columns, len(samples)) + 1).astype(int)[:-1]
-    low, high = np.minimum.reduceat(samples, edges), np.maximum.reduceat(samples, edges)
     mel = mel_db(sound)
     step = max(1, mel.shape[1] // 700)
     mel = mel[:, : mel.shape[1] // step * step].reshape(len(mel), -1, step).mean(axis=2)
 
     def draw(drawing: Any) -> None:
         above, below = drawing.subplots(2, 1, sharex=True, height_ratios=[1, 2])
-        above.fill_between(edges / sound.sample_rate, low, high, color=BLUE, linewidth=0.4)
-        above.set_ylim(-peak, peak)
-        above.set_yticks([])
+        draw_waveform(above, sound, peak)
         above.spines[["left", "bottom"]].set_visible(False)
         above.tick_params(bottom=False)
-        draw_mel(below, mel, sound.seconds)
+        draw_mel(below, mel, sound)
         below.set_xlabel("seconds")
 
     return figure(title, 4.6, 2.6, draw)
 
 
-def draw_mel(axes: Any, mel: npt.NDArray[np.float32], seconds: float) -> None:
-    """A mel spectrogram (bands, frames) in dB as an image in matplotlib's axes."""
+def draw_waveform(axes: Any, sound: Recording, peak: float) -> None:
+    """The least and the greatest sample of each of 500 parts of a recording; ``peak`` as in ``recording``."""
+    samples = sound.samples
+    edges = np.linspace(0, len(samples), min(500, len(samples)) + 1).astype(int)[:-1]
+    low, high = np.minimum.reduceat(samples, edges), np.maximum.reduceat(samples, edges)
+    axes.fill_between(edges / sound.sample_rate, low, high, color=BLUE, linewidth=0.4)
+    axes.set_ylim(-peak, peak)
+    axes.set_yticks([])
+
+
+def draw_mel(axes: Any, mel: npt.NDArray[np.float32], sound: Recording) -> None:
+    """The mel spectrogram (bands, frames) of a recording in dB as an image in matplotlib's axes, labelled in Hz."""
     axes.imshow(
         mel, origin="lower", aspect="auto", cmap="magma", vmin=_MEL_RANGE[0], vmax=_MEL_RANGE[1],
-        extent=(0, seconds, 0, len(mel)), interpolation="nearest",
+        extent=(0, sound.seconds, 0, len(mel)), interpolation="nearest",
     )  # fmt: skip
-    axes.set_ylabel("mel band")
+    # Bands are centred at even distances of mel, 2595 log10(1 + f / 700) (O'Shaughnessy 1987), inside both ends.
+    highest = sound.sample_rate / 2
+    shown = [hertz for hertz in (500, 1000, 2000, 4000, 8000, 16000) if hertz < highest]
+    places = np.log1p(np.array(shown) / 700) / np.log1p(highest / 700) * (len(mel) + 1) - 0.5
+    axes.set_yticks(places, [f"{hertz // 1000} k" if hertz >= 1000 else str(hertz) for hertz in shown])
+    axes.set_ylabel("Hz")
 
 
-def token_matrix(axes: Any, codes: npt.NDArray[np.uint16], sizes: Sequence[int], frame_rate: float) -> None:
-    """Codes (T, K) as an image in matplotlib's axes: time to the right, codebooks upward, each code by its place."""
-    share = codes.T / np.maximum(1, np.array(sizes[: codes.shape[1]])[:, None] - 1)
+def draw_codes(axes: Any, codes: npt.NDArray[np.uint16], sizes: Sequence[int], frame_rate: float, first: int) -> None:
+    """Codes (T, K) as an image in matplotlib's axes: time to the right, codebooks upward, each code by its place.
+
+    Args:
+        sizes: of these codebooks.
+        first: number of the first of them, from 1.
+    """
+    share = codes.T / np.maximum(1, np.array(sizes)[:, None] - 1)
     axes.imshow(
         share, origin="lower", aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest",
-        extent=(0, len(codes) / frame_rate, 0.5, codes.shape[1] + 0.5),
+        extent=(0, len(codes) / frame_rate, first - 0.5, first + codes.shape[1] - 0.5),
     )  # fmt: skip
-    axes.set_ylabel("codebook")
-    axes.set_xlabel("seconds")
+    axes.set_yticks(sorted({first, first + codes.shape[1] - 1} | (set(range(1, 4)) if first == 1 else set())))

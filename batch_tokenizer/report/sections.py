@@ -39,7 +39,7 @@ from batch_tokenizer.report.page import (
 from batch_tokenizer.runs.finished_run import FinishedRun
 from batch_tokenizer.runs.scored_rows import Source, rows_with_outputs
 from batch_tokenizer.runtime.ledger import LedgerState, iter_failures
-from batch_tokenizer.runtime.progress import RankStatus, read_rank_statuses
+from batch_tokenizer.runtime.progress import RankStatus, duration_text, read_rank_statuses, speed_text
 
 log = logging.getLogger(__name__)
 
@@ -76,9 +76,9 @@ class RunFacts:
         return cls(run, manifest, state, tuple(read_rank_statuses(run.path)), run.summary())
 
     @property
-    def audio_hours(self) -> float:
+    def audio_seconds(self) -> float:
         """Of all rows that are done, in all attempts."""
-        return float(self.state.num_samples.sum()) / self.run.settings["sample_rate"] / 3600
+        return float(self.state.num_samples.sum()) / self.run.settings["sample_rate"]
 
     @property
     def wall_seconds(self) -> float:
@@ -93,12 +93,12 @@ def key_numbers(facts: RunFacts) -> dict[str, str]:
         "rows done": f"{state.num_done:,}",
         "rows failed": f"{state.num_failed:,}",
         "rows to do": f"{state.num_pending:,}",
-        "hours of audio": f"{facts.audio_hours:,.4g}",
+        "audio": duration_text(facts.audio_seconds),
         "wall time": tqdm.format_interval(seconds) if seconds else "-",
     }
     processed = sum(rank.audio_seconds for rank in facts.ranks)
     if processed and seconds:
-        numbers["times real time"] = f"{processed / seconds:.4g}"
+        numbers["speed"] = speed_text(processed, seconds)
     return numbers
 
 
@@ -142,13 +142,15 @@ def progress(facts: RunFacts) -> Section:
     rows = [
         (
             rank.attempt, rank.shard, rank.rank, rank.host, rank.device, rank.state, f"{rank.rows_done:,}",
-            f"{rank.rows_failed:,}", f"{rank.audio_seconds / 3600:.3g}", tqdm.format_interval(rank.elapsed),
+            f"{rank.rows_failed:,}", duration_text(rank.audio_seconds), tqdm.format_interval(rank.elapsed),
             f"{rank.audio_seconds / rank.elapsed:.1f}" if rank.elapsed else "-",
         )
         for rank in shown[-_RANKS_SHOWN:]
     ]  # fmt: skip
-    head = ["start", "shard", "rank", "host", "device", "state", "rows done", "failed", "audio h", "time",
+    head = ["start", "shard", "rank", "host", "device", "state", "rows done", "failed", "audio", "time",
             "× real time"]  # fmt: skip
+    if len({(rank.attempt, rank.shard) for rank in shown}) == 1:  # nothing to tell apart
+        head, rows = head[2:], [row[2:] for row in rows]
     caption = "Processes"
     if len(shown) > _RANKS_SHOWN:
         caption += f", the last {_RANKS_SHOWN} of {len(shown)}"
@@ -295,11 +297,10 @@ def _cell(one: Group, name: str) -> str:
     found = one.estimates.get(name)
     if found is None:
         return "none"
-    decimals = METRICS[name].decimals
-    mean = f"{found.mean:.{decimals}f}"
+    text = METRICS[name].text
     if found.low is None or found.high is None:
-        return mean
-    return f"{mean} [{found.low:.{decimals}f}, {found.high:.{decimals}f}]"
+        return text(found.mean)
+    return f"{text(found.mean)} [{text(found.low)}, {text(found.high)}]"
 
 
 def codebooks(evaluation: Evaluation) -> Section:
