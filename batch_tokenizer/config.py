@@ -239,7 +239,9 @@ class RunConfig:
     evaluate_every: int = option(0, "quality",
         "score one of N rows of each rank during the run, in wav2token2wav; 0 scores none", minimum=0)
     stop_below: Sequence[tuple[str, float]] = option((), "quality",
-        "stop when the mean of the last scores is below VALUE; metrics: " + ", ".join(get_args(StopMetric)),
+        "stop when the mean of the last eight scores is below VALUE, once there are three; at the end of a run, of "
+        "however many there are. A rank that still scores a row skips others, so these may be fewer than one of N; "
+        "metrics: " + ", ".join(get_args(StopMetric)),
         parse=_parse_threshold, metavar="METRIC=VALUE", repeated=True)
     # fmt: on
 

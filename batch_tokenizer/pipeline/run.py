@@ -25,6 +25,7 @@ from batch_tokenizer.pipeline.ending import ending_lines, work_figures
 from batch_tokenizer.pipeline.long_audio import LongRows
 from batch_tokenizer.pipeline.rank_loop import RankLoop
 from batch_tokenizer.pipeline.setup import RunContext, open_live_quality, open_manifest
+from batch_tokenizer.quality.live import LiveQuality
 from batch_tokenizer.records import ManifestRow, printable
 from batch_tokenizer.runs.finished_run import FinishedRun
 from batch_tokenizer.runs.output_rows import write_run_manifest
@@ -82,6 +83,7 @@ def run_job(context: RunContext) -> int:
         ):
             progress.set_state("running")
             try:
+                quality: LiveQuality | None = None
                 # 2. The rows. Loader processes start while the codec is loaded.
                 if len(units):
                     queue = WorkQueue.open(len(units), processes, folder.attempt_id, stop.check)
@@ -120,7 +122,7 @@ def run_job(context: RunContext) -> int:
                             quality=quality,
                         ).run()
                         if quality is not None:
-                            quality.close(1.0 if stop.requested else 10.0)
+                            quality.close(1.0 if stop.requested else 60.0 if config.stop_below else 10.0)
             except BaseException:
                 progress.set_state("interrupted")
                 raise
@@ -129,9 +131,12 @@ def run_job(context: RunContext) -> int:
             if processes.is_main:
                 _await_others(folder, stop)
         stop.check()
-        return (
-            _summarize(context, folder, manifest, len(units) > 0, progress.computing_since) if processes.is_main else 0
-        )
+        exit_status = 0
+        if processes.is_main:
+            exit_status = _summarize(context, folder, manifest, len(units) > 0, progress.computing_since)
+        if quality is not None:
+            quality.check_at_end()
+        return exit_status
 
 
 def _fields_of_first_rows(manifest: Manifest) -> Iterator[Mapping[str, Any]]:

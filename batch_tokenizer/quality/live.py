@@ -3,7 +3,9 @@ checkpoint shows in its first minute.
 
 Rows that were written are offered from any thread; a few are scored in one thread beside the run, with metrics that
 cost little, and a line is logged for each. Offering never waits: rows that come while one is being scored are skipped.
-Errors while scoring are logged and end the scoring, not the run; only ``--stop_below`` ends a run.
+Errors while scoring are logged and end the scoring, not the run; only ``--stop_below`` ends a run: between two batches,
+when the mean of the last eight scores is below the threshold and there are at least three, and at the end of the run by
+whatever scores there are.
 """
 
 from __future__ import annotations
@@ -53,6 +55,7 @@ class LiveQuality:
         self._lock = threading.Lock()
         self._rows: queue.Queue[TokenizedRow | None] = queue.Queue(maxsize=1)
         self._recent: dict[str, deque[float]] = {name: deque(maxlen=_LAST) for name in stop_below}
+        self._last_key = ""
         self._verdict: str | None = None
         self._thread = threading.Thread(target=self._work, name="quality", daemon=True)
 
@@ -74,6 +77,20 @@ class LiveQuality:
         """
         if self._verdict is not None:
             raise RunError(self._verdict, exit_code=1)
+
+    def check_at_end(self) -> None:
+        """As ``check``, with however few scores there are.
+
+        Raises:
+            RunError: a threshold was crossed (exit code 1).
+        """
+        self.check()
+        for name in self._stop_below:
+            if self._recent[name]:
+                self._compare(name, 1)
+            else:
+                log.warning("--stop_below %s: no row was scored", name)
+        self.check()
 
     def close(self, seconds: float) -> None:
         """End the scoring, after what is being scored is, or ``seconds`` have passed."""
@@ -121,17 +138,22 @@ class LiveQuality:
         # 2. Scores, and whether the mean of the last ones crosses a threshold.
         scores = scorer.score(reference, reconstruction)
         log.info("quality of row %s: %s", result.row.key, score_line(scores))
-        for name, least in self._stop_below.items():
-            if name not in scores.values:
-                continue
-            recent = self._recent[name]
-            recent.append(scores.values[name])
-            mean = sum(recent) / len(recent)
-            if len(recent) >= _LEAST and mean < least and self._verdict is None:
-                self._verdict = (
-                    f"--stop_below {name}={least:g}: {METRICS[name].label} is {mean:.3g} on average over the last "
-                    f"{len(recent)} rows scored, up to {result.row.key}; look at the audio, finished rows are kept"
-                )
+        for name in self._stop_below:
+            if name in scores.values:
+                self._recent[name].append(scores.values[name])
+                self._last_key = result.row.key
+                self._compare(name, _LEAST)
+
+    def _compare(self, name: str, least_scores: int) -> None:
+        """Holds the mean of the last scores against the threshold, if there are at least ``least_scores``."""
+        recent, least = self._recent[name], self._stop_below[name]
+        mean = sum(recent) / len(recent)
+        if len(recent) >= least_scores and mean < least and self._verdict is None:
+            rows = f"the last {len(recent)} rows" if len(recent) > 1 else "the one row"
+            self._verdict = (
+                f"--stop_below {name}={least:g}: {METRICS[name].label} is {mean:.3g} on average over {rows} scored, "
+                f"up to {self._last_key}; look at the audio, finished rows are kept"
+            )
 
 
 def score_line(scores: Scores) -> str:

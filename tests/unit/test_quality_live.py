@@ -59,7 +59,9 @@ def test_a_mean_below_the_threshold_stops_the_run_with_one_line(clip):
     noise = np.random.default_rng(1).standard_normal(RATE).astype(np.float32)
     with LiveQuality(1, {"si_sdr": 3.0}, RATE, RATE, "soxr") as quality:
         offer_all(quality, [row(path, noise)] * 2)
-        quality.check()  # two are too few
+        quality.check()  # two are too few to stop a run
+        with pytest.raises(RunError, match="over the last 2 rows scored, up to a; look"):
+            quality.check_at_end()  # but enough to judge one that is over
     with LiveQuality(1, {"si_sdr": 3.0}, RATE, RATE, "soxr") as quality:
         offer_all(quality, [row(path, noise, "last")] * 3)
         with pytest.raises(RunError, match=r"--stop_below si_sdr=3: SI-SDR is .* rows scored, up to last") as error:
