@@ -53,12 +53,14 @@ def ending_lines(
     had_work: bool,
     run_dir: Path,
     failures: Path,
+    outputs_manifest: str | None,
 ) -> Iterator[str]:
     """The lines, most general first.
 
     Args:
         figures: of this attempt, as ``work_figures`` makes them.
         had_work: whether it found rows to do.
+        outputs_manifest: the manifest of all that was made, where one was written.
     """
     yield f"{state.num_done} rows done, {state.num_failed} failed, {state.num_pending} to do"
     if not had_work:
@@ -73,6 +75,8 @@ def ending_lines(
         yield f"seconds for a second of audio (RTF): {figures['rtf_after_startup']:.5f} without start-up; {stages}"
     if state.num_done:
         yield f"outputs: {_outputs(config, manifest, state)}"
+    if outputs_manifest is not None:
+        yield f"manifest with the outputs: {outputs_manifest}"
     if state.num_failed:
         yield f"failures: {failures}"
     yield f"run folder: {run_dir}"

@@ -215,7 +215,10 @@ def _summarize(
         summary["manifest"] = known
     # 3. The same to a file and to the terminal.
     folder.write_summary(summary)
-    lines = ending_lines(config, manifest, state, figures, had_work=had_work, run_dir=folder.path, failures=failures)
+    lines = ending_lines(
+        config, manifest, state, figures, had_work=had_work, run_dir=folder.path, failures=failures,
+        outputs_manifest=known,
+    )  # fmt: skip
     print("\n".join(map(printable, lines)), flush=True)
     # 4. The exit status.
     if left := np.count_nonzero(state.pending & in_shard(manifest, config.num_shards, config.shard)):

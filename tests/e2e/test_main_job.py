@@ -222,7 +222,8 @@ def test_a_run_ends_with_its_outputs_and_one_with_nothing_to_do_keeps_the_figure
     lines = first.splitlines()
     assert lines[0] == "2 rows done, 0 failed, 0 to do"
     assert re.fullmatch(r"2 s of audio in [\d.]+ s, .* × real time; without .* of start-up .* × real time", lines[1])
-    assert lines[3:] == ["outputs: in tokens, the first tokens/a.json", "run folder: run"]
+    assert lines[3] == "outputs: in tokens, the first tokens/a.json"
+    assert lines[-1] == "run folder: run"
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["rtf_after_startup"] < summary["rtf"]
     assert cli.main(words) == 0
