@@ -161,6 +161,8 @@ class RunConfig:
     task: Task = option("wav2token", "input", "encode audio to tokens, decode tokens to audio, or both in one run")
     channels: Channels = option("mean", "input",
         "of audio with several channels, take their mean, the first, the second, or make a row of each")
+    audio_column: str | None = option(None, "input", "of parquet and Arrow files, the column that holds the audio",
+        metavar="NAME", unset="found by its type or name")
     allow_pipe: bool = option(False, "input", "let pipe: sources and rows run their shell commands")
 
     sink: Sink = option("json", "output",

@@ -171,8 +171,8 @@ def _seconds(row: Mapping[str, Any], name: str) -> float | None:
 
 def duration_of(row: Mapping[str, Any]) -> float:
     """Seconds of the row's audio, so far as the row says; NaN where it does not, and where order counts for more:
-    members of a compressed tar are read one after the other, not the longest first."""
-    if str(row.get("wav")).startswith("targz://"):
+    members of a compressed tar and rows of a table are read one after the other, not the longest first."""
+    if str(row.get("wav")).startswith(("targz://", "cell://")):
         return math.nan
     cut = cut_of(row)
     if cut is not None and cut.end is not None:

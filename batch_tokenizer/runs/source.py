@@ -25,7 +25,9 @@ from batch_tokenizer.storage.streams import ALLOW_PIPE
 
 def settings_of(config: RunConfig) -> SourceSettings:
     """What shapes the rows of a run."""
-    return SourceSettings(config.task, config.sink, config.output_dir, config.audio_format, config.channels)
+    return SourceSettings(
+        config.task, config.sink, config.output_dir, config.audio_format, config.channels, config.audio_column
+    )
 
 
 def allow_pipes(config: RunConfig) -> None:

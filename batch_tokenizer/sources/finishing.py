@@ -13,12 +13,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
-from typing import Any
+from typing import Any, NamedTuple
 
 from batch_tokenizer.audio.decoding import probe_audio
 from batch_tokenizer.manifest.row import MAX_LINE, REFUSED
 from batch_tokenizer.records import RowError, RowForm, Sink, Task
-from batch_tokenizer.sources.foreign_rows import Refused, complete
+from batch_tokenizer.sources.foreign_rows import MADE_KEY, Refused, complete, makes_key
 from batch_tokenizer.storage.json_lines import dump_json, parse_json
 
 #: Bytes of a name without its ending. File systems take 255, and some users add endings of their own.
@@ -91,6 +91,7 @@ class SourceSettings:
     output_dir: str | None = None
     audio_format: str = "wav"
     channels: str = "mean"
+    audio_column: str | None = None
 
     @property
     def input_field(self) -> str:
@@ -113,6 +114,19 @@ class SourceSettings:
         return self.picks_channels or (self.output_dir is not None and bool(self.outputs))
 
 
+class FinishedLine(NamedTuple):
+    """A line of our manifest, without its line end.
+
+    Attributes:
+        key: of its row; None where it has none.
+        is_made: whether the key was made up, so that another one will do.
+    """
+
+    text: bytes
+    key: str | None
+    is_made: bool
+
+
 @dataclass(frozen=True, slots=True)
 class Finisher:
     """Completes the rows of one source.
@@ -126,25 +140,43 @@ class Finisher:
     base: str = ""
     mirrored: bool = False
 
-    def line(self, text: bytes) -> Iterator[bytes]:
-        """A line of any manifest to lines of ours, without line ends."""
+    def line(self, text: bytes) -> Iterator[FinishedLine]:
+        """A line of any manifest to lines of ours."""
         stripped = text.strip()
         row: Any = None
         if stripped and len(text) <= MAX_LINE:
             with contextlib.suppress(ValueError):
                 row = parse_json(stripped)
-        if not isinstance(row, dict):
-            yield text
-            return
-        finished = list(self.rows(row))
-        if len(finished) == 1 and finished[0] is row:
-            yield text
-            return
-        for item in finished:
-            yield self.encode(item)
+        if isinstance(row, dict):
+            yield from self.finish(row, text)
+        else:
+            yield FinishedLine(text, None, False)
+
+    def finish(self, row: dict[str, Any], text: bytes | None = None) -> Iterator[FinishedLine]:
+        """The lines of a row.
+
+        Args:
+            text: the row's line, to be kept where nothing has to change.
+        """
+        is_made = makes_key(row)
+        for item in self.rows(row):
+            key = item.get("key")
+            line = text if text is not None and item is row else self.encode(item)
+            yield FinishedLine(line, key if isinstance(key, str) else None, is_made and REFUSED not in item)
+
+    def renamed(self, text: bytes, key: str) -> bytes:
+        """A line that ``finish`` made, under another key; outputs that are named after the key follow."""
+        row = parse_json(text)
+        for name, ending in self.settings.outputs.items():
+            if self.settings.output_dir is not None and row.get(name) == self._output(row, ending):
+                row[name] = self._output(row | {"key": key}, ending)
+        return self.encode(row | {"key": key})
 
     def rows(self, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """A row to complete rows, with channels and outputs; the same object where there is nothing to change."""
+        if MADE_KEY in row:
+            others = {name: value for name, value in row.items() if name not in (MADE_KEY, "key")}
+            row = {"key": row[MADE_KEY], **others}
         if REFUSED not in row:
             try:
                 row = complete(row, self.settings.input_field, self.base)

@@ -14,7 +14,7 @@ from typing import Any
 
 from batch_tokenizer.manifest.row import REFUSED
 from batch_tokenizer.records import RowError, RunError
-from batch_tokenizer.sources.foreign_rows import Refused
+from batch_tokenizer.sources.foreign_rows import MADE_KEY, Refused
 from batch_tokenizer.sources.sidecars import AUDIO_ENDINGS, MOST_SIDECAR, TOKEN_ENDINGS, own_fields, sidecar_fields
 from batch_tokenizer.sources.tar_rows import Note
 from batch_tokenizer.storage import remote
@@ -98,10 +98,12 @@ def folder_row(folder: str, field_name: str, found: Found) -> dict[str, Any] | N
     if field_name == "quantized_tokens":
         stem = stem.removesuffix(".tokens")
     fields: dict[str, Any] = {}
+    key_field = MADE_KEY
     try:
         if field_name == "quantized_tokens":
             own, _ = split_info(stored_info(path))
-            key = own["key"] if isinstance(own.get("key"), str) and own["key"] else key
+            if isinstance(own.get("key"), str) and own["key"]:
+                key, key_field = own["key"], "key"
             fields = own_fields(own)
     except NoTokens:
         return None
@@ -112,7 +114,7 @@ def folder_row(folder: str, field_name: str, found: Found) -> dict[str, Any] | N
         fields |= sidecar_fields(json_content, _read(f"{stem}.txt") if has_text else None)
     except Refused as refused:
         return {"key": key, REFUSED: f"{path}: {refused.reason}"}
-    return {"key": key, field_name: path, **fields}
+    return {key_field: key, field_name: path, **fields}
 
 
 def _read(path: str) -> bytes:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from batch_tokenizer.storage.names import PIPE, file_name, scheme_of
+from batch_tokenizer.storage.names import file_name, is_relative
 
 
 class Refused(Exception):
@@ -22,6 +22,12 @@ class Refused(Exception):
         self.reason = reason
         self.key = key
 
+
+#: Fields that hold a row's own name, in the order in which they count.
+KEY_FIELDS = ("key", "id", "utt_id")
+
+#: The field in which a source puts a key that it made up; where another row has it already, it is made another one.
+MADE_KEY = "__made_key__"
 
 #: Other names of the field ``wav``, in the order in which they count.
 AUDIO_FIELDS = ("audio_filepath", "audio", "path", "file", "file_name")
@@ -34,6 +40,13 @@ def is_lhotse(row: Mapping[str, Any]) -> bool:
         or isinstance(row.get("tracks"), list)
         or (isinstance(row.get("sources"), list) and "sampling_rate" in row)
     )
+
+
+def makes_key(row: Mapping[str, Any]) -> bool:
+    """Whether the key that the row gets is one that was made up, so that no other row means it by that name."""
+    if MADE_KEY in row:
+        return True
+    return not is_lhotse(row) and all(row.get(name) in (None, "") for name in KEY_FIELDS)
 
 
 def complete(row: dict[str, Any], field_name: str = "wav", base: str = "") -> dict[str, Any]:
@@ -60,7 +73,7 @@ def complete(row: dict[str, Any], field_name: str = "wav", base: str = "") -> di
     path = row.get(name)
     if isinstance(path, Mapping) and name != "wav":  # as data sets write their audio
         path = path.get("path")
-    key = next((row[name] for name in ("key", "id", "utt_id") if row.get(name) not in (None, "")), None)
+    key = next((row[name] for name in KEY_FIELDS if row.get(name) not in (None, "")), None)
     key = str(key) if type(key) is int else key
     # 2. What has to change: the input's field, its folder, the key.
     if name != field_name:
@@ -82,11 +95,6 @@ def complete(row: dict[str, Any], field_name: str = "wav", base: str = "") -> di
     first = {"key": changed.get("key", row.get("key")), field_name: changed.get(field_name, row.get(field_name))}
     rest = {other: value for other, value in row.items() if other != name or name == field_name}
     return {**{other: value for other, value in first.items() if value is not None}, **rest, **changed}
-
-
-def is_relative(path: str) -> bool:
-    """Whether it is a plain path that begins in some folder."""
-    return scheme_of(path) is None and not path.startswith(PIPE) and not os.path.isabs(path)
 
 
 def _key_of(path: str, row: Mapping[str, Any]) -> str:

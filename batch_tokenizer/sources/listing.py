@@ -16,23 +16,28 @@ import logging
 import os
 import tempfile
 import time
+from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import astuple
 from functools import partial
 from hashlib import blake2b
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from threading import Lock
 from typing import IO, Any, TypeVar
 
+import numpy as np
+
 from batch_tokenizer.manifest.row import MAX_LINE
 from batch_tokenizer.records import RunError, printable
-from batch_tokenizer.sources.finishing import Finisher, SourceSettings
+from batch_tokenizer.sources.dataset_rows import dataset_rows
+from batch_tokenizer.sources.finishing import FinishedLine, Finisher, SourceSettings
 from batch_tokenizer.sources.folder_rows import folder_row, walk_folder
-from batch_tokenizer.sources.foreign_rows import AUDIO_FIELDS, Refused, complete, is_relative
+from batch_tokenizer.sources.foreign_rows import AUDIO_FIELDS, Refused, complete
 from batch_tokenizer.sources.list_rows import path_rows, scp_rows, table_rows
+from batch_tokenizer.sources.made_keys import SeenKeys, hash_of
 from batch_tokenizer.sources.parquet_rows import parquet_rows
 from batch_tokenizer.sources.patterns import DESCRIPTIONS, Source, find_sources, stored_sources
 from batch_tokenizer.sources.tar_rows import tar_rows
@@ -42,7 +47,7 @@ from batch_tokenizer.storage.atomic import atomic_write
 from batch_tokenizer.storage.file_lock import exclusive_lock
 from batch_tokenizer.storage.json_lines import parse_json
 from batch_tokenizer.storage.jsonl_rows import holds_codes
-from batch_tokenizer.storage.names import PIPE, display_name, is_url
+from batch_tokenizer.storage.names import PIPE, display_name, is_relative, is_url
 from batch_tokenizer.storage.remote import StorageError
 from batch_tokenizer.storage.streams import GZIP_MAGIC, StreamReader
 
@@ -217,20 +222,35 @@ def _state(source: Source, settings: SourceSettings) -> str | None:
 class _Lines:
     """Lines that one task found, in memory, or in a file without a name when they are many."""
 
-    def __init__(self) -> None:
+    def __init__(self, finisher: Finisher) -> None:
         self._file = tempfile.SpooledTemporaryFile(_SPOOLED, prefix="batch_tokenizer-")  # noqa: SIM115
+        self._finisher = finisher
+        self._own = array("Q")  # hashes of keys
+        self._made: dict[int, str] = {}  # by line
         self.count = 0
 
-    def add(self, line: bytes) -> None:
-        """One more, without its line end."""
-        self._file.write(line + b"\n")
+    def add(self, line: FinishedLine) -> None:
+        """One more."""
+        self._file.write(line.text + b"\n")
+        if line.key is not None and line.is_made:
+            self._made[self.count] = line.key
+        elif line.key is not None:
+            self._own.append(hash_of(line.key))
         self.count += 1
 
-    def move_to(self, stream: IO[bytes]) -> None:
-        """Write them to ``stream`` and drop them."""
+    def move_to(self, stream: IO[bytes], seen: SeenKeys) -> None:
+        """Write them to ``stream``, each made key a new one, and drop them."""
+        renamed = seen.rename(list(self._made.values()), np.frombuffer(self._own, np.uint64))
+        lines = list(self._made)
+        others = {lines[place]: key for place, key in renamed.items()}
         self._file.seek(0)
-        while block := self._file.read(1 << 20):
-            stream.write(block)
+        if others:
+            for number, line in enumerate(self._file):
+                text = line.removesuffix(b"\n")
+                stream.write((self._finisher.renamed(text, others[number]) if number in others else text) + b"\n")
+        else:
+            while block := self._file.read(1 << 20):
+                stream.write(block)
         self._file.close()
 
 
@@ -241,6 +261,7 @@ def _list(sources: list[Source], path: Path, settings: SourceSettings, idle: Cal
     log.info("--data_list %s: %s", display_name(sources[0].location), ", ".join(named))
     began = last_logged = time.monotonic()
     rows = finished = 0
+    seen = SeenKeys()
     # With ``split`` each file is opened, and those in compressed tars in their order.
     threads = 2 if settings.channels == "split" else _THREADS
     name, of_all = display_name(sources[0].location), f" of {len(sources):,}" if len(sources) > 1 else ""
@@ -248,7 +269,7 @@ def _list(sources: list[Source], path: Path, settings: SourceSettings, idle: Cal
         tasks = (task for source in sources for task in _tasks(source, settings, left_out))
         for lines in ordered(lambda task: task(), tasks, threads, idle):
             rows, finished = rows + lines.count, finished + 1
-            lines.move_to(stream)
+            lines.move_to(stream, seen)
             idle()
             if time.monotonic() - last_logged > _LOG_SECONDS:
                 last_logged = time.monotonic()
@@ -269,10 +290,10 @@ def _tasks(source: Source, settings: SourceSettings, left_out: LeftOut) -> Itera
     field_name, location = settings.input_field, source.location
     if source.kind == "tar":
         yield lambda: _finish_rows(tar_rows(location, field_name, left_out.add), Finisher(settings))
-    elif source.kind == "parquet":
-        if settings.task != "token2wav":
-            raise RunError(f"--data_list {display_name(location)}: parquet holds tokens, which --task token2wav reads")
+    elif source.kind == "parquet" and settings.task == "token2wav":
         yield lambda: _finish_rows(parquet_rows(location), Finisher(settings))
+    elif source.kind in ("parquet", "arrow"):
+        yield partial(_dataset_lines, location, settings, left_out)
     elif source.kind == "folder":
         found = walk_folder(location, field_name, left_out.add)
         while part := list(islice(found, _CHUNK)):
@@ -289,6 +310,12 @@ def _tasks(source: Source, settings: SourceSettings, left_out: LeftOut) -> Itera
         listed = rows_of_list()
         while part_of_list := list(islice(listed, _CHUNK)):
             yield partial(_finish_rows, iter(part_of_list), finisher)
+
+
+def _dataset_lines(location: str, settings: SourceSettings, left_out: LeftOut) -> _Lines:
+    rows = dataset_rows(location, settings.audio_column, left_out.add)
+    first = list(islice(rows, _LOOKED_AT))
+    return _finish_rows(chain(first, rows), Finisher(settings, _base_of(location, first, settings)))
 
 
 def _is_mirrored(source: Source, settings: SourceSettings) -> bool:
@@ -324,10 +351,10 @@ def _rows_of_list(source: Source, field_name: str) -> Iterator[dict[str, Any]]:
 
 
 def _finish_rows(rows: Iterator[dict[str, Any]], finisher: Finisher) -> _Lines:
-    lines = _Lines()
+    lines = _Lines(finisher)
     for row in rows:
-        for finished in finisher.rows(row):
-            lines.add(finisher.encode(finished))
+        for line in finisher.finish(row):
+            lines.add(line)
     return lines
 
 
@@ -343,7 +370,7 @@ def _line_tasks(location: str, settings: SourceSettings) -> Iterator[Task]:
 
 
 def _finish_lines(part: list[bytes], finisher: Finisher) -> _Lines:
-    lines = _Lines()
+    lines = _Lines(finisher)
     for text in part:
         for line in finisher.line(text):
             lines.add(line)

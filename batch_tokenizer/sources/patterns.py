@@ -4,7 +4,9 @@ shards/{000..999}.tar     a thousand shards        shards/*.tar      those that 
 data.jsonl, .jsonl.gz     rows                     shards.txt        a list of shards, one a line
 wav.scp                   Kaldi's list             files.txt         a list of audio files, one a line
 x.csv, x.tsv              a table with a header    '*.flac'          audio files
+data/*.parquet, *.arrow   a data set with audio    saved/            a folder of datasets.save_to_disk, or of parquet
 audio/                    a folder of audio        s3://…, https://… any of these elsewhere
+hf://datasets/OWNER/NAME  the parquet files of a data set on the Hugging Face Hub
 pipe:COMMAND              the tar that a shell command prints, where ``--allow_pipe`` says so
 """
 
@@ -16,25 +18,27 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from typing import Literal
+from typing import Any, Literal, cast
 
 import braceexpand
 
-from batch_tokenizer.records import RunError
+from batch_tokenizer.records import RunError, first_line
 from batch_tokenizer.sources.sidecars import AUDIO_ENDINGS, TOKEN_ENDINGS
 from batch_tokenizer.storage import remote
+from batch_tokenizer.storage.json_lines import parse_json
 from batch_tokenizer.storage.jsonl_rows import holds_codes
-from batch_tokenizer.storage.names import PIPE, display_name, file_name, is_url
+from batch_tokenizer.storage.names import PIPE, display_name, file_name, is_url, scheme_of
 from batch_tokenizer.storage.remote import StorageError
 from batch_tokenizer.storage.streams import StreamReader
 
-Kind = Literal["rows", "tar", "parquet", "folder", "list", "scp", "table", "paths", "audio"]
+Kind = Literal["rows", "tar", "parquet", "arrow", "folder", "list", "scp", "table", "paths", "audio"]
 
 #: What each kind is called in the log.
 DESCRIPTIONS: Mapping[Kind, str] = {
     "rows": "JSON lines",
     "tar": "tar",
     "parquet": "parquet",
+    "arrow": "Arrow",
     "folder": "folder",
     "list": "list of shards",
     "scp": "wav.scp",
@@ -51,7 +55,7 @@ _OTHER_FORMATS: Mapping[bytes, str] = {
     b"\xfd7zXZ": "compressed by xz: unpack it, or compress it by gzip",
     b"\xff\xfe": "text in UTF-16: convert it to UTF-8",
     b"\xfe\xff": "text in UTF-16: convert it to UTF-8",
-    b"ARROW1": "an Arrow file: save it as parquet or JSON lines",
+    b"ARROW1": "an Arrow file: give it a name that ends in .arrow",
     b"SQLite format": "a database: export it as CSV",
     b"Obj\1": "an Avro file: save it as parquet or JSON lines",
     b"\x89HDF": "an HDF5 file: export it as CSV or JSON lines",
@@ -131,6 +135,9 @@ def find_sources(data_list: str) -> list[Source]:
     sources: list[Source] = []
     for location in locations(data_list):
         kind = kind_of(location)
+        if kind == "folder":
+            sources += data_set_files(location) or [Source(location, kind)]
+            continue
         if kind != "list":
             sources.append(Source(location, kind))
             continue
@@ -168,6 +175,53 @@ def stored_sources(source: Source) -> Iterator[Source]:
     yield from shards or [source]
 
 
+def data_set_files(folder: str) -> list[Source]:
+    """The files of a data set that a folder holds: those of all splits that ``datasets.save_to_disk`` wrote, or parquet
+    in the folder or in those in it; on the Hub parquet or tars anywhere below. None where it is another folder, or has
+    audio files in itself.
+
+    Raises:
+        RunError: the folder cannot be read, or its description is damaged.
+    """
+    if is_url(folder):
+        if scheme_of(folder) != "hf":
+            return []
+        try:
+            found = remote.list_folder(folder)
+        except StorageError as error:
+            raise RunError(f"--data_list {error.reason}", exit_code=1) from error
+        parquet = [Source(name, "parquet") for name in found if name.lower().endswith(".parquet")]
+        return parquet or [Source(name, "tar") for name in found if _TAR_NAME.search(name)]
+    if splits := _read_object(folder, "dataset_dict.json").get("splits"):
+        return [source for split in splits for source in data_set_files(os.path.join(folder, str(split)))]
+    if files := _read_object(folder, "state.json").get("_data_files"):
+        return [Source(os.path.join(folder, str(file["filename"])), "arrow") for file in files]
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return []  # whoever walks it says why not
+    is_audio = any(name.rpartition(".")[2].lower() in AUDIO_ENDINGS for name in names)
+    is_output = any(name.startswith(".batch_tokenizer.") for name in names)
+    if is_audio or is_output:
+        return []
+    path = glob.escape(folder)
+    files = sorted(glob.glob(f"{path}/*.parquet")) or sorted(glob.glob(f"{path}/*/*.parquet"))
+    return [Source(name, "parquet") for name in files]
+
+
+def _read_object(folder: str, name: str) -> dict[str, Any]:
+    """A JSON object that describes a data set; empty where there is no such file."""
+    path = os.path.join(folder, name)
+    try:
+        with open(path, "rb") as stream:
+            value = parse_json(stream.read(1 << 20))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise RunError(f"{display_name(path)}: cannot be read: {first_line(error)}", exit_code=1) from error
+    return value if isinstance(value, dict) else {}
+
+
 def kind_of(location: str) -> Kind:
     """By its name, and where that says little, by its first line.
 
@@ -178,8 +232,10 @@ def kind_of(location: str) -> Kind:
     ending = name.removesuffix(".gz").rpartition(".")[2].lower()
     if location.startswith(PIPE) or _TAR_NAME.search(name):
         return "tar"
-    if ending in ("parquet", "csv", "tsv", "scp"):
-        return "parquet" if ending == "parquet" else "scp" if ending == "scp" else "table"
+    if ending in ("parquet", "arrow", "scp"):
+        return cast(Kind, ending)
+    if ending in ("csv", "tsv"):
+        return "table"
     if not is_url(location) and os.path.isdir(location):
         return "folder"
     if ending in AUDIO_ENDINGS | TOKEN_ENDINGS:
@@ -187,7 +243,8 @@ def kind_of(location: str) -> Kind:
     if is_url(location):
         if _LIST_NAME.search(name):
             return "list"
-        return "folder" if name.endswith("/") else "rows"
+        is_folder = name.endswith("/") or (scheme_of(location) == "hf" and "." not in name.rpartition("/")[2])
+        return "folder" if is_folder else "rows"
     first = next(_first_lines(location), "") if os.path.isfile(location) else ""
     if first.startswith("{"):
         return "rows"

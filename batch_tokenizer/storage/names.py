@@ -5,6 +5,8 @@
     tar://1536+48044/a.flac::x.tar        48,044 bytes from byte 1,536 of the tar x.tar, which may be a URL too
     targz://7/a.flac::x.tar.gz            the eighth regular member of a tar that can only be read from its beginning:
                                           a compressed one, or what a ``pipe:`` command prints
+    cell://7/audio::x.parquet             the audio in row 7, counted from 0, and column ``audio`` of a parquet or Arrow
+                                          file
     parquet://7::x.parquet                row 7, counted from 0, of a parquet file: its tokens or its audio, as is asked
     jsonl://1536+480::x.jsonl             the line of 480 bytes from byte 1,536 on, which has tokens in it
 
@@ -13,6 +15,7 @@ The member's name in a location is for people and for telling formats apart; it 
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from functools import lru_cache
@@ -31,6 +34,7 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)://")
 _TAR_MEMBER = re.compile(r"tar://(\d{1,18})\+(\d{1,18})/([^:]*)::(.+)", re.DOTALL)
 _STREAMED_MEMBER = re.compile(r"targz://(\d{1,18})/([^:]*)::(.+)", re.DOTALL)
 _JSON_LINE = re.compile(r"jsonl://(\d{1,18})\+(\d{1,18})::(.+)", re.DOTALL)
+_CELL = re.compile(r"cell://(\d{1,12})/([^:]*)::(.+)", re.DOTALL)
 _PARQUET_ROW = re.compile(r"parquet://(\d{1,12})::(.+)", re.DOTALL)
 
 _LEADING_DOT = re.compile(r"^(\./+)+")
@@ -70,10 +74,25 @@ def parse_member(location: str) -> TarMember | StreamedMember | None:
 
 def location_of(member: TarMember | StreamedMember) -> str:
     """The location of a tar member, which ``parse_member`` reads."""
-    name = _ESCAPED.sub(lambda match: f"%{ord(match[0]):02X}", member.name)
+    name = _escaped(member.name)
     if isinstance(member, TarMember):
         return f"tar://{member.offset}+{member.size}/{name}::{member.archive}"
     return f"targz://{member.number}/{name}::{member.archive}"
+
+
+def _escaped(name: str) -> str:
+    return _ESCAPED.sub(lambda match: f"%{ord(match[0]):02X}", name)
+
+
+def cell_location(path: str, row: int, column: str) -> str:
+    """The location of the audio in a row, counted from 0, and a column of a parquet or Arrow file."""
+    return f"cell://{row}/{_escaped(column)}::{path}"
+
+
+def parse_cell_location(location: str) -> tuple[str, int, str] | None:
+    """(path, row, column) of a location that ``cell_location`` made; None for any other."""
+    match = _CELL.fullmatch(location) if location.startswith("cell://") else None
+    return None if match is None else (match[3], int(match[1]), unquote(match[2]))
 
 
 def row_location(path: str, row: int) -> str:
@@ -106,7 +125,12 @@ def scheme_of(location: str) -> str | None:
 
 def is_url(location: str) -> bool:
     """Whether fsspec has to fetch it: it begins with a scheme, but not with one of the locations above."""
-    return scheme_of(location) not in (None, "tar", "targz", "parquet", "jsonl")
+    return scheme_of(location) not in (None, "tar", "targz", "cell", "parquet", "jsonl")
+
+
+def is_relative(path: str) -> bool:
+    """Whether it is a plain path that begins in some folder."""
+    return scheme_of(path) is None and not path.startswith(PIPE) and not os.path.isabs(path)
 
 
 def file_name(location: str) -> str:
@@ -124,6 +148,9 @@ def display_name(location: str) -> str:
     member = parse_member(location)
     if member is not None:
         return f"{_quoted_if_odd(member.name)} in {display_name(member.archive)}"
+    cell = parse_cell_location(location)
+    if cell is not None:
+        return f"row {cell[1]} of {display_name(cell[0])}"
     row = parse_row_location(location)
     if row is not None:
         return f"row {row[1]} of {display_name(row[0])}"

@@ -189,6 +189,53 @@ class RemoteFile(io.RawIOBase):
         super().close()
 
 
+class RangeFile(io.RawIOBase):
+    """An object of which any part can be read, each by a request of its own."""
+
+    def __init__(self, url: str) -> None:
+        """
+        Raises:
+            StorageError: there is no such object, or its store does not say how large it is.
+        """
+        super().__init__()
+        size = describe(url)[0]
+        if size is None:
+            raise StorageError(f"{display_name(url)}: its server does not say how large it is: download it first")
+        self._url, self._size, self._place = url, size, 0
+
+    def readable(self) -> bool:
+        """True."""
+        return True
+
+    def seekable(self) -> bool:
+        """True."""
+        return True
+
+    def tell(self) -> int:
+        """The place of the next byte."""
+        return self._place
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go to a place; returns it."""
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence]
+        self._place = max(0, base + offset)
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        """The next bytes; 0 at the end.
+
+        Raises:
+            StorageError: they cannot be read.
+        """
+        stop = min(self._place + len(buffer), self._size)
+        if stop <= self._place:
+            return 0
+        data = read_range(self._url, self._place, stop)
+        memoryview(buffer)[: len(data)] = data
+        self._place += len(data)
+        return len(data)
+
+
 # ------------------------------------------------------------------------------------------------------------- backends
 
 
