@@ -259,7 +259,7 @@ def test_a_data_set_becomes_trainers_lines_by_one_command(tmp_path: Path) -> Non
     pq.write_table(pa.table(columns()).slice(0, 4), tmp_path / "x.parquet", row_group_size=3)
     words = ["--data_list", f"{tmp_path}/x.parquet", "--model_path", str(checkpoint), "--num_workers", "0"]
     assert main([*words, "--sink", "jsonl", "--output_dir", f"{tmp_path}/out"]) == 0
-    (shard,) = (tmp_path / "out").glob("*.jsonl")
+    (shard,) = (tmp_path / "out").glob("wav2token-*.jsonl")
     made = {row["key"]: row for row in map(json.loads, shard.read_bytes().splitlines())}
     assert sorted(made) == [f"clip-{number:03}" for number in range(4)]
     for number in range(4):
