@@ -82,9 +82,10 @@ def load_codec(
 ) -> Codec:
     """A checkpoint of any family behind one protocol: ``encode``, ``decode``, ``info``, and its ``spec``.
 
-    ``codec.encode([codec.spec.features(samples)], n)`` takes samples float32 (S,) at ``codec.info.sample_rate`` to
-    codes uint16 (T, n); ``codec.decode`` takes them back. MOSS also has ``encode_stream`` and ``decode_stream``, which
-    take chunks of several utterances as they arrive.
+    ``codec.encode_files(paths)`` takes audio files to codes uint16 (T, K) each, ``codec.decode_to_files(codes, paths)``
+    takes them back. ``codec.encode([codec.spec.features(samples)])`` does so with samples float32 (S,) at
+    ``codec.info.sample_rate``, ``codec.decode`` gives samples. MOSS also has ``encode_stream`` and ``decode_stream``,
+    which take chunks of several utterances as they arrive.
 
     Args:
         path: checkpoint folder, hub id or folder of ONNX graphs; None is the bundled default.

@@ -8,6 +8,7 @@ are (T, K) in every file and interface.
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
@@ -232,14 +233,49 @@ class Codec(ABC):
         """The spec's ``info``."""
         return self.spec.info
 
-    def encode(self, features: Sequence[npt.NDArray[np.float32]], num_quantizers: int) -> list[npt.NDArray[np.uint16]]:
+    def encode_files(
+        self, paths: Sequence[str | os.PathLike[str]], num_quantizers: int | None = None
+    ) -> list[npt.NDArray[np.uint16]]:
+        """Audio files of any format, rate and number of channels to codes (T_i, ``num_quantizers``) each, in order.
+
+        Args:
+            num_quantizers: codebooks to use; None for all.
+
+        Raises:
+            RowError: a file cannot be read, is too long, or does not fit in memory; the reason names it.
+        """
+        from batch_tokenizer.codecs.files import encode_files  # imported here, as that module needs this one
+
+        return encode_files(self, paths, num_quantizers)
+
+    def decode_to_files(self, codes: Sequence[npt.NDArray[np.uint16]], paths: Sequence[str | os.PathLike[str]]) -> None:
+        """Codes (T_i, K_i) each to audio files, 16-bit ``.wav`` or ``.flac`` at ``info.output_sample_rate``.
+
+        Folders are made. A file appears whole, in place of one that is there.
+
+        Raises:
+            RowError: an utterance cannot be decoded; the reason names its file.
+            ValueError: there are not as many paths as utterances, or one has another ending; or as ``decode``.
+            OSError: a file cannot be written.
+        """
+        from batch_tokenizer.codecs.files import decode_to_files  # imported here, as that module needs this one
+
+        decode_to_files(self, codes, paths)
+
+    def encode(
+        self, features: Sequence[npt.NDArray[np.float32]], num_quantizers: int | None = None
+    ) -> list[npt.NDArray[np.uint16]]:
         """Features (channels, length_i) each to codes (T_i, ``num_quantizers``) each, in the order given.
+
+        Args:
+            num_quantizers: codebooks to use; None for all.
 
         Raises:
             ValueError: ``num_quantizers`` is not 1 to ``num_codebooks``, or a member is not as ``spec.features`` makes
                 it: of another shape or number format, or not finite.
         """
         count = self.info.num_codebooks
+        num_quantizers = count if num_quantizers is None else num_quantizers
         if not isinstance(num_quantizers, (int, np.integer)) or not 1 <= num_quantizers <= count:
             raise ValueError(f"{num_quantizers} codebooks asked for: this checkpoint has 1 to {count}")
         for index, member in enumerate(features):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import soundfile
 
 import batch_tokenizer
-from batch_tokenizer.records import RunError
+from batch_tokenizer.records import RowError, RunError
+from batch_tokenizer.writers.row_encoding import wav_bytes
 from tests.support.checkpoints import write_mimo_checkpoint
 from tests.support.moss import write_moss_checkpoint
 
@@ -25,6 +27,35 @@ def test_samples_to_codes_and_back(codec):
     (wav,) = codec.decode([codes])
     assert wav.dtype == np.float32
     assert len(wav) == codec.spec.num_output_samples(len(codes))
+
+
+def test_files_to_codes_and_back(codec, tmp_path):
+    random = np.random.default_rng(0)
+    for name, rate, length in (("a.wav", 24000, 30000), ("b.flac", 16000, 12000)):
+        soundfile.write(tmp_path / name, random.normal(size=length) * 0.1, rate)
+    paths = [tmp_path / "a.wav", tmp_path / "b.flac"]
+    codes = codec.encode_files(paths)
+    samples = [batch_tokenizer.load_audio(path, codec.info.sample_rate).numpy() for path in paths]
+    for got, one in zip(codes, samples, strict=True):
+        assert got.shape[1] == codec.info.num_codebooks
+        assert np.array_equal(got, codec.encode([codec.spec.features(one)])[0])
+    made = [tmp_path / "out" / "a.wav", tmp_path / "out" / "b.flac"]
+    codec.decode_to_files(codes, made)
+    for path, decoded in zip(made, codec.decode(codes), strict=True):
+        steps, rate = soundfile.read(path, dtype="int16")
+        assert rate == codec.info.output_sample_rate
+        assert np.array_equal(steps, np.rint(decoded * 32768).clip(-32768, 32767))
+    assert made[0].read_bytes() == wav_bytes(codec.decode(codes)[0], rate)  # the bytes of a run
+    with pytest.raises(RowError, match=r"none\.wav"):
+        codec.encode_files([tmp_path / "none.wav"])
+    with pytest.raises(ValueError, match="2 utterances for 1 paths"):
+        codec.decode_to_files(codes, made[:1])
+    with pytest.raises(ValueError, match=r"x\.ogg"):
+        codec.decode_to_files(codes[:1], ["x.ogg"])
+
+
+def test_the_package_lists_its_public_names():
+    assert dir(batch_tokenizer) == sorted(batch_tokenizer.__all__)
 
 
 def test_a_stream_equals_the_whole(tmp_path):

@@ -169,12 +169,15 @@ class MossCodec(Codec):
         tensors = [torch.from_numpy(code.astype(np.int64)) for code in codes]
         return self._channels(self._run(self.model.decode_utterances, tensors, len))
 
-    def encode_stream(self, chunks: Iterable[Sequence[Samples | None]], num_quantizers: int) -> Iterator[list[Codes]]:
+    def encode_stream(
+        self, chunks: Iterable[Sequence[Samples | None]], num_quantizers: int | None = None
+    ) -> Iterator[list[Codes]]:
         """Encodes several utterances as their samples arrive.
 
         Args:
             chunks: a list a step, for each utterance its next samples float32 (n_i,), or (channels, n_i) of a stereo
                 model, n_i >= 0, or None from when it has ended. The first step says how many utterances there are.
+            num_quantizers: codebooks to use; None for all.
 
         Yields:
             a list a step, for each utterance codes uint16 (t_i, ``num_quantizers``) of the frames that are whole by
@@ -189,7 +192,7 @@ class MossCodec(Codec):
             raise ValueError("loudness is of whole utterances: set the level before streaming, and no loudness here")
         channels = self.info.channels
         steps = ([None if chunk is None else _samples(chunk, channels) for chunk in step] for step in chunks)
-        for codes in encode_stream(self.model, steps, num_quantizers):
+        for codes in encode_stream(self.model, steps, num_quantizers or self.info.num_codebooks):
             yield _codes_to_host(codes)
 
     def decode_stream(self, chunks: Iterable[Sequence[Codes | None]]) -> Iterator[list[Samples]]:
