@@ -31,7 +31,7 @@ from batch_tokenizer.codecs.base import CodecSpec
 from batch_tokenizer.commands.status import seems_at_work
 from batch_tokenizer.commands.verify_processes import (
     Checkers,
-    CheckingProcesses,
+    Map,
     check_chunk,
     check_shard,
     checking_processes,
@@ -259,14 +259,14 @@ class Verification:
             with (
                 atomic_write(path) as file,
                 json_lines_writer(file) as writer,
-                checking_processes(checkers, self.manifest, workers) as processes,
+                checking_processes(checkers, self.manifest, workers) as map_items,
             ):
                 findings = Findings(writer, show)
                 # 2. Each row's entries, and the files that it names.
-                wrong_lines = self._check_rows(processes, state, audit, findings)
+                wrong_lines = self._check_rows(map_items, state, audit, findings)
                 # 3. The shards.
                 if self.run.has_shards:
-                    self._check_shards(processes, wrong_lines, findings)
+                    self._check_shards(map_items, wrong_lines, findings)
                 # 4. Rows tokenized again.
                 if self.recomputation is not None:
                     for comparison in self.recomputation.compare(self.run, self.manifest, state):
@@ -294,9 +294,7 @@ class Verification:
     def _lengths(self) -> ExpectedLengths:
         return ExpectedLengths(self.spec, self.run.task, self.run.settings.get("segment_samples"))
 
-    def _check_rows(
-        self, processes: CheckingProcesses, state: LedgerState, audit: LedgerAudit, findings: Findings
-    ) -> set[int]:
+    def _check_rows(self, map_items: Map, state: LedgerState, audit: LedgerAudit, findings: Findings) -> set[int]:
         """Checks the ledger and the rows' own files; returns the lines that are wrong."""
         # Those of shards are in the shards' own ledger files.
         wanted = self.content and not self.run.has_shards
@@ -307,7 +305,7 @@ class Verification:
         ledger = None if self.run.has_shards else self.ledger
         with RowCounter("verified", len(self.manifest), delay=5.0) as counter:
             reports: Iterator[ChunkReport]
-            reports = processes.map(check_chunk, chunks(self.manifest, self._lengths, state, audit, checksums))
+            reports = map_items(check_chunk, chunks(self.manifest, self._lengths, state, audit, checksums))
             for report in reports:
                 for problem in report.problems:
                     findings.add(problem)
@@ -319,18 +317,18 @@ class Verification:
                 self.num_checked += report.num_files
                 folders |= report.folders
                 counter.update(report.num_lines)
-        for strays in processes.map(find_strays, iter(sorted(folders))):
+        for strays in map_items(find_strays, iter(sorted(folders))):
             for problem in strays:
                 findings.add(problem)
         return wrong_lines
 
-    def _check_shards(self, processes: CheckingProcesses, wrong_lines: set[int], findings: Findings) -> None:
+    def _check_shards(self, map_items: Map, wrong_lines: set[int], findings: Findings) -> None:
         """Checks the shards, and with ``--repair`` takes those back that are wrong or have a row that is."""
         folder = shard_folder(str(self.run.settings["output_dir"]))
         rows = RowLines(self.manifest)
         wrong: list[Shard] = []
         reports: Iterator[ShardReport]
-        reports = processes.map(check_shard, shards_to_check(self.run, folder, self._lengths, rows))
+        reports = map_items(check_shard, shards_to_check(self.run, folder, self._lengths, rows))
         for report in reports:
             shard = report.shard
             self.num_checked += 1

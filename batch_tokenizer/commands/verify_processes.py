@@ -9,6 +9,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from batch_tokenizer.commands.verify_rows import CHUNK_LINES, Chunk, ChunkReport, RowChecker
@@ -29,6 +30,9 @@ class Checkers:
     shards: ShardChecker
 
 
+#: A function over items, as ``map``.
+Map = Callable[[Callable[[Any], Any], Iterator[Any]], Iterator[Any]]
+
 _checkers: Checkers
 
 
@@ -47,39 +51,31 @@ def check_shard(shard: Shard) -> ShardReport:
     return _checkers.shards.check(shard)
 
 
-class CheckingProcesses:
-    """Applies a function to items in several processes, or in this one; results come in the order of the items."""
+def _map_ahead(
+    pool: ProcessPoolExecutor, ahead: int, function: Callable[[Any], Any], items: Iterator[Any]
+) -> Iterator[Any]:
+    """As ``map``, in the pool's processes; takes at most ``ahead`` items beyond the results that were taken.
 
-    def __init__(self, pool: ProcessPoolExecutor | None, ahead: int) -> None:
-        self._pool = pool
-        self._ahead = ahead
-
-    def map(self, function: Callable[[Any], Any], items: Iterator[Any]) -> Iterator[Any]:
-        """As ``map``; takes only a few items ahead of the results that were taken.
-
-        Raises:
-            RunError: a process died.
-        """
-        if self._pool is None:
-            yield from map(function, items)
-            return
-        waiting: deque[Future[Any]] = deque()
-        try:
-            for item in items:
-                waiting.append(self._pool.submit(function, item))
-                if len(waiting) >= self._ahead:
-                    yield waiting.popleft().result()
-            while waiting:
+    Raises:
+        RunError: a process died.
+    """
+    waiting: deque[Future[Any]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) >= ahead:
                 yield waiting.popleft().result()
-        except BrokenProcessPool as error:
-            raise RunError(
-                "a process that checked files died (out of memory?): try fewer --workers", exit_code=1
-            ) from error
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise RunError(
+            "a process that checked files died (out of memory?): try fewer --workers", exit_code=1
+        ) from error
 
 
 @contextmanager
-def checking_processes(checkers: Checkers, manifest: Manifest, workers: int | None) -> Iterator[CheckingProcesses]:
-    """The processes that check files.
+def checking_processes(checkers: Checkers, manifest: Manifest, workers: int | None) -> Iterator[Map]:
+    """A ``map`` over processes that check files, with results in the order of the items.
 
     Args:
         workers: how many; None for one a core, or this process alone where the manifest is small.
@@ -88,13 +84,13 @@ def checking_processes(checkers: Checkers, manifest: Manifest, workers: int | No
         workers = num_cores() if manifest.num_lines >= _LEAST_LINES_FOR_PROCESSES else 1
     if workers == 1:
         _start_process(checkers)
-        yield CheckingProcesses(None, 1)
+        yield map
         return
     # Not a fork of this process, which has torch's threads. The server imports this module once for all of them.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_process, initargs=(checkers,))
     try:
-        yield CheckingProcesses(pool, 4 * workers)
+        yield partial(_map_ahead, pool, 4 * workers)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

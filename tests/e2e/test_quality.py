@@ -232,7 +232,7 @@ def report(workplace, tmp_path_factory):
     folder, _ = workplace
     path = tmp_path_factory.mktemp("page") / "report.html"
     done = batch_tokenizer(
-        "report", RUN_DIR, "--out", path, "--by", "language", "--listen", "3", cwd=folder, timeout=400
+        "report", RUN_DIR, "--out", path, "--by", "language", "--listen", "3", cwd=folder, timeout=900
     )
     assert done.returncode == 0, done.stderr
     assert f"report: {path}" in done.stdout

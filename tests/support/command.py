@@ -22,7 +22,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def batch_tokenizer(
-    *words: str | Path, ranks: int | None = None, cwd: Path | None = None, timeout: float = 240
+    *words: str | Path, ranks: int | None = None, cwd: Path | None = None, timeout: float = 900
 ) -> subprocess.CompletedProcess[str]:
     """``python -m batch_tokenizer WORDS``, or the same under torchrun with ``ranks`` processes."""
     launcher = (

@@ -23,7 +23,7 @@ def end_of(words: list[str], lines_read: int, *, merged: bool = False) -> tuple[
             process.stdout.readline()
         process.stdout.close()
         rest = "" if process.stderr is None else process.stderr.read()
-        return process.wait(120), rest
+        return process.wait(600), rest
 
 
 @pytest.mark.parametrize("words", [["--help"], ["codecs"], ["--version"], ["status", "--help"]])

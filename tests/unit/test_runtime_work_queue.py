@@ -61,12 +61,12 @@ import numpy as np
 processes = ProcessGroup.from_environment()
 stop_with_parent()
 out = sys.argv[1]
-with RunFolder.open(out + "/run", {}, processes=processes, timeout=60) as folder:
+with RunFolder.open(out + "/run", {}, processes=processes, timeout=600) as folder:
     if processes.is_main:
         folder.share_status(np.full(3, folder.attempt, np.uint8))
         status = [folder.attempt] * 3
     else:
-        status = folder.await_status(timeout=60).tolist()
+        status = folder.await_status(timeout=600).tolist()
     queue = WorkQueue.open(1000, processes, folder.attempt_id)
     claimed = []
     while (unit := queue.claim()) is not None:
