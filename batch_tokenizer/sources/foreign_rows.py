@@ -93,7 +93,8 @@ def complete(row: dict[str, Any], field_name: str = "wav", base: str = "") -> di
         return row
     # 3. Key and input first, then the row's other fields in their order.
     first = {"key": changed.get("key", row.get("key")), field_name: changed.get(field_name, row.get(field_name))}
-    rest = {other: value for other, value in row.items() if other != name or name == field_name}
+    #    A path stays under the name that trainers know it by; what a data set has in its place may be the audio itself.
+    rest = {other: value for other, value in row.items() if other != name or isinstance(value, str)}
     return {**{other: value for other, value in first.items() if value is not None}, **rest, **changed}
 
 

@@ -146,7 +146,8 @@ NEMO = {"audio_filepath": "wavs/a.wav", "duration": 2.0, "text": "hello", "lang"
 
 
 def test_nemo_rows() -> None:
-    assert complete(NEMO) == {"key": "wavs/a", "wav": "wavs/a.wav", "duration": 2.0, "text": "hello", "lang": "en"}
+    assert complete(NEMO) == {"key": "wavs/a", "wav": "wavs/a.wav", **NEMO}
+    assert complete({"audio": {"path": "a.wav", "bytes": None}}) == {"key": "a", "wav": "a.wav"}
     first = complete({**NEMO, "offset": 0})
     assert (first["key"], first["offset"], first["duration"]) == ("wavs/a-0-2.0", 0, 2.0)
     assert cut_of(first) == AudioCut(0.0, 2.0)
@@ -618,12 +619,13 @@ def test_tables_with_a_header(tmp_path: Path, ending: str, separator: str) -> No
         {
             "key": "1-0.5-2",
             "wav": f"{tmp_path}/1.wav",
+            "path": "1.wav",
             "text": f'a{separator}"b"',
             "start": 0.5,
             "end": 2,
             "n": "007",
         },
-        {"key": "1-3", "wav": f"{tmp_path}/1.wav", "start": 3},
+        {"key": "1-3", "wav": f"{tmp_path}/1.wav", "path": "1.wav", "start": 3},
     ]
 
 
