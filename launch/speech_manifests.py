@@ -1,8 +1,11 @@
-"""Unpacked Debian packages of speech and music to 24 kHz wav files and three manifests.
+"""Debian packages of speech and music: what the default model learns from, and how it is split.
 
 ``train``: voices to learn. ``heard``: every twentieth file of those voices, kept aside. ``never_heard``: voices and
-languages that training never meets: Czech, Dutch, Greek, Hungarian and Slovak in every package, and single voices of
-other languages. All are in file order, so that the same packages give the same split.
+languages that training never meets, among them all Czech, Dutch, Romanian and Greek. ``scored``: a few clips of each
+voice of the last two, for the scores of the model card. All are in file order: the same packages give the same split.
+
+Recordings to learn from are under CC BY, CC BY-SA or BSD terms, which weights under CC BY-SA 4.0 satisfy. Recordings
+under the GPL or other terms are only scored.
 
     python launch/speech_manifests.py DIR      # reads DIR/unpacked/PACKAGE, writes DIR/wav and DIR/*.jsonl
 """
@@ -10,8 +13,10 @@ other languages. All are in file order, so that the same packages give the same 
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,55 +29,115 @@ import soundfile
 from batch_tokenizer.audio.resampling import resample
 
 SAMPLE_RATE = 24000
+
+#: Of a voice that training learns, every so many-th file is kept aside.
 EVERY = 20
+
 SHORTEST = 0.25  # seconds
 
-#: Languages that no file of the training manifest may have.
-NEVER_HEARD_LANGUAGES = frozenset({"cs", "nl", "el", "hu", "sk"})
-
-#: Voices of other languages that are kept aside as a whole.
-NEVER_HEARD_VOICES = frozenset({"carlo_flora", "july_jimenez", "tuxpaint_ro", "klettres_tn", "ktuberling_sl"})
+#: Length in seconds of the clips that are scored.
+SCORED_SECONDS = (2.0, 8.0)
 
 #: Formats that name no codec in their contents.
 HEADERLESS = {".g722": "g722", ".gsm": "gsm"}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Package:
     """Recordings in a Debian package.
 
     Attributes:
-        pattern: regular expression on a file's path in the package; its group ``lang``, if any, is the language.
-        licence: of the recordings.
-        voice: whose voice it is; ``{lang}`` stands for the language where a package has a voice for each.
-        language: where the pattern has no group for it; ``music`` for music.
+        pattern: regular expression on a file's path in the package.
+        licence: of the recordings, as the package's copyright file has it.
+        credit: authors and years, from the same place.
+        voice: whose voice it is; ``{lang}`` stands for the language.
+        language: of the recordings; ``music`` for music; empty where the pattern's group ``lang`` has it.
+        learn: whether training may use it; otherwise all of it is never heard.
     """
 
     pattern: str
     licence: str
+    credit: str
     voice: str
     language: str = ""
+    learn: bool = True
 
 
 PACKAGES = {
-    "festvox-ru": Package(r"/wav/.*\.wav$", "BSD-like", "shmyrev", "ru"),
-    "asterisk-core-sounds-en-g722": Package(r"\.g722$", "CC-BY-SA-3.0", "allison_smith", "en"),
-    "asterisk-core-sounds-es-g722": Package(r"\.g722$", "CC-BY-SA-3.0", "allison_smith", "es"),
-    "asterisk-core-sounds-fr-g722": Package(r"\.g722$", "CC-BY-SA-3.0", "june_wallack", "fr"),
-    "asterisk-core-sounds-it-g722": Package(r"\.g722$", "CC-BY-3.0", "carlo_flora", "it"),
-    "asterisk-core-sounds-ru-g722": Package(r"\.g722$", "CC-BY-3.0", "ivrvoice_ru_f", "ru"),
-    "asterisk-prompt-es-co": Package(r"\.gsm$", "GPL-2", "july_jimenez", "es"),
-    "asterisk-prompt-fr-armelle": Package(r"\.gsm$", "BSD-3-Clause", "armelle_desjardins", "fr"),
-    "asterisk-prompt-it-menardi-wav": Package(r"\.wav$", "CC-BY-SA-3.0-IT", "paola_dal_zot", "it"),
-    "klettres-data": Package(r"/share/klettres/(?P<lang>\w+)/(alpha|syllab)/.*\.ogg$", "GPL-2+", "klettres_{lang}"),
-    "ktuberling-data": Package(r"/sounds/(?P<lang>[a-z]+)(@\w+)?/.*\.(wav|ogg)$", "GPL-2+", "ktuberling_{lang}"),
-    "tuxpaint-stamps-default": Package(r"_desc_?(?P<lang>[a-z]{2}(_[A-Z]{2})?)?\.(ogg|wav)$", "GPL-2", "tuxpaint_{lang}"),  # noqa: E501
-    "gcin-voice": Package(r"/5\.ogg$", "CC-BY-3.0", "chu_lo", "zh"),
-    "asterisk-moh-opsound-g722": Package(r"\.g722$", "CC-BY-SA-3.0", "music_opsound", "music"),
-    "fillets-ng-data": Package(r"/music/.*\.ogg$", "GPL-2", "music_fillets", "music"),
-    "fillets-ng-data-cs": Package(r"/sound/.*\.ogg$", "GPL-2", "fillets_cs", "cs"),
-    "fillets-ng-data-nl": Package(r"/sound/.*\.ogg$", "GPL-2", "fillets_nl", "nl"),
+    "festvox-ru": Package(
+        pattern=r"/wav/.*\.wav$", voice="shmyrev", language="ru",
+        licence="BSD-like", credit="Nickolay V. Shmyrev, 2005",
+    ),
+    "asterisk-core-sounds-en-g722": Package(
+        pattern=r"\.g722$", voice="allison_smith", language="en",
+        licence="CC-BY-SA-3.0", credit="Allison Smith, 2003-2010; financed by Digium, Inc.",
+    ),
+    "asterisk-core-sounds-es-g722": Package(
+        pattern=r"\.g722$", voice="allison_smith", language="es",
+        licence="CC-BY-SA-3.0", credit="Allison Smith, 2003-2010; financed by Digium, Inc.",
+    ),
+    "asterisk-core-sounds-fr-g722": Package(
+        pattern=r"\.g722$", voice="june_wallack", language="fr",
+        licence="CC-BY-SA-3.0",
+        credit="June Wallack, 2006-2008; translated by Clod Patry, Kristopher Lalletti and June Wallack; "
+        "financed by Digium, Inc., Unlimitel and BGM Informatique",
+    ),
+    "asterisk-core-sounds-ru-g722": Package(
+        pattern=r"\.g722$", voice="ivrvoice_ru_f", language="ru",
+        licence="CC-BY-3.0", credit="provided by Maxim Topal, http://www.ivrvoice.ru, 2010",
+    ),
+    "asterisk-prompt-it-menardi-wav": Package(
+        pattern=r"\.wav$", voice="paola_dal_zot", language="it",
+        licence="CC-BY-SA-3.0-IT",
+        credit="Marco Menardi and Paola Dal Zot, 2006-2011, http://www.voip.ammdomus.it; English text by Digium, Inc.",
+    ),
+    "asterisk-prompt-fr-armelle": Package(
+        pattern=r"\.gsm$", voice="armelle_desjardins", language="fr",
+        licence="BSD-2-Clause-like", credit="Michel Gutierrez, 2006; voice of Armelle Desjardins",
+    ),
+    "gcin-voice": Package(
+        pattern=r"/5\.ogg$", voice="chu_lo", language="zh",
+        licence="CC-BY-3.0", credit="ChionMeilin, with the voice of Chu Lo",
+    ),
+    "asterisk-moh-opsound-g722": Package(
+        pattern=r"\.g722$", voice="music_opsound", language="music",
+        licence="CC-BY-SA-3.0",
+        credit="Paul Shuler (Macroform), 2009; Manolo Camp, 2009; Reno Project, 2008",
+    ),
+    "asterisk-core-sounds-it-g722": Package(
+        pattern=r"\.g722$", voice="carlo_flora", language="it", learn=False,
+        licence="CC-BY-3.0", credit="Carlo Flora, 2012; translated by Silvia Petrin",
+    ),
+    "asterisk-prompt-es-co": Package(
+        pattern=r"\.gsm$", voice="july_jimenez", language="es", learn=False,
+        licence="GPL-2.0-only", credit="Avatar Ltda. and July E. Jiménez, 2006",
+    ),
+    "tuxpaint-stamps-default": Package(
+        pattern=r"_desc_(?P<lang>ro|el)\.(ogg|wav)$", voice="tuxpaint_{lang}", learn=False,
+        licence="GPL-2.0-or-later", credit="Bill Kendrick and contributors, 2002-2022",
+    ),
+    "fillets-ng-data-cs": Package(
+        pattern=r"/sound/.*\.ogg$", voice="fillets_cs", language="cs", learn=False,
+        licence="GPL-2.0-only", credit="ALTAR interactive, Ivo and Pavel Danihelka and contributors",
+    ),
+    "fillets-ng-data-nl": Package(
+        pattern=r"/sound/.*\.ogg$", voice="fillets_nl", language="nl", learn=False,
+        licence="GPL-2.0-only", credit="ALTAR interactive, Ivo and Pavel Danihelka and contributors",
+    ),
 }  # fmt: skip
+
+
+def chosen_packages() -> dict[str, Package]:
+    """All packages, or those that the environment's ``PACKAGES`` names.
+
+    Raises:
+        SystemExit: it names one that is not in the list.
+    """
+    names = os.environ.get("PACKAGES", "").split() or list(PACKAGES)
+    unknown = sorted(set(names) - set(PACKAGES))
+    if unknown:
+        raise SystemExit(f"PACKAGES: {', '.join(unknown)}: not one of {', '.join(PACKAGES)}")
+    return {name: package for name, package in PACKAGES.items() if name in names}
 
 
 def decode(source: Path) -> npt.NDArray[np.float32]:
@@ -90,45 +155,72 @@ def files(folder: Path, name: str, package: Package) -> Iterator[tuple[Path, str
     for source in sorted((folder / name).rglob("*")):
         match = re.search(package.pattern, source.as_posix())
         if match and source.is_file() and not source.is_symlink():
-            yield source, package.language or match["lang"] or "en"
+            yield source, package.language or match["lang"]
 
 
-def manifest_of(row: dict[str, object], number: int) -> str:
+def manifest_of(package: Package, number: int) -> str:
     """Which manifest the ``number``-th file of a voice belongs to."""
-    language = str(row["lang"])[:2]
-    if language in NEVER_HEARD_LANGUAGES or row["speaker"] in NEVER_HEARD_VOICES:
+    if not package.learn:
         return "never_heard"
-    return "heard" if number % EVERY == 0 and row["lang"] != "music" else "train"
+    return "heard" if number % EVERY == 0 and package.language != "music" else "train"
+
+
+def scored(manifests: dict[str, list[dict[str, object]]], clips: int) -> list[dict[str, object]]:
+    """Up to ``clips`` rows of each voice kept aside, evenly spread over its rows; field ``voice`` says which kind."""
+    shortest, longest = SCORED_SECONDS
+    chosen = []
+    for kind, title in (("never_heard", "never heard"), ("heard", "heard")):
+        voices: dict[str, list[dict[str, object]]] = {}
+        for row in manifests[kind]:
+            if shortest <= float(str(row["duration"])) <= longest:
+                voices.setdefault(f"{title}: {row['speaker']}", []).append(row)
+        for voice, rows in voices.items():
+            chosen += [{**row, "voice": voice} for row in rows[:: max(1, len(rows) // clips)][:clips]]
+    return chosen
+
+
+def write_wav(source: Path, target: Path) -> float | None:
+    """Decodes a file. Returns its length in seconds; None, and nothing written, where it is too short or silent.
+
+    Raises:
+        av.FFmpegError: it cannot be decoded.
+    """
+    samples = decode(source)
+    peak = float(np.abs(samples).max(initial=0.0))
+    if len(samples) < SHORTEST * SAMPLE_RATE or peak < 1e-3:
+        return None
+    target.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(target, samples * min(1.0, 0.99 / peak), SAMPLE_RATE, subtype="PCM_16")
+    return len(samples) / SAMPLE_RATE
 
 
 def main() -> None:
     """Writes the wav files and the manifests."""
     folder = Path(sys.argv[1])
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     manifests: dict[str, list[dict[str, object]]] = {"train": [], "heard": [], "never_heard": []}
-    for name, package in PACKAGES.items():
+    for name, package in chosen_packages().items():
         for source, language in files(folder / "unpacked", name, package):
+            target = folder / "wav" / source.relative_to(folder / "unpacked").with_suffix(".wav")
             try:
-                samples = decode(source)
+                seconds = write_wav(source, target)
             except av.FFmpegError as error:
                 print(f"left out: {source}: {error}", file=sys.stderr)
                 continue
-            peak = float(np.abs(samples).max(initial=0.0))
-            if len(samples) < SHORTEST * SAMPLE_RATE or peak < 1e-3:
+            if seconds is None:
                 continue
-            target = folder / "wav" / source.relative_to(folder / "unpacked").with_suffix(".wav")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            soundfile.write(target, samples * min(1.0, 0.99 / peak), SAMPLE_RATE, subtype="PCM_16")
             voice = package.voice.format(lang=language)
-            counts[voice] = counts.get(voice, 0) + 1
-            row: dict[str, object] = {
+            counts[voice] += 1
+            manifests[manifest_of(package, counts[voice])].append({
                 "key": f"{voice}_{counts[voice]:05}", "wav": str(target), "lang": language, "speaker": voice,
-                "duration": round(len(samples) / SAMPLE_RATE, 3), "source": name, "licence": package.licence,
-            }  # fmt: skip
-            manifests[manifest_of(row, counts[voice])].append(row)
+                "duration": round(seconds, 3), "source": name, "licence": package.licence,
+            })  # fmt: skip
+    manifests["scored"] = scored(manifests, int(os.environ.get("CLIPS", "10")))
     for title, rows in manifests.items():
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (folder / f"{title}.jsonl").write_text(text, encoding="utf-8")
+        beside = folder / f"{title}.jsonl.part"
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(folder / f"{title}.jsonl")
         minutes = sum(float(str(row["duration"])) for row in rows) / 60
         print(f"{title}: {len(rows)} files, {len({row['speaker'] for row in rows})} voices, {minutes:.0f} minutes")
 

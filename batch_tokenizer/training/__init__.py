@@ -1,1 +1,1 @@
-"""Training of MiMo-shaped tokenizers: from a manifest of audio to a checkpoint folder for ``--model_path``."""
+"""Training of tokenizers of the MiMo architecture, from a source of audio to a folder for ``--model_path``."""

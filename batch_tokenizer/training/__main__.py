@@ -1,4 +1,4 @@
-"""``python -m batch_tokenizer.training``: trains on a manifest and writes a checkpoint into a folder."""
+"""``python -m batch_tokenizer.training``: trains a tokenizer on the audio of a source."""
 
 from __future__ import annotations
 
@@ -14,40 +14,41 @@ from pathlib import Path
 import torch
 
 from batch_tokenizer.records import RunError
-from batch_tokenizer.training.recipe import SMALL, Recipe, train
+from batch_tokenizer.training.recipe import SMALL, Recipe
+from batch_tokenizer.training.run import train
 
 
 def parser() -> argparse.ArgumentParser:
-    """The flags."""
+    """The parser of the command's flags."""
     flags = argparse.ArgumentParser(
         prog="python -m batch_tokenizer.training",
-        description="Train a MiMo-shaped tokenizer. Stop it at any time; the same command resumes. "
-        "OUT/checkpoint is what --model_path takes.",
+        description="Train a tokenizer of the MiMo architecture. Stop it at any time; the same command resumes. "
+        "OUT/checkpoint is what --model_path takes, OUT/log.jsonl has losses and held-out scores.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     flags.add_argument(
-        "--data", required=True, help="audio to learn from: whatever --data_list takes; speaker where known"
+        "--data", required=True, help="training audio: any source that --data_list takes; rows may have a speaker"
     )
-    flags.add_argument("--out", type=Path, required=True, help="folder of the run")
-    flags.add_argument("--held_out", help="audio to watch but not to learn from, of the same kinds")
-    flags.add_argument("--config", type=Path, help="config.json of the model; the bundled default's shape if not given")
-    flags.add_argument("--start_from", help="checkpoint folder whose weights training begins with; random if not given")
+    flags.add_argument("--out", type=Path, required=True, help="run folder: state, log and checkpoint")
+    flags.add_argument("--held_out", help="audio to score during training, never trained on: any such source")
+    flags.add_argument("--config", type=Path, help="config.json of the model; that of the bundled default if not given")
+    flags.add_argument("--start_from", help="checkpoint folder with initial weights; random if not given")
     flags.add_argument("--steps", type=int, default=40000, help="end after this many steps")
     flags.add_argument("--minutes", type=float, default=math.inf, help="or after this long, whichever comes first")
-    flags.add_argument("--batch_size", type=int, default=4, help="crops a step")
-    flags.add_argument("--token_frames", type=int, default=32, help="length of a crop in frames of tokens")
-    flags.add_argument("--learning_rate", type=float, default=1.2e-3, help="of AdamW at its peak")
-    flags.add_argument("--seed", type=int, default=1986)
-    flags.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    flags.add_argument("--threads", type=int, help="processor threads; torch decides if not given")
+    flags.add_argument("--batch_size", type=int, default=4, help="crops per step")
+    flags.add_argument("--token_frames", type=int, default=32, help="length of a crop in token frames")
+    flags.add_argument("--learning_rate", type=float, default=1.2e-3, help="peak learning rate of AdamW")
+    flags.add_argument("--seed", type=int, default=1986, help="of weights, data order and augmentation")
+    flags.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
+    flags.add_argument("--threads", type=int, help="CPU threads; torch's default if not given")
     flags.add_argument("--num_workers", type=int, default=1, help="processes that load audio")
-    flags.add_argument("--cache_gib", type=float, default=4.0, help="memory in which each of them keeps audio")
+    flags.add_argument("--cache_gib", type=float, default=4.0, help="memory for decoded audio in each of them")
     flags.add_argument("--save_every", type=float, default=300.0, help="seconds between two saves")
     return flags
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Trains. 0 when done or stopped, 2 for what cannot be done as asked."""
+    """Trains. Returns 0 when done or stopped by a signal, otherwise the exit code of a ``RunError``."""
     values = vars(parser().parse_args(arguments))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     threads, config = values.pop("threads"), values.pop("config")
@@ -66,6 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _read(path: Path) -> dict[str, object]:
+    """
+    Raises:
+        RunError: it is no readable JSON object.
+    """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -1,6 +1,6 @@
-"""Variation of training examples: other voices, levels, rooms, microphones and backgrounds from the same recordings.
+"""Augmentation of training examples: speed, level, equalization, rooms, noise, mixtures and silences.
 
-All that happens to an example happens before the model sees it: the model has to give back what it was given.
+The augmented example is both the model's input and its target.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ Samples = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Augmentation:
-    """How often and how far examples are changed. The chances are independent of each other.
+    """Chances and ranges of each change. The chances are independent of each other.
 
     Attributes:
-        speed_chance, slowest, fastest: played at another speed, which moves pitch and formants as well.
-        level_low, level_high: root mean square in dB of full scale, drawn evenly in between.
+        speed_chance, slowest, fastest: resampled to another speed, which moves pitch and formants as well.
+        level_low, level_high: range of the root mean square in dB of full scale, drawn uniformly.
         keep_level_chance: the level is left as recorded.
-        tilt_chance, tilt: a slope of up to so many dB per octave around 1 kHz, and two resonances of up to 9 dB.
-        band_chance: a low-pass between 3.2 and 8 kHz, every other time with a high-pass between 100 and 300 Hz.
+        tilt_chance, tilt: a slope of up to ``tilt`` dB per octave around 1 kHz, and two resonances of up to 9 dB.
+        band_chance: a low-pass between 3.2 and 8 kHz, half of the time with a high-pass between 100 and 300 Hz.
         room_chance: an exponentially decaying room response, 0.1 to 0.6 s long.
         noise_chance: coloured noise, 15 to 45 dB below the example.
         mix_chance: another example, such as another speaker or music, 5 to 30 dB below.
@@ -51,7 +51,7 @@ class Augmentation:
 def augment(
     draw: Callable[[int], Samples], length: int, sample_rate: int, rng: np.random.Generator, how: Augmentation
 ) -> Samples:
-    """One example float32 (``length``,), never clipped. ``draw`` gives so many samples of a random recording."""
+    """One example float32 (``length``,), without clipping. ``draw(n)`` returns n samples of a random recording."""
     samples = _at_speed(draw, length, sample_rate, rng, how)
     if rng.random() < how.mix_chance:
         samples = _add(samples, draw(length), rng.uniform(5, 30))

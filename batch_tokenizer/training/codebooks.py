@@ -1,7 +1,7 @@
 """Training of the residual quantizer: codebooks that follow the data by moving averages, not by gradients.
 
-From hidden frames it makes their quantized form, with a straight-through gradient, and the commitment loss. A codebook
-starts from k-means of the residual of the ones before it. Rows that are hardly used are moved onto random frames.
+Each codebook is initialized by k-means of the residuals of the one before, and then follows the residuals that chose
+each of its rows (van den Oord et al., 2017, appendix A.1). Rows that fall out of use are replaced by random residuals.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from batch_tokenizer.codecs.mimo.quantizer import ResidualVectorQuantizer
 from batch_tokenizer.kernels.codebook import nearest_rows
 
-#: A row used less than this share of the codebook's average is replaced.
+#: A row chosen less often than this share of its codebook's average is replaced.
 DEAD_SHARE = 0.1
 
 
@@ -32,7 +32,7 @@ def k_means(rows: Tensor, size: int, iterations: int = 10) -> Tensor:
 
 
 def _gather(rows: Tensor, codes: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """How many rows have each code, float32 (size,), and their sum (size, d)."""
+    """For each code the number of rows that have it, float32 (size,), and their sum (size, d)."""
     counts = torch.bincount(codes, minlength=size).to(rows.dtype)
     sums = rows.new_zeros(size, rows.shape[1]).index_add_(0, codes, rows)
     return counts, sums
@@ -40,11 +40,11 @@ def _gather(rows: Tensor, codes: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Quantized:
-    """What the quantizer made of N hidden frames.
+    """N hidden frames after quantization.
 
     Attributes:
-        rows: (N, d), the sum of codebook rows in value, the hidden frames in gradient.
-        commitment: scalar, mean squared distance of what each codebook was given to what it chose.
+        rows: (N, d), sums of codebook rows, with the gradient of the hidden frames (straight-through).
+        commitment: scalar, mean squared distance between the hidden frames and their sums after each codebook.
     """
 
     rows: Tensor
@@ -52,10 +52,10 @@ class Quantized:
 
 
 class CodebookTrainer(nn.Module):
-    """Moving averages for each codebook of a quantizer. Its buffers belong into a training checkpoint.
+    """Moving averages for each codebook of a quantizer. Its buffers are part of the training state.
 
-    For each codebook: ``count_i`` (size,), how often each row is chosen per batch, and ``sum_i`` (size, d), the sum of
-    what chose it; a row is their quotient.
+    For codebook i: ``count_i`` (size,), how often each row is chosen per batch, and ``sum_i`` (size, d), the sum of the
+    residuals that chose it. A row is their quotient.
     """
 
     ready: Tensor
@@ -89,7 +89,7 @@ class CodebookTrainer(nn.Module):
 
         Args:
             hidden: (N, d).
-            used: int64 (N,), how many codebooks each frame is to be decoded from. All of them learn from all frames.
+            used: int64 (N,), number of codebooks that each frame is decoded from. All frames update all codebooks.
         """
         target = hidden.detach().float()
         total = torch.zeros_like(target)
@@ -118,7 +118,7 @@ class CodebookTrainer(nn.Module):
 
     @torch.no_grad()
     def revive(self, index: int, residual: Tensor) -> int:
-        """Puts rows of codebook ``index`` that are out of use onto random rows of ``residual`` (N, d). How many."""
+        """Replaces unused rows of codebook ``index`` by random rows of ``residual`` (N, d). Returns how many."""
         codebook = self._quantizer[0].codebooks[index]
         count = getattr(self, f"count_{index}")
         mean = count.mean()
@@ -131,13 +131,13 @@ class CodebookTrainer(nn.Module):
         return len(dead)
 
     def _restore_sum(self, index: int) -> None:
-        """Makes the sum agree with the rows and the counts."""
+        """Sets the sums to rows times counts."""
         embed = self._quantizer[0].codebooks[index].embed
         getattr(self, f"sum_{index}").copy_(embed * getattr(self, f"count_{index}")[:, None])
 
 
 def perplexity(codes: Tensor, size: int) -> float:
-    """exp(entropy) of the codes' frequencies: how many rows are in even use. Between 1 and ``size``."""
+    """Exponential of the entropy of the codes' frequencies, between 1 and ``size``."""
     shares = torch.bincount(codes.flatten(), minlength=size).double()
     shares = shares[shares > 0] / shares.sum()
     return float((-(shares * shares.log()).sum()).exp())

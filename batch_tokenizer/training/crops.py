@@ -1,7 +1,7 @@
-"""Training examples: crops of one length from a manifest of audio files, each a pure function of its number.
+"""Training examples: augmented crops of equal length from the files of a source.
 
-Crop number i of a seed is the same in every process and in any order, so a resumed run continues with the data that it
-had not seen. Files shorter than a crop are laid one after the other until the crop is full.
+A crop is a pure function of the seed and its number, independent of the process that loads it and of the order, so a
+resumed run continues with the crops that it had not used. Files shorter than a crop are concatenated.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class AudioFile:
     """One row of a training manifest.
 
     Attributes:
-        path: of the audio, or its location in a tar or at a URL.
+        path: location of the audio: a file, a URL or a member of a tar.
         seconds: its length, 1 where the row does not say.
-        speaker: whose voice it is, or empty.
-        cut: the part of the file that is meant; None for all of it.
+        speaker: the row's speaker, or empty.
+        cut: part of the file; None for all of it.
     """
 
     path: str
@@ -50,10 +50,10 @@ class AudioFile:
 
 
 def read_manifest(source: Path | str, folder: Path) -> list[AudioFile]:
-    """Every recording of whatever ``--data_list`` takes: a manifest, a folder, tars, lists of paths.
+    """All recordings of a source as ``--data_list`` takes it: a manifest, a folder, tars, lists of paths.
 
     Args:
-        folder: where a manifest of a source that is not one is written.
+        folder: where the manifest of a source of another kind is written.
 
     Raises:
         RunError: the source cannot be read, a line is no object with a ``wav``, or there is none.
@@ -89,7 +89,7 @@ def _audio_file(row: dict[str, Any]) -> AudioFile:
 
 
 class Audio:
-    """Files of a manifest as samples at one rate, the first ones kept in memory as 16-bit up to ``cache_bytes``."""
+    """Files of a manifest as samples at one rate, with a cache of 16-bit samples of up to ``cache_bytes``."""
 
     def __init__(self, files: Sequence[AudioFile], sample_rate: int, cache_bytes: int) -> None:
         self.files = files
@@ -97,7 +97,7 @@ class Audio:
         seconds: dict[str, float] = {}
         for file in files:
             seconds[file.speaker] = seconds.get(file.speaker, 0.0) + max(file.seconds, 1e-3)
-        # A voice is drawn in proportion to the square root of its hours: between by length and each voice alike.
+        # A speaker's chance is proportional to the square root of their hours, between by length and equal chances.
         self._cumulative = list(
             accumulate(max(file.seconds, 1e-3) / math.sqrt(seconds[file.speaker]) for file in files)
         )
@@ -130,7 +130,7 @@ class Audio:
         return kept.astype(np.float32) / np.float32(32767)
 
     def draw(self, rng: np.random.Generator) -> Samples:
-        """A file: its voice with a chance in proportion to the root of its hours, then in proportion to its length."""
+        """Samples (S,) of a random file: its speaker by the square root of their hours, then the file by its length."""
         while True:
             index = bisect.bisect(self._cumulative, rng.random() * self._cumulative[-1])
             samples = self[min(index, len(self.files) - 1)]
@@ -139,7 +139,7 @@ class Audio:
 
 
 def crop(audio: Audio, length: int, rng: np.random.Generator) -> Samples:
-    """``length`` samples from one file, or from several end to end."""
+    """``length`` samples of one random file, or of several concatenated ones."""
     pieces: list[Samples] = []
     missing = length
     while missing > 0:
@@ -151,9 +151,9 @@ def crop(audio: Audio, length: int, rng: np.random.Generator) -> Samples:
 
 
 class Crops(Dataset[tuple[Samples, Samples, Samples]]):
-    """Crop number i: samples (S,), their log-mel (n_mels, L), and the log-mel that the vocoder should be given.
+    """Crop number i: samples (S,), their log-mel (n_mels, L), and the coarse mel's target (n_mels, L), all float32.
 
-    The latter has its frames where the inverse transform puts them, half a hop later. All are float32.
+    The target's frames are where the inverse transform puts the vocoder's, half a hop later with "same" padding.
     """
 
     def __init__(
@@ -176,8 +176,8 @@ class Crops(Dataset[tuple[Samples, Samples, Samples]]):
         return samples, log_mel(samples, form), log_mel(np.pad(samples[late:], (0, late)), form)
 
 
-class Numbers:
-    """Batches of crop numbers without end, from batch ``first`` on. A batch sampler for ``DataLoader``."""
+class BatchNumbers:
+    """Endless batches of crop numbers from batch ``first`` on. A batch sampler for ``DataLoader``."""
 
     def __init__(self, first: int, batch_size: int) -> None:
         self.first, self.batch_size = first, batch_size
@@ -190,6 +190,11 @@ class Numbers:
 
 
 def crop_length(config: MiMoConfig, token_frames: int) -> int:
-    """Samples of the longest utterance whose mel frames fill exactly ``token_frames`` token frames."""
+    """Length in samples of the longest utterance whose mel frames fill exactly ``token_frames`` token frames."""
     per_token = config.stride_size * config.avg_pooler
     return (token_frames * per_token - 1) * config.hop_length
+
+
+def mel_of(samples: Samples, config: MiMoConfig) -> Samples:
+    """Log-mel (n_mels, L) of samples (S,), as the codec's front end computes it."""
+    return log_mel(samples, config.mel)

@@ -1,7 +1,8 @@
-"""The adversarial stage: small networks that learn to distinguish reconstructions from originals.
+"""Discriminators of the adversarial stage, and the least-squares losses of both sides (Mao et al., 2017).
 
-Two families, after HiFi-GAN and Vocos, small enough for a processor: one sees the waveform folded at a prime period,
-the other its complex spectrum at one resolution. They see excerpts at unit level, so that loudness is no clue.
+Two families, small enough for a CPU: one takes the waveform folded at a prime period (HiFi-GAN, Kong et al., 2020), the
+other its complex spectrum at one resolution (UnivNet, Jang et al., 2021). They take excerpts at unit level, so that
+loudness does not tell originals from reconstructions.
 """
 
 from __future__ import annotations
@@ -17,15 +18,16 @@ from torch.nn.utils.parametrizations import weight_norm
 PERIODS: Sequence[int] = (2, 3, 5, 7, 11)
 WINDOWS: Sequence[int] = (512, 1024, 2048)
 
-#: Samples of an excerpt that the discriminators see.
+#: Length in samples of the excerpts that the discriminators take.
 EXCERPT = 8192
 
-#: Outputs of every layer but the last, and the last one's: a score for each place, 1 for original, 0 for made.
+#: Outputs of every layer but the last (feature maps), and the scores of the last, with target 1 for originals and 0 for
+#: reconstructions.
 Judgement = tuple[list[Tensor], Tensor]
 
 
 class PeriodDiscriminator(nn.Module):
-    """Sees every ``period``-th sample as one signal, ``period`` of them side by side."""
+    """Convolutions along every ``period``-th sample."""
 
     def __init__(self, period: int, channels: Sequence[int] = (8, 24, 48, 64)) -> None:
         super().__init__()
@@ -48,7 +50,7 @@ class PeriodDiscriminator(nn.Module):
 
 
 class SpectrumDiscriminator(nn.Module):
-    """Sees real and imaginary parts of a short-time spectrum, time by frequency."""
+    """Convolutions over real and imaginary parts of a short-time spectrum, time by frequency."""
 
     window: Tensor
 
@@ -67,7 +69,7 @@ class SpectrumDiscriminator(nn.Module):
         """Samples (B, S)."""
         spectrum = torch.stft(samples, self.size, self.size // 4, window=self.window, return_complex=True)
         x = torch.view_as_real(spectrum).permute(0, 3, 2, 1) / self.size**0.5
-        # A power law of the magnitudes, so that weak harmonics are seen too.
+        # A power law compresses the magnitudes, so that weak harmonics count too.
         x = x / (x.square().sum(dim=1, keepdim=True) + 1e-4) ** 0.35
         features = []
         for layer in self.layers:
@@ -77,7 +79,7 @@ class SpectrumDiscriminator(nn.Module):
 
 
 class Adversary(nn.Module):
-    """All discriminators, their optimizer, and both sides' losses."""
+    """All discriminators with their optimizer and their count of steps."""
 
     steps: Tensor
 
@@ -89,41 +91,41 @@ class Adversary(nn.Module):
         self.optimizer = torch.optim.AdamW(self.parameters(), lr=learning_rate, betas=(0.8, 0.99), fused=True)
 
     def chosen(self, step: int) -> list[nn.Module]:
-        """Those that take part in a step: all periods' and, in turn, one of the spectra's."""
+        """Discriminators of a step: all of the periods and, in turn, one of the spectra."""
         return [*self.periods, self.spectra[step % len(self.spectra)]]
 
     @staticmethod
-    def excerpts(made: Tensor, original: Tensor) -> tuple[Tensor, Tensor]:
-        """Excerpts (B, ``EXCERPT``) from the same random place of both, at the original's level brought to one."""
+    def excerpts(output: Tensor, original: Tensor) -> tuple[Tensor, Tensor]:
+        """Excerpts (B, ``EXCERPT``) from the same random place of both (B, S), divided by the original's level."""
         level = original.square().mean(dim=1, keepdim=True).sqrt().clamp(min=1e-4)
         start = int(torch.randint(0, max(1, original.shape[1] - EXCERPT), ()))
         place = slice(start, start + EXCERPT)
-        return made[:, place] / level, original[:, place] / level
+        return output[:, place] / level, original[:, place] / level
 
-    def learn(self, made: Tensor, original: Tensor, step: int) -> tuple[Tensor, list[list[Tensor]]]:
-        """One step of the discriminators on excerpts; returns their loss and their features of the original."""
+    def learn(self, output: Tensor, original: Tensor, step: int) -> tuple[Tensor, list[list[Tensor]]]:
+        """One optimization step of the discriminators. Returns their loss and their feature maps of the originals."""
         self.requires_grad_(True)
-        loss = made.new_zeros(())
+        loss = output.new_zeros(())
         features = []
         networks = self.chosen(step)
         for network in networks:
-            known, real = network(original)
-            _, fake = network(made.detach())
+            maps, real = network(original)
+            _, fake = network(output.detach())
             loss = loss + ((real - 1).square().mean() + fake.square().mean()) / len(networks)
-            features.append([feature.detach() for feature in known])
+            features.append([feature.detach() for feature in maps])
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
         self.requires_grad_(False)
         return loss.detach(), features
 
-    def generator_losses(self, made: Tensor, features: list[list[Tensor]], step: int) -> tuple[Tensor, Tensor]:
-        """The model's adversarial loss (least squares) and feature-matching loss (relative L1) on its excerpts."""
-        fooled, apart = made.new_zeros(()), made.new_zeros(())
+    def judge(self, output: Tensor, features: list[list[Tensor]], step: int) -> tuple[Tensor, Tensor]:
+        """Losses of the model: adversarial, and feature matching relative to the feature maps' magnitude."""
+        adversarial, matching = output.new_zeros(()), output.new_zeros(())
         networks = self.chosen(step)
         for network, theirs in zip(networks, features, strict=True):
-            ours, score = network(made)
-            fooled = fooled + (score - 1).square().mean() / len(networks)
+            ours, score = network(output)
+            adversarial = adversarial + (score - 1).square().mean() / len(networks)
             for our, their in zip(ours, theirs, strict=True):
-                apart = apart + (our - their).abs().mean() / their.abs().mean() / (len(networks) * len(ours))
-        return fooled, apart
+                matching = matching + (our - their).abs().mean() / their.abs().mean() / (len(networks) * len(ours))
+        return adversarial, matching

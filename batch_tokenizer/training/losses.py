@@ -1,7 +1,7 @@
-"""How far a reconstruction is from the original: waveforms in, one number out.
+"""Spectral losses between reconstructions and originals.
 
-Both are compared at the original's level: each example is divided by the original's root mean square first, so a quiet
-example counts as much as a loud one, and its floor of silence is as far below it.
+Both are divided by the original's root mean square first, so a quiet example counts as much as a loud one and its
+silence is as far below it.
 """
 
 from __future__ import annotations
@@ -21,16 +21,15 @@ RESOLUTIONS: Sequence[tuple[int, int]] = ((512, 40), (1024, 80), (2048, 128))
 FLOOR = 1e-3
 
 #: Root mean square below which an original counts as silent and is no longer amplified (-80 dB of full scale).
-LEAST_LEVEL = 1e-4
+MIN_LEVEL = 1e-4
 
-#: Hz. The front end ends here, so what is above cannot be known from it.
+#: Hz. The front end ends here, so the model has no input from above.
 MEL_TOP = 8000.0
 
 #: Frames of 13 ms over which envelopes are correlated, as in STOI: 384 ms.
 ENVELOPE_FRAMES = 29
 
-
-#: Of each distance in the loss.
+#: Weight of each distance in the loss.
 WEIGHTS = {"mel": 1.0, "magnitude": 1.0, "envelope": 1.0, "loudness": 0.5, "level": 0.3}
 
 
@@ -85,9 +84,9 @@ class EnvelopeLoss(nn.Module):
         power = (spectrum.real.square() + spectrum.imag.square()).transpose(1, 2)
         return (power @ self.bands + 1e-4).sqrt()
 
-    def forward(self, made: Tensor, original: Tensor) -> Tensor:
+    def forward(self, output: Tensor, original: Tensor) -> Tensor:
         """Samples float32 (B, S) each, to a scalar. Segments more than 30 dB below the example's level count less."""
-        ours, theirs = self.envelopes(made), self.envelopes(original)
+        ours, theirs = self.envelopes(output), self.envelopes(original)
         segment = min(ENVELOPE_FRAMES, ours.shape[1])
         ours, theirs = (envelopes.unfold(1, segment, max(1, segment // 4)) for envelopes in (ours, theirs))
         weight = theirs.square().mean(-1)
@@ -100,7 +99,7 @@ class EnvelopeLoss(nn.Module):
 
 
 class LoudnessLoss(nn.Module):
-    """Difference of loudness in 42 Bark bands, relative to the original's, what is added counting more than what lacks.
+    """Difference of loudness in 42 Bark bands, relative to the original's. Added sound counts more than missing sound.
 
     After the perceptual model of ITU-T P.862: windows of 32 ms, loudness as a power law of exponent 0.23 above the
     threshold of hearing, differences below a quarter of the lesser loudness masked, and an asymmetry factor
@@ -115,7 +114,7 @@ class LoudnessLoss(nn.Module):
         super().__init__()
         self.size = 2 * round(sample_rate * 0.016)
         frequencies = torch.arange(self.size // 2 + 1) * (sample_rate / self.size)
-        # Traunmüller's Bark scale turned round gives the edges; a bin's share of a band is the overlap of both.
+        # Band edges by the inverse of Traunmüller's Bark scale; a bin's share of a band is the overlap of both.
         bark = torch.linspace(0.5, 21.2, bands + 1)
         edges = 1960 * (bark + 0.53) / (26.28 - bark)
         half = sample_rate / self.size / 2
@@ -138,9 +137,9 @@ class LoudnessLoss(nn.Module):
         """Band powers to sones, up to a factor."""
         return (0.5 + 0.5 * power / self.threshold).pow(0.23) - 1
 
-    def forward(self, made: Tensor, original: Tensor) -> Tensor:
+    def forward(self, output: Tensor, original: Tensor) -> Tensor:
         """Samples float32 (B, S) each, the original at unit root mean square, to a scalar."""
-        ours, theirs = self.powers(made), self.powers(original)
+        ours, theirs = self.powers(output), self.powers(original)
         loud, target = self.loudness(ours).clamp(min=0), self.loudness(theirs).clamp(min=0)
         apart = (loud - target).abs() - 0.25 * torch.minimum(loud, target)
         apart = apart.clamp(min=0)
@@ -154,12 +153,11 @@ class SpectralLoss(nn.Module):
     """The weighted sum of five distances, the first two averaged over resolutions.
 
     ``mel``: mean absolute difference of log-mel spectra, in which quiet bands count as much as loud ones.
-    ``magnitude``: that of square roots of magnitudes, bin by bin, which sees harmonics. ``envelope`` and ``loudness``:
-    those of the classes above.
-    ``level``: that of the logarithms of root mean squares; the others alone leave sounds some decibels too quiet, as
-    the median of an uncertain magnitude is below its mean.
+    ``magnitude``: that of square roots of magnitudes, bin by bin, which resolves harmonics. ``envelope``, ``loudness``:
+    the classes above. ``level``: that of logarithms of root mean squares; the others alone leave sounds some decibels
+    too quiet, as the median of an uncertain magnitude is below its mean.
 
-    Phases are left to the model: a mel front end keeps too little of them to compare waveforms.
+    Waveforms are not compared: a mel front end keeps too little of the phases.
     """
 
     def __init__(self, sample_rate: int) -> None:
@@ -168,21 +166,21 @@ class SpectralLoss(nn.Module):
         self.envelope = EnvelopeLoss(sample_rate)
         self.loudness = LoudnessLoss(sample_rate)
 
-    def forward(self, made: Tensor, original: Tensor, number: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Samples float32 (B, S) each to the loss, and its parts by name for the log.
+    def forward(self, output: Tensor, original: Tensor, number: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Samples float32 (B, S) each to the loss and its parts by name.
 
-        ``number`` takes two of the resolutions in turn, which costs less and is the same on average.
+        With a step's ``number`` two of the three resolutions are used, in turn: cheaper, and equal on average.
         """
-        level = original.square().mean(dim=1, keepdim=True).sqrt().clamp(min=LEAST_LEVEL)
-        made, original = made / level, original / level
+        level = original.square().mean(dim=1, keepdim=True).sqrt().clamp(min=MIN_LEVEL)
+        output, original = output / level, original / level
         count = len(self.spectra)
         chosen = (
             range(count) if number is None else {number % count, (number + 1 + number // count % (count - 1)) % count}
         )
-        parts: dict[str, Tensor] = {name: made.new_zeros(()) for name in ("mel", "magnitude")}
+        parts: dict[str, Tensor] = {name: output.new_zeros(()) for name in ("mel", "magnitude")}
         for index in chosen:
             spectrum = self.spectra[index]
-            our_magnitude = spectrum(made)
+            our_magnitude = spectrum(output)
             with torch.no_grad():
                 their_magnitude = spectrum(original)
                 their_mel = (their_magnitude @ spectrum.filters).clamp_(min=FLOOR).log_()
@@ -192,8 +190,8 @@ class SpectralLoss(nn.Module):
             apart = l1_loss(our_magnitude.sqrt(), their_root)
             parts["magnitude"] = parts["magnitude"] + apart / their_root.mean()
         parts = {name: part / len(chosen) for name, part in parts.items()}
-        parts["envelope"] = self.envelope(made, original)
-        parts["loudness"] = self.loudness(made, original)
-        ours, theirs = (0.5 * (samples.square().mean(dim=1) + FLOOR**2).log() for samples in (made, original))
+        parts["envelope"] = self.envelope(output, original)
+        parts["loudness"] = self.loudness(output, original)
+        ours, theirs = (0.5 * (samples.square().mean(dim=1) + FLOOR**2).log() for samples in (output, original))
         parts["level"] = l1_loss(ours, theirs)
         return torch.stack([WEIGHTS[name] * part for name, part in parts.items()]).sum(), parts

@@ -1,10 +1,10 @@
-"""Where training starts: random weights, or those of a checkpoint, which may be smaller.
+"""Initial weights: random ones, or those of a checkpoint, which may have fewer vocoder layers.
 
-The decoder normalises twice over a whole utterance (GroupNorm with one group). Left alone, that takes away the mean of
-all mel channels, which is the utterance's loudness, and divides by their spread, which depends on its silences. Two
+The decoder normalizes twice over a whole utterance (GroupNorm with one group). With usual weights that removes the mean
+of all mel channels, which is the utterance's loudness, and divides by their spread, which depends on its silences. Two
 patterns over the channels prevent it. Channels alternate in sign, so that a change of level, which moves all mel
-channels alike, does not move the mean. Constant offsets, larger than the signal and orthogonal to those signs, make
-the spread nearly constant. ``norm.weight`` and ``norm.bias`` take both back.
+channels alike, leaves the mean at zero. Constant offsets, larger than the signal and orthogonal to those signs, make
+the spread nearly constant. ``norm.weight`` and ``norm.bias`` undo both.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from batch_tokenizer.codecs.mimo.model import MiMoAudioTokenizer
 from batch_tokenizer.kernels.segments import Segments
 from batch_tokenizer.records import RunError
 
-#: Mean and deviation of log-mel values of speech, to within what a start needs.
+#: Mean and standard deviation of log-mel values of speech, roughly.
 MEL_MEAN, MEL_DEVIATION = -6.0, 4.0
 
-#: Size of the constant offsets ahead of a GroupNorm, in deviations of what they protect.
+#: Size of the constant offsets ahead of a GroupNorm, in deviations of the channels.
 OFFSET = 6.0
 
 
 def make_model(config: MiMoConfig, seed: int) -> MiMoAudioTokenizer:
-    """A model with random weights and empty codebooks, whose first and last layers suit log-mel spectra."""
+    """A model with random weights and empty codebooks, whose first and last layers are scaled for log-mel spectra."""
     torch.manual_seed(seed)
     model = MiMoAudioTokenizer(config)
     conv1 = model.encoder.conv1
@@ -48,18 +48,18 @@ def make_model(config: MiMoConfig, seed: int) -> MiMoAudioTokenizer:
 
 
 def up_samplings(model: MiMoAudioTokenizer) -> list[UpSampling]:
-    """The decoder's modules that normalise over an utterance."""
+    """The decoder's modules that normalize over an utterance."""
     assert model.decoder is not None
     return [*([model.decoder.dconv1] if model.decoder.pooled else []), model.decoder.dconv2]
 
 
 @torch.no_grad()
 def protect_level(module: UpSampling, centre: Tensor, mean: Tensor, deviation: Tensor, spread: Tensor) -> None:
-    """Rewrites a module so that its GroupNorm keeps levels, with the same output at typical statistics.
+    """Rewrites a module's weights so that its GroupNorm keeps levels, with the same output at typical statistics.
 
     Args:
         centre: float32 (C,), the mean of each channel ahead of the norm.
-        mean, deviation: scalars, what the norm subtracts and divides by.
+        mean, deviation: scalars, typical values that the norm subtracts and divides by.
         spread: scalar, the deviation of channels from their ``centre``.
     """
     channels = torch.arange(len(centre))
@@ -77,9 +77,9 @@ def protect_level(module: UpSampling, centre: Tensor, mean: Tensor, deviation: T
 
 @torch.no_grad()
 def start_from(model: MiMoAudioTokenizer, config: MiMoConfig, folder: str, mels: Sequence[Tensor]) -> None:
-    """Copies a checkpoint's weights, and protects levels where it does not.
+    """Copies a checkpoint's weights, and rewrites those whose GroupNorm does not keep levels.
 
-    Layers of the vocoder that the checkpoint lacks start as identities: their outputs are zero.
+    Vocoder layers that the checkpoint lacks start as identities: their residual branches are zero.
 
     Args:
         folder: of a checkpoint of the same shape but for ``vocoder_num_layers``.
@@ -107,7 +107,7 @@ def start_from(model: MiMoAudioTokenizer, config: MiMoConfig, folder: str, mels:
 
 
 def _protects_level(module: UpSampling) -> bool:
-    """Whether the constant offsets are there."""
+    """Whether the module has the constant offsets of ``protect_level``."""
     bias = module.conv.get_parameter("bias")
     pattern = 1.0 - 2.0 * (torch.arange(len(bias)) // 2 % 2)
     return float(bias @ pattern) > 0.7 * float(bias.norm() * pattern.norm())
@@ -116,7 +116,7 @@ def _protects_level(module: UpSampling) -> bool:
 def _statistics(
     model: MiMoAudioTokenizer, module: UpSampling, mels: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What ``protect_level`` takes, over all utterances."""
+    """``centre``, ``mean``, ``deviation`` and ``spread`` of ``protect_level``, measured on all utterances."""
     seen: list[Tensor] = []
 
     def keep(_: nn.Module, inputs: tuple[Tensor, Segments]) -> None:
@@ -136,10 +136,10 @@ def _statistics(
 
 @torch.no_grad()
 def _start_phase(head: SpectrumHead) -> None:
-    """Lets every frame's waveform be symmetric about the frame's centre, where the window is widest.
+    """Initializes phases so that a frame's waveform is symmetric about the frame's centre, where the window is largest.
 
-    From the usual start, phases near zero put it at the frame's edges. The original magnitudes with these phases reach
-    a STOI of 0.91 at a window of 960 and a hop of 480, against 0.84 with random ones; training goes on from there.
+    Phases near zero, the usual initial values, put it at the frame's edges. Original magnitudes with these phases have
+    a STOI of 0.91 at a window of 960 and a hop of 480, against 0.84 with random ones.
     """
     magnitude, phase = head.out.weight.chunk(2)
     magnitude.mul_(0.5)

@@ -29,11 +29,13 @@ from batch_tokenizer.kernels.segments import Segments
 from batch_tokenizer.records import RunError
 from batch_tokenizer.training.__main__ import main
 from batch_tokenizer.training.augmentation import Augmentation, augment
-from batch_tokenizer.training.crops import Audio, AudioFile, Crops, Numbers, crop_length, read_manifest
+from batch_tokenizer.training.crops import Audio, AudioFile, BatchNumbers, Crops, crop_length, mel_of, read_manifest
 from batch_tokenizer.training.discriminators import Adversary
 from batch_tokenizer.training.losses import RESOLUTIONS, SpectralLoss
-from batch_tokenizer.training.recipe import SMALL, Recipe, Trainer, load_held_out, train
+from batch_tokenizer.training.recipe import SMALL, Recipe
+from batch_tokenizer.training.run import load_utterances, train
 from batch_tokenizer.training.starting import make_model, protect_level
+from batch_tokenizer.training.trainer import Trainer
 from tests.support.checkpoints import TINY
 from tests.support.command import ROOT
 
@@ -369,7 +371,7 @@ def test_crops_are_a_function_of_their_number(manifest: Path) -> None:
 
 
 def test_batches_number_crops_without_gap_or_repeat() -> None:
-    numbers = iter(Numbers(2, 3))
+    numbers = iter(BatchNumbers(2, 3))
     assert [next(numbers), next(numbers)] == [[6, 7, 8], [9, 10, 11]]
 
 
@@ -401,7 +403,7 @@ def test_held_out_audio_must_be_readable(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     path.write_text(json.dumps({"wav": str(tmp_path / "absent.wav"), "duration": 3}) + "\n")
     with pytest.raises(RunError, match="half a second"):
-        load_held_out(path, tmp_path, MiMoConfig.from_json(CONFIG))
+        load_utterances(path, tmp_path, MiMoConfig.from_json(CONFIG))
 
 
 def test_the_loss_is_nought_for_a_copy_and_grows_with_noise() -> None:
@@ -457,4 +459,4 @@ def test_calibration_leaves_no_change_of_level_on_average(manifest: Path, tmp_pa
     utterances = [torch.from_numpy(tone(0.8, pitch)) for pitch in (120, 180, 240)]
     trainer.calibrate(utterances)
     assert trainer.calibrate(utterances) == pytest.approx(0.0, abs=0.01)
-    assert abs(trainer.watch(utterances, [3])["level_3"]) < 0.1
+    assert abs(trainer.score(utterances, [3])["level_3"]) < 0.1

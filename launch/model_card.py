@@ -1,0 +1,127 @@
+"""The model card and the licence of a checkpoint that ``train_default.sh`` trained.
+
+python launch/model_card.py DIR      # reads DIR/train.jsonl, run/log.jsonl, scores/; writes DIR/run/checkpoint
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from speech_manifests import PACKAGES
+
+#: Metric of ``batch_tokenizer evaluate``: its heading and digits.
+COLUMNS = {
+    "stoi": ("STOI", 3),
+    "pesq_wb": ("PESQ-WB", 2),
+    "sim": ("SIM", 3),
+    "mos": ("MOS predicted", 2),
+    "level_change": ("level, dB", 1),
+}
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Objects of a JSON-lines file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def data_table(rows: list[dict[str, Any]]) -> str:
+    """A line for each package that training used: files, hours, licence and credit."""
+    lines = ["| package | files | hours | licence | credit |", "|---|---|---|---|---|"]
+    for name, package in PACKAGES.items():
+        seconds = [row["duration"] for row in rows if row["source"] == name]
+        if seconds:
+            hours = f"{sum(seconds) / 3600:.2f}"
+            lines.append(f"| `{name}` | {len(seconds)} | {hours} | {package.licence} | © {package.credit} |")
+    return "\n".join(lines)
+
+
+def score_table(groups: list[dict[str, Any]]) -> str:
+    """A line for each voice and number of codebooks: means, with half of the 95 % interval where there is one."""
+    names = [name for name in COLUMNS if any(name in group["estimates"] for group in groups)]
+    headings = " | ".join(COLUMNS[name][0] for name in names)
+    lines = [f"| voice | n | codebooks | {headings} |", "|---|---|---|" + "---|" * len(names)]
+    for group in groups:
+        cells = [cell(group["estimates"].get(name), COLUMNS[name][1]) for name in names]
+        lines.append(f"| {group['name']} | {group['count']} | {group['num_quantizers']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def cell(estimate: dict[str, Any] | None, digits: int) -> str:
+    """An estimate as text."""
+    if estimate is None:
+        return "–"
+    if estimate["low"] is None:
+        return f"{estimate['mean']:.{digits}f}"
+    return f"{estimate['mean']:.{digits}f} ±{(estimate['high'] - estimate['low']) / 2:.{digits}f}"
+
+
+def licence(rows: list[dict[str, Any]]) -> str:
+    """What the weights' licence file says."""
+    return f"""The weights in this folder are under the licence Creative Commons Attribution-ShareAlike 4.0 International,
+https://creativecommons.org/licenses/by-sa/4.0/legalcode (SPDX: CC-BY-SA-4.0).
+
+They were trained from random weights on these recordings. CC BY-SA 3.0 allows adaptations under a later version of the
+licence, CC BY 3.0 and the BSD terms allow them under any that keeps the notices below.
+
+{data_table(rows)}
+
+{FESTVOX_RU_NOTICE}"""
+
+
+FESTVOX_RU_NOTICE = """festvox-ru asks that its notice be kept:
+
+> Nickolay V. Shmyrev, Copyright (c) 2005, All Rights Reserved. Permission is hereby granted, free of charge, to use
+> and distribute this software and its documentation without restriction, including without limitation the rights to
+> use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of this work, and to permit persons to
+> whom this work is furnished to do so, subject to the following conditions: 1. The code must retain the above
+> copyright notice, this list of conditions and the following disclaimer. 2. Any modifications must be clearly marked
+> as such. 3. Original authors' names are not deleted. 4. The authors' names are not used to endorse or promote
+> products derived from this software without specific prior written permission. THE AUTHOR AND THE CONTRIBUTORS TO
+> THIS WORK DISCLAIM ALL WARRANTIES WITH REGARD TO THIS SOFTWARE, INCLUDING ALL IMPLIED WARRANTIES OF MERCHANTABILITY
+> AND FITNESS, IN NO EVENT SHALL THE UNIVERSITY OF EDINBURGH NOR THE CONTRIBUTORS BE LIABLE FOR ANY SPECIAL, INDIRECT
+> OR CONSEQUENTIAL DAMAGES OR ANY DAMAGES WHATSOEVER RESULTING FROM LOSS OF USE, DATA OR PROFITS, WHETHER IN AN ACTION
+> OF CONTRACT, NEGLIGENCE OR OTHER TORTIOUS ACTION, ARISING OUT OF OR IN CONNECTION WITH THE USE OR PERFORMANCE OF
+> THIS SOFTWARE.
+"""
+
+
+def card(folder: Path, rows: list[dict[str, Any]]) -> str:
+    """The model card: data, figures by voice, how it was trained."""
+    steps = [line for line in read_lines(folder / "run" / "log.jsonl") if "hours" in line]
+    groups = json.loads((folder / "scores" / "summary.json").read_text(encoding="utf-8"))["groups"]
+    trained = f"{steps[-1]['step']} steps, {steps[-1]['hours']} hours of audio" if steps else "less than one log line"
+    hours = sum(row["duration"] for row in rows) / 3600
+    return f"""# A tokenizer trained by `launch/train_default.sh`
+
+Trained from random weights: {trained}. `config.json` has its shape, `LICENSE` its licence (CC BY-SA 4.0) and credits.
+
+## Figures
+
+Clips of 2 to 8 s, none used in training. "never heard": no recording of that voice was in training. ± is half the 95 %
+bootstrap interval of the mean.
+
+{score_table(groups)}
+
+## Data
+
+{hours:.1f} hours. No recording is in this folder, and none of those under the GPL was used in training.
+
+{data_table(rows)}
+"""
+
+
+def main() -> None:
+    """Writes ``README.md`` and ``LICENSE`` beside the weights."""
+    folder = Path(sys.argv[1])
+    rows = read_lines(folder / "train.jsonl")
+    checkpoint = folder / "run" / "checkpoint"
+    (checkpoint / "LICENSE").write_text(licence(rows), encoding="utf-8")
+    (checkpoint / "README.md").write_text(card(folder, rows), encoding="utf-8")
+    print(f"{checkpoint}: model card and licence written")
+
+
+if __name__ == "__main__":
+    main()
