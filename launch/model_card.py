@@ -45,7 +45,8 @@ def score_table(groups: list[dict[str, Any]]) -> str:
     lines = [f"| voice | n | codebooks | {headings} |", "|---|---|---|" + "---|" * len(names)]
     for group in groups:
         cells = [cell(group["estimates"].get(name), COLUMNS[name][1]) for name in names]
-        lines.append(f"| {group['name']} | {group['count']} | {group['num_quantizers']} | {' | '.join(cells)} |")
+        voice = group["name"].removeprefix("voice=")
+        lines.append(f"| {voice} | {group['count']} | {group['num_quantizers']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -60,7 +61,7 @@ def cell(estimate: dict[str, Any] | None, digits: int) -> str:
 
 def licence(rows: list[dict[str, Any]]) -> str:
     """What the weights' licence file says."""
-    return f"""The weights in this folder are under the licence Creative Commons Attribution-ShareAlike 4.0 International,
+    return f"""The weights in this folder are under Creative Commons Attribution-ShareAlike 4.0 International,
 https://creativecommons.org/licenses/by-sa/4.0/legalcode (SPDX: CC-BY-SA-4.0).
 
 They were trained from random weights on these recordings. CC BY-SA 3.0 allows adaptations under a later version of the
@@ -96,7 +97,8 @@ def card(folder: Path, rows: list[dict[str, Any]]) -> str:
     hours = sum(row["duration"] for row in rows) / 3600
     return f"""# A tokenizer trained by `launch/train_default.sh`
 
-Trained from random weights: {trained}. `config.json` has its shape, `LICENSE` its licence (CC BY-SA 4.0) and credits.
+Trained from random weights: {trained}. `config.json` has its shape, `LICENSE` its licence (CC BY-SA 4.0)
+and credits.
 
 ## Figures
 
