@@ -193,8 +193,3 @@ def crop_length(config: MiMoConfig, token_frames: int) -> int:
     """Length in samples of the longest utterance whose mel frames fill exactly ``token_frames`` token frames."""
     per_token = config.stride_size * config.avg_pooler
     return (token_frames * per_token - 1) * config.hop_length
-
-
-def mel_of(samples: Samples, config: MiMoConfig) -> Samples:
-    """Log-mel (n_mels, L) of samples (S,), as the codec's front end computes it."""
-    return log_mel(samples, config.mel)

@@ -119,7 +119,7 @@ class Adversary(nn.Module):
         self.requires_grad_(False)
         return loss.detach(), features
 
-    def judge(self, output: Tensor, features: list[list[Tensor]], step: int) -> tuple[Tensor, Tensor]:
+    def generator_losses(self, output: Tensor, features: list[list[Tensor]], step: int) -> tuple[Tensor, Tensor]:
         """Losses of the model: adversarial, and feature matching relative to the feature maps' magnitude."""
         adversarial, matching = output.new_zeros(()), output.new_zeros(())
         networks = self.chosen(step)

@@ -12,23 +12,23 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import l1_loss
 
+from batch_tokenizer.audio.mel import log_mel
 from batch_tokenizer.codecs.mimo.config import MiMoConfig
 from batch_tokenizer.codecs.mimo.encoder import EncoderLayout
 from batch_tokenizer.codecs.mimo.model import MiMoAudioTokenizer
 from batch_tokenizer.records import RunError, first_line
+from batch_tokenizer.storage.atomic import atomic_write
 from batch_tokenizer.training.codebooks import CodebookTrainer, Quantized, perplexity
-from batch_tokenizer.training.crops import mel_of
 from batch_tokenizer.training.discriminators import Adversary
 from batch_tokenizer.training.losses import MIN_LEVEL, SpectralLoss
 from batch_tokenizer.training.recipe import Recipe
@@ -68,14 +68,14 @@ class Trainer:
         self.seconds = 0.0
         self.finished = False  # all steps done and levels calibrated
         self.average = [p.detach().clone() for p in self.model.parameters()]
-        self._hidden: list[Tensor] = []
+        self._hidden: list[Tensor] = []  # of the steps before the codebooks are initialized
         self._coarse: list[Tensor] = []
         assert self.model.decoder is not None
         self.model.decoder.dconv2.register_forward_hook(self._keep_coarse)
 
     def start_from(self, folder: str, utterances: Sequence[Tensor]) -> None:
         """Loads initial weights from a checkpoint; ``utterances`` are samples (S,) to measure statistics on."""
-        mels = [torch.from_numpy(mel_of(samples.numpy(), self.config)).to(self.device) for samples in utterances]
+        mels = [torch.from_numpy(log_mel(samples.numpy(), self.config.mel)).to(self.device) for samples in utterances]
         start_from(self.model, self.config, folder, mels)
         torch._foreach_copy_(self.average, [p.detach() for p in self.model.parameters()])
 
@@ -161,7 +161,7 @@ class Trainer:
         """One step of the discriminators, and the model's adversarial loss with its warmup."""
         output, samples = self.adversary.excerpts(output, samples)
         parts["discriminators"], features = self.adversary.learn(output, samples, self.step)
-        parts["adversarial"], parts["features"] = self.adversary.judge(output, features, self.step)
+        parts["adversarial"], parts["features"] = self.adversary.generator_losses(output, features, self.step)
         self.adversary.steps += 1
         growth = min(1.0, float(self.adversary.steps) / ADVERSARY_WARMUP)
         return growth * (
@@ -206,7 +206,7 @@ class Trainer:
         self.model.eval()
         result: dict[str, Any] = {}
         with self.averaged():
-            mels = [torch.from_numpy(mel_of(utterance.numpy(), self.config)) for utterance in utterances]
+            mels = [torch.from_numpy(log_mel(utterance.numpy(), self.config.mel)) for utterance in utterances]
             codes = self.model.encode_utterances([mel.to(self.device) for mel in mels])
             for number in numbers:
                 outputs = self.model.decode_utterances([code[:, :number] for code in codes])
@@ -237,7 +237,7 @@ class Trainer:
         with self.averaged():
             changes = []
             for utterance in utterances:
-                mel = torch.from_numpy(mel_of(utterance.numpy(), self.config)).to(self.device)
+                mel = torch.from_numpy(log_mel(utterance.numpy(), self.config.mel)).to(self.device)
                 (output,) = self.model.decode_utterances(self.model.encode_utterances([mel]))
                 output, original = _unit_level(output, utterance.to(self.device))
                 if original.square().mean() > 0.5:  # not silence
@@ -250,11 +250,16 @@ class Trainer:
         return -20 / math.log(10) * change
 
     def save(self) -> None:
-        """Writes ``state.pt``, from which the run resumes, and ``checkpoint/`` with the averaged weights."""
+        """Writes ``state.pt``, from which the run resumes, and ``checkpoint/`` with the averaged weights.
+
+        Raises:
+            RunError: they cannot be written.
+        """
         state = {
             "config": dict(self.recipe.config),
             "model": self.model.state_dict(),
             "codebooks": self.codebooks.state_dict(),
+            "hidden": self._hidden,
             "optimizer": self.optimizer.state_dict(),
             "average": self.average,
             "adversary": self.adversary.state_dict(),
@@ -264,9 +269,15 @@ class Trainer:
             "finished": self.finished,
             "random": torch.get_rng_state(),
         }
-        _publish(self.recipe.out / "state.pt", lambda path: torch.save(state, path))
-        with self.averaged():
-            export(self.model, self.recipe.config, self.recipe.out / "checkpoint")
+        out = self.recipe.out
+        try:
+            with atomic_write(out / "state.pt") as file:
+                torch.save(state, file)
+            with self.averaged():
+                export(self.model, self.recipe.config, out / "checkpoint")
+        except (OSError, RuntimeError) as error:  # torch turns errors of the disk into RuntimeError
+            remedy = "make room and start the same command again"
+            raise RunError(f"{out}: cannot be written: {first_line(error)}; {remedy}", exit_code=1) from error
 
     def resume(self) -> bool:
         """Loads the state in the run folder. Returns whether there is one.
@@ -286,6 +297,7 @@ class Trainer:
             raise RunError(f"{path}: is of another config; choose another --out, or the same config")
         self.model.load_state_dict(state["model"])
         self.codebooks.load_state_dict(state["codebooks"])
+        self._hidden = [frames.to(self.device) for frames in state.get("hidden", [])]
         self.optimizer.load_state_dict(state["optimizer"])
         torch._foreach_copy_(self.average, state["average"])
         self.adversary.load_state_dict(state["adversary"])
@@ -296,17 +308,21 @@ class Trainer:
 
 
 def export(model: MiMoAudioTokenizer, config: Mapping[str, Any], folder: Path) -> None:
-    """Writes a checkpoint folder: parameters in half precision, buffers (codebooks, window) in float32."""
+    """Writes a checkpoint folder: parameters in half precision, buffers (codebooks, window) in float32.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     parameters = {name for name, _ in model.named_parameters()}
     tensors = {
         name: (tensor.half() if name in parameters else tensor).detach().cpu().contiguous()
         for name, tensor in model.state_dict().items()
     }
-    text = json.dumps(dict(config), indent=1) + "\n"
-    _publish(folder / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
-    _publish(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    (folder / "model.safetensors").chmod(0o644)  # the library makes it readable by its owner only
+    with atomic_write(folder / "config.json") as file:
+        file.write((json.dumps(dict(config), indent=1) + "\n").encode())
+    with atomic_write(folder / "model.safetensors") as file:
+        file.write(safetensors.torch.save(tensors, metadata={"format": "pt"}))
 
 
 def _unit_level(output: Tensor, original: Tensor) -> tuple[Tensor, Tensor]:
@@ -314,18 +330,3 @@ def _unit_level(output: Tensor, original: Tensor) -> tuple[Tensor, Tensor]:
     length = min(len(output), len(original))
     level = original[:length].square().mean().sqrt().clamp(min=MIN_LEVEL)
     return output[None, :length] / level, original[None, :length] / level
-
-
-def _publish(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes a file beside its place, then renames it, so that it is whole or absent.
-
-    Raises:
-        RunError: it cannot be written.
-    """
-    beside = path.with_name(path.name + ".part")
-    try:
-        write(beside)
-        os.replace(beside, path)
-    except (OSError, RuntimeError) as error:
-        remedy = "make room and start the same command again"
-        raise RunError(f"{path}: cannot be written: {first_line(error)}; {remedy}", exit_code=1) from error

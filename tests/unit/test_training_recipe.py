@@ -29,7 +29,7 @@ from batch_tokenizer.kernels.segments import Segments
 from batch_tokenizer.records import RunError
 from batch_tokenizer.training.__main__ import main
 from batch_tokenizer.training.augmentation import Augmentation, augment
-from batch_tokenizer.training.crops import Audio, AudioFile, BatchNumbers, Crops, crop_length, mel_of, read_manifest
+from batch_tokenizer.training.crops import Audio, AudioFile, BatchNumbers, Crops, crop_length, read_manifest
 from batch_tokenizer.training.discriminators import Adversary
 from batch_tokenizer.training.losses import RESOLUTIONS, SpectralLoss
 from batch_tokenizer.training.recipe import SMALL, Recipe
@@ -134,19 +134,44 @@ def test_every_parameter_gets_a_gradient(manifest: Path, tmp_path: Path) -> None
     assert without == []
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(manifest: Path, tmp_path: Path) -> None:
+def test_a_killed_and_then_stopped_run_resumes_as_if_it_had_not_ended(manifest: Path, tmp_path: Path) -> None:
     whole = train(tiny(manifest, tmp_path / "whole", steps=8, quantize_from=3))
-    calls = iter(range(100))
-    part = train(tiny(manifest, tmp_path / "part", steps=8, quantize_from=3), stop=lambda: next(calls) == 5)
-    assert part.step == 5
+    part = tiny(manifest, tmp_path / "part", steps=8, quantize_from=3, save_every=0.0)
+
+    def kill() -> bool:
+        raise KeyboardInterrupt
+
+    # 1. Ended without another save, after the second step's.
+    calls = iter((lambda: False, lambda: False, kill))
+    with pytest.raises(KeyboardInterrupt):
+        train(part, stop=lambda: next(calls)())
+    assert torch.load(tmp_path / "part" / "state.pt", weights_only=True)["step"] == 2
+    # 2. Stopped after three more.
+    stops = iter((False, False, False, True))
+    assert train(part, stop=lambda: next(stops)).step == 5
     assert (tmp_path / "part" / "checkpoint" / "model.safetensors").exists()
-    part = train(tiny(manifest, tmp_path / "part", steps=8, quantize_from=3))
-    assert part.step == 8
+    # 3. To its end.
+    ended = train(part)
+    assert ended.step == 8
     for name, tensor in whole.model.state_dict().items():
-        assert torch.allclose(tensor, part.model.state_dict()[name], atol=1e-5), name
-    # A run that is over stays as it is.
-    again = train(tiny(manifest, tmp_path / "part", steps=8, quantize_from=3))
-    assert again.step == 8
+        assert torch.allclose(tensor, ended.model.state_dict()[name], atol=1e-5), name
+    # 4. A finished run stays as it is.
+    before = (tmp_path / "part" / "state.pt").read_bytes()
+    assert train(part).step == 8
+    assert (tmp_path / "part" / "state.pt").read_bytes() == before
+
+
+def test_a_damaged_state_is_one_line(manifest: Path, tmp_path: Path) -> None:
+    (tmp_path / "state.pt").write_bytes(b"not a state")
+    with pytest.raises(RunError, match=r"state\.pt: cannot be read: .*; remove it"):
+        train(tiny(manifest, tmp_path))
+
+
+def test_a_full_disk_is_one_line(manifest: Path, tmp_path: Path) -> None:
+    trainer = Trainer(tiny(manifest, tmp_path / "run"))
+    (tmp_path / "run").write_text("a file where the folder should be")
+    with pytest.raises(RunError, match=r"cannot be written: .*; make room"):
+        trainer.save()
 
 
 def test_a_signal_to_the_whole_job_ends_it_with_its_last_step_saved(manifest: Path, tmp_path: Path) -> None:
