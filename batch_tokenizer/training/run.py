@@ -85,6 +85,7 @@ def train(recipe: Recipe, stop: Callable[[], bool] = lambda: False) -> Trainer:
         Crops(audio, config, recipe.token_frames, recipe.seed, recipe.augmentation),
         batch_sampler=BatchNumbers(trainer.step, recipe.batch_size), num_workers=recipe.num_workers,
         prefetch_factor=4 if recipe.num_workers else None, worker_init_fn=_ignore_stop_signals,
+        generator=torch.Generator(),  # torch's own is restored by resuming and must not be drawn from here
     )  # fmt: skip
     clock = saved = time.monotonic()
     with _lost_workers_are_run_errors():

@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import safetensors.torch
@@ -290,9 +291,9 @@ class Trainer:
             return False
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, ValueError, EOFError) as error:
-            remedy = "remove it to train from the start"
-            raise RunError(f"{path}: cannot be read: {first_line(error)}; {remedy}") from error
+        except (OSError, RuntimeError, ValueError, EOFError, UnpicklingError) as error:
+            reason = first_line(error) if isinstance(error, OSError) else "is damaged"
+            raise RunError(f"{path}: {reason}; remove it to train from the start") from error
         if state["config"] != dict(self.recipe.config):
             raise RunError(f"{path}: is of another config; choose another --out, or the same config")
         self.model.load_state_dict(state["model"])
