@@ -43,8 +43,8 @@ OUTPUT_SETTINGS = ("sink", "output_dir", "audio_format")
 
 #: Fields and columns that stand beside the codes of a row.
 _OTHER_FIELDS = frozenset(
-    ("key", "codec", "fingerprint", "num_frames", "num_samples", "duration", "audio", "info", "manifest_row",
-     "batch_tokenizer")
+    ("key", "codec", "fingerprint", "num_frames", "num_samples", "duration", "audio", "hidden_states", "info",
+     "manifest_row", "batch_tokenizer")
 )  # fmt: skip
 
 _METAVARS = {int: "N", float: "SECONDS"}
@@ -195,6 +195,8 @@ class RunConfig:
     window_merge: WindowMerge = option("complete", "single codecs",
         "S3Tokenizer: merge the windows of audio above 30 s without loss (complete), or as the published code does, "
         "which can lose up to 2 s of tokens before the end (published)")
+    hidden_states: bool = option(False, "single codecs",
+        "MiMo, MOSS: store the encoder's output before quantization as float16 (T, d) beside the codes")
     noise_seed: int | None = option(None, "single codecs",
         "SNAC: decode with noise, as the published code does, drawn from this seed and the utterance's own codes",
         minimum=0, unset="no noise, which is its mean")
@@ -250,6 +252,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         for name, declared in options().items():
             declared.check(getattr(self, name))
+        if self.hidden_states and self.task == "token2wav":
+            raise RunError("--hidden_states needs a task that encodes: wav2token or wav2token2wav")
         if self.evaluate_every and self.task != "wav2token2wav":
             raise RunError(f"--evaluate_every needs --task wav2token2wav: {self.task} has nothing to compare")
         if self.stop_below and not self.evaluate_every:
@@ -266,6 +270,8 @@ class RunConfig:
             )
         if self.strict and self.max_failed is not None:
             raise RunError(f"--strict is --max_failed 0, and not {self.max_failed}: leave one of them out")
+        if self.sink == "jsonl" and self.hidden_states:
+            raise RunError("--sink jsonl holds tokens and fields, and --hidden_states makes arrays: use another --sink")
         if self.shard >= self.num_shards:
             raise RunError(f"--shard {self.shard}: must be below --num_shards {self.num_shards}")
 

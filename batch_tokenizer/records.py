@@ -256,6 +256,7 @@ class TokenizedRow:
             [-1, 1]; None in ``wav2token``. Those of a long row are a ``numpy.memmap``, so that they need no memory.
         num_samples: as in ``LoadedRow``.
         segments: of a row that was encoded in segments, the first frame and the first sample of each.
+        hidden_states: float16 (T, d), the encoder's output before quantization; None where it is not kept.
     """
 
     row: ManifestRow
@@ -263,6 +264,7 @@ class TokenizedRow:
     samples: npt.NDArray[np.float32] | None
     num_samples: int
     segments: tuple[tuple[int, int], ...] | None = None
+    hidden_states: npt.NDArray[np.float16] | None = None
 
 
 @dataclass(frozen=True, slots=True)

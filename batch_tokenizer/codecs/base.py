@@ -116,6 +116,9 @@ class CodecSpec(ABC):
     #: What the one channel is of a file with several, where the codec has one and the row names none.
     downmix: ClassVar[Downmix] = "mean"
 
+    #: Whether a run keeps the encoder's output before quantization (``Codec.encode_hidden``).
+    hidden_states: bool = False
+
     #: Whether the codec has streams, whose results are those of one pass.
     streams: ClassVar[bool] = False
 
@@ -131,7 +134,8 @@ class CodecSpec(ABC):
         for name, value in chosen.items():
             if name not in self.options:
                 has = f"it has {', '.join(f'--{known}' for known in self.options)}" if self.options else "it has none"
-                raise RunError(f"--{name} {value}: not a setting of {self.info.family}; {has}")
+                flag = f"--{name}" if value is True else f"--{name} {value}"
+                raise RunError(f"{flag}: not a setting of {self.info.family}; {has}")
         return replace(self, **chosen)  # type: ignore[type-var]  # subclasses are dataclasses
 
     def with_recorded(self, settings: Mapping[str, Any]) -> Self:
@@ -167,17 +171,19 @@ class CodecSpec(ABC):
         """Whether ``features`` of some utterance have this length, of those that have no fewer or more."""
         return length >= 1
 
-    @abstractmethod
     def num_frames(self, num_samples: int) -> int:
-        """Token frames T of an utterance of ``num_samples`` >= 1 samples of each channel."""
+        """Token frames T of an utterance of ``num_samples`` >= 1 samples of each channel; by default as many as hold
+        them."""
+        return -(-num_samples // self.info.samples_per_frame)
 
-    @abstractmethod
     def num_output_samples(self, num_frames: int) -> int:
-        """Samples of each channel that ``num_frames`` >= 1 frames decode to, at ``info.output_sample_rate``.
+        """Samples of each channel that ``num_frames`` >= 1 frames decode to, at ``info.output_sample_rate``; by default
+        ``info.samples_per_frame`` each.
 
         Raises:
             RowError: the model cannot decode that many.
         """
+        return num_frames * self.info.samples_per_frame
 
 
 class CodecStream(Protocol):
@@ -187,18 +193,24 @@ class CodecStream(Protocol):
     def encode(self, features: Sequence[npt.NDArray[np.float32]], num_quantizers: int) -> list[npt.NDArray[np.uint16]]:
         """Features of whole frames, of the last piece also of less, to their codes."""
 
+    def encode_hidden(
+        self, features: Sequence[npt.NDArray[np.float32]], num_quantizers: int
+    ) -> tuple[list[npt.NDArray[np.uint16]], list[npt.NDArray[np.float16]]]:
+        """As ``Codec.encode_hidden``, where ``spec.hidden_states``."""
+
     def decode(self, codes: Sequence[npt.NDArray[np.uint16]]) -> list[npt.NDArray[np.float32]]:
         """Codes to their samples."""
 
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """What a batch became: codes (T_i, K_i), samples as ``Codec.decode`` gives them if the task has any, and the
-    device's seconds by stage."""
+    """What a batch became: codes (T_i, K_i), samples as ``Codec.decode`` gives them if the task has any, the device's
+    seconds by stage, and hidden states (T_i, d) where ``spec.hidden_states``."""
 
     codes: list[npt.NDArray[np.uint16]]
     samples: list[npt.NDArray[np.float32]] | None
     seconds: Mapping[Stage, float]
+    hidden_states: list[npt.NDArray[np.float16]] | None = None
 
 
 class Computation(Protocol):
@@ -274,13 +286,21 @@ class Codec(ABC):
             ValueError: ``num_quantizers`` is not 1 to ``num_codebooks``, or a member is not as ``spec.features`` makes
                 it: of another shape or number format, or not finite.
         """
-        count = self.info.num_codebooks
-        num_quantizers = count if num_quantizers is None else num_quantizers
-        if not isinstance(num_quantizers, (int, np.integer)) or not 1 <= num_quantizers <= count:
-            raise ValueError(f"{num_quantizers} codebooks asked for: this checkpoint has 1 to {count}")
-        for index, member in enumerate(features):
-            self._check_features(member, f"utterance {index}")
-        return self.encode_batch(features, int(num_quantizers)) if len(features) else []
+        count = self._check_encoding(features, num_quantizers)
+        return self.encode_batch(features, count) if len(features) else []
+
+    def encode_hidden(
+        self, features: Sequence[npt.NDArray[np.float32]], num_quantizers: int | None = None
+    ) -> tuple[list[npt.NDArray[np.uint16]], list[npt.NDArray[np.float16]]]:
+        """The codes of ``encode``, and the encoder's output before quantization, float16 (T_i, d) each.
+
+        Only where ``hidden_states`` is a setting of the spec.
+
+        Raises:
+            ValueError: as ``encode``.
+        """
+        count = self._check_encoding(features, num_quantizers)
+        return self.encode_hidden_batch(features, count) if len(features) else ([], [])
 
     def decode(self, codes: Sequence[npt.NDArray[np.uint16]]) -> list[npt.NDArray[np.float32]]:
         """Codes (T_i, K_i) each, 1 <= K_i <= ``num_codebooks``, to samples (S_i,) each, in the order given.
@@ -300,6 +320,12 @@ class Codec(ABC):
     ) -> list[npt.NDArray[np.uint16]]:
         """``encode`` of one or more members, which are checked."""
 
+    def encode_hidden_batch(
+        self, features: Sequence[npt.NDArray[np.float32]], num_quantizers: int
+    ) -> tuple[list[npt.NDArray[np.uint16]], list[npt.NDArray[np.float16]]]:
+        """``encode_hidden`` of one or more members, which are checked."""
+        raise NotImplementedError(f"{self.info.family} keeps no hidden states")
+
     @abstractmethod
     def decode_batch(self, codes: Sequence[npt.NDArray[np.uint16]]) -> list[npt.NDArray[np.float32]]:
         """``decode`` of one or more members, which are checked."""
@@ -308,6 +334,16 @@ class Codec(ABC):
     def _feature_channels(self) -> int:
         channels = self.info.channels
         return len(self.spec.features(np.zeros((1,) if channels == 1 else (channels, 1), np.float32)))
+
+    def _check_encoding(self, features: Sequence[npt.NDArray[np.float32]], num_quantizers: int | None) -> int:
+        """The number of codebooks to encode."""
+        count = self.info.num_codebooks
+        num_quantizers = count if num_quantizers is None else num_quantizers
+        if not isinstance(num_quantizers, (int, np.integer)) or not 1 <= num_quantizers <= count:
+            raise ValueError(f"{num_quantizers} codebooks asked for: this checkpoint has 1 to {count}")
+        for index, member in enumerate(features):
+            self._check_features(member, f"utterance {index}")
+        return int(num_quantizers)
 
     def _check_features(self, features: npt.NDArray[np.float32], name: str) -> None:
         shape, dtype = np.shape(features), getattr(features, "dtype", type(features).__name__)

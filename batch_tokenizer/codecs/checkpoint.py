@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from batch_tokenizer.codecs.config_keys import read_json
 from batch_tokenizer.codecs.weight_files import WEIGHT_FILES, find_weight_files, opened
 from batch_tokenizer.records import RunError, first_line
+
+Config = TypeVar("Config")
 
 #: Where ``Checkpoint.config`` names the ONNX graphs of a folder that has no torch weights.
 GRAPHS_KEY = "onnx_graphs"
@@ -146,6 +148,17 @@ class Checkpoint:
             raise RunError(f"{folder}: is a file; pass the checkpoint's folder") from error
         config.pop(GRAPHS_KEY, None)  # a name of ours, which no file has
         return cls(folder=folder, name=name, config=config | {GRAPHS_KEY: graphs} if graphs else config)
+
+    def parse_config(self, parse: Callable[[Mapping[str, Any]], Config]) -> Config:
+        """``parse(config)``; its errors then name the folder.
+
+        Raises:
+            RunError: ``parse`` refuses the configuration.
+        """
+        try:
+            return parse(self.config)
+        except RunError as error:
+            raise RunError(f"{self.folder}: {error}") from error
 
     @cached_property
     def weight_files(self) -> tuple[Path, ...]:

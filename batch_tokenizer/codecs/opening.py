@@ -13,6 +13,7 @@ import torch
 from batch_tokenizer.codecs import registry
 from batch_tokenizer.codecs.base import Codec, CodecSpec
 from batch_tokenizer.codecs.checkpoint import Checkpoint
+from batch_tokenizer.codecs.loading import LoadRequest
 from batch_tokenizer.codecs.memory import is_out_of_memory
 from batch_tokenizer.codecs.registry import Family, find_family
 from batch_tokenizer.config import AttentionBackend, Device, Dtype, FrontEnd
@@ -83,7 +84,7 @@ class CodecSetup:
 
         Args:
             family: where it is known.
-            options: settings of the family, as ``CodecSpec.with_options`` takes them.
+            options: settings of the codec's family, as ``CodecSpec.with_options`` takes them.
             local_rank: of the processes on this machine, which go to its GPUs in turn.
             threads: None takes one for each core of this process, and lets torch compute an operation on one thread:
                 faster for short utterances, and results do not depend on how many cores there are. With a number,
@@ -112,11 +113,11 @@ class CodecSetup:
                 the attention backend cannot run here.
         """
         try:
+            request = LoadRequest(
+                self.checkpoint, self.spec, task, self.compute.device, self.compute.dtype, self.attention, self.threads
+            )
             with registry.refusals(self.checkpoint):
-                codec = self.family.load_codec(
-                    self.checkpoint, self.spec, task=task, device=self.compute.device, dtype=self.compute.dtype,
-                    attention=self.attention, threads=self.threads,
-                )  # fmt: skip
+                codec = self.family.load_codec(request)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,22 +28,27 @@ class PaddedCodec(Codec):
     batches of fixed shapes, on a CPU one by one (``PaddedRunner``); ``together`` makes a CPU compute batches too.
 
     Args:
+        model: has ``encode(batch, num_quantizers)`` and ``decode(codes)`` as ``encode_padded`` and ``decode_padded``,
+            which a family may have of its own instead.
         equal_lengths: for models that padding cannot be exact with: only utterances of one length share a batch.
     """
 
-    def __init__(self, spec: CodecSpec, device: torch.device, threads: int, *, equal_lengths: bool = False) -> None:
+    def __init__(
+        self, spec: CodecSpec, model: Any, device: torch.device, threads: int, *, equal_lengths: bool = False
+    ) -> None:
         self.spec = spec
+        self.model = model
         self.device = device
         at_once = 64 if device.type == "cpu" else max(64, round(SECONDS_AT_ONCE * spec.info.frame_rate))
         self._run = PaddedRunner(device, threads, at_once, equal_lengths=equal_lengths)
         self.batch_limit = self._run.batch_limit
         self.frame_budget = max(8192, 8 * at_once)  # so many that sizes fill their rows
 
-    @abstractmethod
     def encode_padded(self, batch: PaddedBatch, num_quantizers: int) -> Tensor:
         """Samples (B, 1, L) of the utterances to codes int64 (B, T, ``num_quantizers``)."""
+        codes: Tensor = self.model.encode(batch, num_quantizers)
+        return codes
 
-    @abstractmethod
     def decode_padded(self, codes: PaddedBatch, utterances: Sequence[Codes]) -> Tensor:
         """Codes int64 (B, K, T) to samples float32 (B, S).
 
@@ -51,6 +56,8 @@ class PaddedCodec(Codec):
             codes: on the device.
             utterances: the first rows' codes (K, T_i), on the host.
         """
+        samples: Tensor = self.model.decode(codes)
+        return samples
 
     def frames_of(self, length: int) -> int:
         """Token frames of features of ``length`` samples."""

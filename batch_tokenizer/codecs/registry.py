@@ -7,11 +7,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
-import torch
-
 from batch_tokenizer.codecs.base import Codec, CodecSpec
 from batch_tokenizer.codecs.checkpoint import Checkpoint
-from batch_tokenizer.records import RunError, Task, first_line
+from batch_tokenizer.codecs.loading import LoadRequest
+from batch_tokenizer.records import RunError, first_line
 
 
 class Family(Protocol):
@@ -23,18 +22,8 @@ class Family(Protocol):
     def open_spec(self, checkpoint: Checkpoint) -> CodecSpec:
         """The spec, without reading weights beyond the fingerprint. Raises RunError for a checkpoint that is wrong."""
 
-    def load_codec(
-        self,
-        checkpoint: Checkpoint,
-        spec: CodecSpec,
-        *,
-        task: Task,
-        device: torch.device,
-        dtype: torch.dtype,
-        attention: str,
-        threads: int,
-    ) -> Codec:
-        """The weights that ``task`` needs, on ``device``; ``threads`` processor cores are this process's share."""
+    def load_codec(self, request: LoadRequest[Any]) -> Codec:
+        """The codec with the weights that the task needs. Raises RunError for weights that are wrong."""
 
 
 #: Family name to module. Modules are imported when a checkpoint is opened, in this order.

@@ -15,15 +15,15 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from batch_tokenizer.audio.encoding import encoded_bytes
-from batch_tokenizer.codecs.base import PARTS, Codec, CodecInfo, CodecSpec
+from batch_tokenizer.codecs.base import Codec, CodecInfo, CodecSpec
 from batch_tokenizer.codecs.checkpoint import Checkpoint
-from batch_tokenizer.codecs.mimo.codec import MiMoSpec, check_attention, prepare_codec
+from batch_tokenizer.codecs.loading import LoadRequest, log_attention
+from batch_tokenizer.codecs.mimo.codec import MiMoSpec, head_sizes, prepare_codec
 from batch_tokenizer.codecs.mimo.config import MiMoConfig
 from batch_tokenizer.codecs.mimo.sized import random_model
-from batch_tokenizer.records import ManifestRow, RunError, Task
+from batch_tokenizer.records import ManifestRow, RunError
 
 #: Lengths in seconds, by name; ``uniform:A-B`` and ``constant:S`` are understood beside these. ``seed-tts`` is a
 #: log-normal like that test set's prompts and sentences: half below 4.5 s, few above 10 s.
@@ -151,14 +151,10 @@ class RandomMiMo:
         )
         return MiMoSpec(info=info, config=config)
 
-    def load_codec(
-        self, checkpoint: Checkpoint, spec: CodecSpec, *, task: Task, device: torch.device, dtype: torch.dtype,
-        attention: str, threads: int,
-    ) -> Codec:  # fmt: skip
-        assert isinstance(spec, MiMoSpec)
-        check_attention(self.config, PARTS[task], attention, device, dtype)
-        model = random_model(self.config, parts=PARTS[task], device=device, dtype=dtype)
-        return prepare_codec(spec, model, attention, threads)
+    def load_codec(self, request: LoadRequest[MiMoSpec]) -> Codec:
+        log_attention(head_sizes(self.config, request.parts), request.attention, request.device, request.dtype)
+        model = random_model(self.config, parts=request.parts, device=request.device, dtype=request.dtype)
+        return prepare_codec(request.spec, model, request.attention, request.threads)
 
 
 # ----------------------------------------------------------------------------------------------------- a codec for free
@@ -181,12 +177,6 @@ class FreeSpec(CodecSpec):
 
     def features(self, samples: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         return samples[None]
-
-    def num_frames(self, num_samples: int) -> int:
-        return -(-num_samples // self.info.samples_per_frame)
-
-    def num_output_samples(self, num_frames: int) -> int:
-        return num_frames * self.info.samples_per_frame
 
 
 class FreeCodec(Codec):
@@ -224,8 +214,5 @@ class FreeFamily:
     def open_spec(self, checkpoint: Checkpoint) -> CodecSpec:
         return FreeSpec()
 
-    def load_codec(
-        self, checkpoint: Checkpoint, spec: CodecSpec, *, task: Task, device: torch.device, dtype: torch.dtype,
-        attention: str, threads: int,
-    ) -> Codec:  # fmt: skip
-        return FreeCodec(spec)
+    def load_codec(self, request: LoadRequest[FreeSpec]) -> Codec:
+        return FreeCodec(request.spec)

@@ -31,8 +31,9 @@ from batch_tokenizer.runs.stored_rows import StoredRow, stored_rows
 from batch_tokenizer.runtime.row_counter import RowCounter
 from batch_tokenizer.sources.finishing import output_path
 from batch_tokenizer.storage.json_lines import json_lines_writer
+from batch_tokenizer.storage.names import HIDDEN_STATES_ENDING
 from batch_tokenizer.storage.row_info import RUN_INFO_FIELDS, split_info
-from batch_tokenizer.writers.row_encoding import EncodedRow, tokens_as_json, tokens_as_npy
+from batch_tokenizer.writers.row_encoding import EncodedRow, npy_bytes, tokens_as_json, tokens_as_npy
 from batch_tokenizer.writers.shard_sink import MOST_ROWS, OpenShard, ShardForm, shard_form
 from batch_tokenizer.writers.token_streams import FlatFile, Layout, MegatronFile, Pattern, TokenStream
 
@@ -43,7 +44,7 @@ ToBytes = Callable[[npt.NDArray[np.uint16], Mapping[str, Any]], bytes]
 #: Of what a run says of its rows alike, what all rows of a shard or stream must have in common.
 _MUST_AGREE = (
     "codec", "fingerprint", "sample_rate", "frame_rate", "codebook_sizes",
-    "loudness", "attention_window", "window_merge",
+    "loudness", "attention_window", "window_merge", "hidden_states",
 )  # fmt: skip
 
 
@@ -72,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="megatron, flat: order of the codebooks (%(default)s)")  # fmt: skip
     add("--codebook_sizes", type=_sizes, metavar="N,N,…",
         help="megatron, flat: where the tokens do not say (files of other programs)")  # fmt: skip
-    add("--tokens_only", action="store_true", help="leave audio behind")
+    add("--tokens_only", action="store_true", help="leave audio and hidden states behind")
     add_options(parser, "codes_field")
     add(
         "--shard_megabytes",
@@ -109,7 +110,7 @@ def _fill(target: Target, rows: Iterator[StoredRow], *, tokens_only: bool) -> tu
         with RowCounter("converted") as counter:
             for row in rows:
                 try:
-                    target.add(_without_audio(row) if tokens_only else row)
+                    target.add(_tokens_only(row) if tokens_only else row)
                 except RowError as error:
                     raise RunError(f"row {row.key}: {error.reason}", exit_code=1) from error
                 num_rows += 1
@@ -142,8 +143,8 @@ def _sizes(text: str) -> tuple[int, ...]:
     return sizes
 
 
-def _without_audio(row: StoredRow) -> StoredRow:
-    return StoredRow(row.key, row.codes, row.info)
+def _tokens_only(row: StoredRow) -> StoredRow:
+    return StoredRow(row.key, row.codes, {name: value for name, value in row.info.items() if name != "hidden_states"})
 
 
 def _count(folder: Path) -> tuple[int, int]:
@@ -211,6 +212,8 @@ class FileTarget:
         line: dict[str, Any] = {"key": row.key, **{name: value for name, value in fields.items() if name != "key"}}
         line.pop("reconstructed_wav", None)
         line["quantized_tokens"] = self._write(row.key, self._ending, self._to_bytes(codes, _info_of(row, codes)))
+        if row.hidden_states is not None:
+            self._write(row.key, f"{self._ending}{HIDDEN_STATES_ENDING}", npy_bytes(row.hidden_states))
         if row.audio is not None:
             line["reconstructed_wav"] = self._write(row.key, f".{row.audio_format}", row.audio)
         rate, samples = row.info.get("sample_rate"), row.info.get("num_samples")
@@ -254,16 +257,22 @@ class ShardTarget:
             self._has_audio = row.audio is not None
             width = None if codes is None else codes.shape[1]
             self._form = shard_form(self._kind, self._common.fields, width, self._has_audio, self._codes_field)
-        if self._kind == "jsonl" and (codes is None or row.audio is not None):
-            what = "has no tokens" if codes is None else "has audio, which JSON lines do not hold: give --tokens_only"
-            raise RunError(f"row {row.key}: {what}")
+        if self._kind == "jsonl" and codes is None:
+            raise RunError(f"row {row.key}: has no tokens")
+        for what, content in (("audio", row.audio), ("hidden states", row.hidden_states)):
+            if self._kind == "jsonl" and content is not None:
+                raise RunError(f"row {row.key}: has {what}, which JSON lines do not hold: give --tokens_only")
+        if (row.info.get("hidden_states") is True) != (row.hidden_states is not None):
+            raise RunError(f"row {row.key}: its hidden states are gone: --tokens_only leaves all of them behind")
         if (row.audio is not None) != self._has_audio:
             raise RunError(
                 f"row {row.key}: {'has' if row.audio is not None else 'has no'} audio, unlike those before it: "
                 "--tokens_only leaves audio behind"
             )
         fields, about = split_info({**row.info, "key": row.key} if codes is None else _info_of(row, codes))
-        encoded = self._form.encode(EncodedRow(row.key, fields, about, codes, row.audio, row.audio_format))
+        encoded = self._form.encode(
+            EncodedRow(row.key, fields, about, codes, row.audio, row.audio_format, row.hidden_states)
+        )
         if self._shard is None:
             self._stream = (self._folder / f"tokens-{self._num_shards:06d}.{self._form.suffix}").open("xb")
             self._shard = self._form.open(self._stream)

@@ -312,15 +312,19 @@ def _measure(context: RunContext, codec: Codec, loaded: Sequence[LoadedRow]) -> 
     stages: dict[str, float] = {}
     codes: list[Any] = []
     samples: list[Any] = []
+    hidden_states: list[Any] = []
     try:
         # One row first, not timed: libraries start up on it.
         for members in ([min(batch, key=lambda row: row.frames)], batch):
             codes = [row.codes for row in members]
-            samples = [None] * len(members)
+            samples = hidden_states = [None] * len(members)
             if context.config.task != "token2wav":
                 began = time.perf_counter()
                 features = [row.features for row in members if row.features is not None]
-                codes = codec.encode(features, context.num_quantizers)
+                if context.config.hidden_states:
+                    codes, hidden_states = codec.encode_hidden(features, context.num_quantizers)
+                else:
+                    codes = codec.encode(features, context.num_quantizers)
                 stages["encode"] = time.perf_counter() - began
             if context.config.task != "wav2token":
                 began = time.perf_counter()
@@ -332,7 +336,8 @@ def _measure(context: RunContext, codec: Codec, loaded: Sequence[LoadedRow]) -> 
         codec.release()
         return None
     results = [
-        TokenizedRow(row.row, code, wav, row.num_samples) for row, code, wav in zip(batch, codes, samples, strict=True)
+        TokenizedRow(row.row, code, wav, row.num_samples, hidden_states=hidden)
+        for row, code, wav, hidden in zip(batch, codes, samples, hidden_states, strict=True)
     ]
     rate = codec.info.sample_rate
     seconds = sum(result.num_samples for result in results) / rate

@@ -14,8 +14,16 @@ import numpy.typing as npt
 from batch_tokenizer.codecs.base import CodecSpec
 from batch_tokenizer.manifest.manifest import Manifest
 from batch_tokenizer.records import ManifestRow
-from batch_tokenizer.runs.checks import CheckFailed, OutputForm, check_audio_file, check_file_checksum, check_token_file
+from batch_tokenizer.runs.checks import (
+    CheckFailed,
+    OutputForm,
+    check_audio_file,
+    check_file_checksum,
+    check_hidden_states_file,
+    check_token_file,
+)
 from batch_tokenizer.runtime.ledger import LedgerState, RowStatus, matched_entries
+from batch_tokenizer.storage.names import HIDDEN_STATES_ENDING
 from batch_tokenizer.writers.publish import is_temporary
 
 #: Reported, but not held against the run: the manifest's durations are often estimates.
@@ -242,7 +250,10 @@ class RowChecker:
         return report
 
     def _outputs(self, row: ManifestRow) -> dict[str, str]:
-        return {name: str(row.fields[name]) for name in self.manifest.form.outputs}
+        outputs = {name: str(row.fields[name]) for name in self.manifest.form.outputs}
+        if self.form.info.get("hidden_states") and "quantized_tokens" in outputs:
+            outputs["hidden_states"] = outputs["quantized_tokens"] + HIDDEN_STATES_ENDING
+        return outputs
 
     def _wrong_entries(self, row: ManifestRow, chunk: Chunk, number: int) -> Iterator[Problem]:
         if chunk.disagrees[number]:
@@ -254,7 +265,9 @@ class RowChecker:
     def _wrong_files(self, row: ManifestRow, chunk: Chunk, number: int) -> Iterator[Problem]:
         for name, path in self._outputs(row).items():
             try:
-                if name == "reconstructed_wav":
+                if name == "hidden_states":
+                    check_hidden_states_file(path, int(chunk.frames[number]))
+                elif name == "reconstructed_wav":
                     check_audio_file(path, self.form, int(chunk.output_samples[number]))
                 else:
                     num_samples, num_frames = int(chunk.num_samples[number]), int(chunk.frames[number])

@@ -26,6 +26,7 @@ from batch_tokenizer.runs.checks import (
     check_audio,
     check_checksums,
     check_codes,
+    check_hidden_states,
     check_info,
 )
 from batch_tokenizer.runs.finished_run import FinishedRun
@@ -178,6 +179,10 @@ class ShardChecker:
             if row.codes is None:
                 raise CheckFailed("missing", "has no tokens")
             check_codes(row.codes, form.codebook_sizes, num_samples=entry.num_samples, num_frames=entry.frames)
+        if form.info.get("hidden_states"):
+            if row.hidden_states is None:
+                raise CheckFailed("missing", "has no hidden states")
+            check_hidden_states(row.hidden_states, entry.frames)
         if "reconstructed_wav" in outputs:
             if row.audio is None:
                 raise CheckFailed("missing", "has no audio")

@@ -252,8 +252,18 @@ class _Array:
         return np.ascontiguousarray(values, dtype=np.uint16)
 
 
-def _parse_npy(content: bytes, name: str) -> tuple[_Array, object]:
-    """The array, and the JSON behind it."""
+def parse_hidden_states(content: bytes, name: str) -> npt.NDArray[np.float16]:
+    """Hidden states float16 (T, d) of an npy file's bytes.
+
+    Raises:
+        RowError: they are not of such a form.
+    """
+    array, _ = _parse_npy(content, name, "f", "hidden states float16 (T, d)")
+    return np.asarray(array.values, np.float16)
+
+
+def _parse_npy(content: bytes, name: str, kinds: str = "iu", wanted: str = "integers (T, K)") -> tuple[_Array, object]:
+    """The array, whose dtype must be one of ``kinds``, and the JSON behind it."""
     stream = io.BytesIO(content)
     try:
         version = np.lib.format.read_magic(stream)
@@ -265,8 +275,8 @@ def _parse_npy(content: bytes, name: str) -> tuple[_Array, object]:
         raise RowError("load", f"{name}: an npy file of version {error.args[0]}, which is not known") from error
     except Exception as error:  # numpy evaluates the header as Python, which may fail in any way
         raise RowError("load", f"{name}: a damaged npy header: {first_line(error)}") from error
-    if dtype.kind not in "iu" or len(shape) != 2 or min(shape) < 0:
-        raise RowError("load", f"{name}: an array {shape} of {dtype}, not integers (T, K)")
+    if dtype.kind not in kinds or len(shape) != 2 or min(shape) < 0:
+        raise RowError("load", f"{name}: an array {shape} of {dtype}, not {wanted}")
     if 0 in shape:
         raise RowError("load", f"{name}: has no {'frames' if shape[0] == 0 else 'codes'}")
     count, begin = math.prod(shape), stream.tell()

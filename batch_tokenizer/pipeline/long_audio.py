@@ -3,9 +3,9 @@
     loader ─LoadedRow with pieces─► LongRows ─rows of pieces─► loader ─► packer ─► codec ─► LongRows ─► writers
 
 A row's pieces are loaded a few at a time and go through the codec like any rows (segments, windows), or in their order
-through a stream of their row's own. Codes are kept in memory, audio in an unnamed file, each piece at its place, so
-memory does not grow with the row's audio. The row ends once: when its last piece is done, or when the first one fails;
-results of the others are then dropped.
+through a stream of their row's own. Codes and hidden states are kept in memory, audio in an unnamed file, each piece at
+its place, so memory does not grow with the row's audio. The row ends once: when its last piece is done, or when the
+first one fails; results of the others are then dropped.
 """
 
 from __future__ import annotations
@@ -151,6 +151,7 @@ class _LongRow:
         self._info = codec.info
         self._samples = _SampleFile(folder, codec.info.channels)
         self._codes: dict[int, Codes] = {}
+        self._hidden_states: dict[int, npt.NDArray[np.float16]] = {}
         self._requested = 0
         self._waiting: dict[int, LoadedRow] = {}
 
@@ -188,6 +189,8 @@ class _LongRow:
         number = result.row.piece
         assert number is not None
         self._codes[number] = result.codes
+        if result.hidden_states is not None:
+            self._hidden_states[number] = result.hidden_states.copy()  # it may be a view of a whole batch's
         if result.samples is not None:
             self._keep(number, result.samples)
         return len(self._codes) == len(self._pieces)
@@ -202,7 +205,10 @@ class _LongRow:
             if self._pieces.kind == "segments":
                 starts = np.cumsum([0, *map(len, parts[:-1])]).tolist()
                 segments = tuple(zip(starts, self._pieces.samples[:-1], strict=True))
-        return TokenizedRow(whole.row, codes, self._samples.map(), whole.num_samples, segments)
+        hidden_states = None
+        if self._hidden_states:
+            hidden_states = np.concatenate([self._hidden_states[number] for number in range(len(self._pieces))])
+        return TokenizedRow(whole.row, codes, self._samples.map(), whole.num_samples, segments, hidden_states)
 
     def _window(self, number: int) -> tuple[int, int]:
         """The frames that the codec is given for a piece."""

@@ -8,14 +8,14 @@ from __future__ import annotations
 import errno
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from batch_tokenizer.codecs.base import Codec, CodecStream, Computation
+from batch_tokenizer.codecs.base import Codec, CodecStream, Computation, Computed
 from batch_tokenizer.codecs.memory import in_memory
 from batch_tokenizer.config import RunConfig
 from batch_tokenizer.data.batching import Packer, split
@@ -163,7 +163,7 @@ class RankLoop:
             self._compute_halves(batch, error)
             return
         if outputs is not None:
-            self._hand_over(batch, *outputs)
+            self._hand_over(batch, outputs)
         if begun is not None:
             self._finish_batch()
             self._in_flight = batch, begun
@@ -211,26 +211,28 @@ class RankLoop:
             return
         for stage, seconds in computed.seconds.items():
             self.progress.add_seconds(stage, seconds)
-        self._hand_over(batch, computed.codes, computed.samples)
+        self._hand_over(batch, computed)
 
     @property
     def _first_stage(self) -> Stage:
         return "decode" if self.config.task == "token2wav" else "encode"
 
-    def _encode_decode(
-        self, batch: Batch, codec: Codec | CodecStream
-    ) -> tuple[Sequence[Codes], Sequence[Samples] | None]:
-        """The batch's codes and samples.
+    def _encode_decode(self, batch: Batch, codec: Codec | CodecStream) -> Computed:
+        """The batch's codes, samples and hidden states, those of them that the run keeps.
 
         Raises:
             RowError: it does not fit in memory.
         """
         task = self.config.task
         codes: list[Any] = [loaded.codes for loaded in batch.rows]
-        if task != "token2wav":
-            features = [loaded.features for loaded in batch.rows if loaded.features is not None]
+        hidden_states = None
+        features = [loaded.features for loaded in batch.rows if loaded.features is not None]
+        if self.config.hidden_states:
+            codes, hidden_states = self._timed("encode", lambda: codec.encode_hidden(features, self.num_quantizers))
+        elif task != "token2wav":
             codes = self._timed("encode", lambda: codec.encode(features, self.num_quantizers))
-        return codes, None if task == "wav2token" else self._timed("decode", lambda: codec.decode(codes))
+        samples = None if task == "wav2token" else self._timed("decode", lambda: codec.decode(codes))
+        return Computed(codes, samples, {}, hidden_states)
 
     def _timed(self, stage: Stage, compute: Callable[[], Result]) -> Result:
         started = time.perf_counter()
@@ -239,10 +241,11 @@ class RankLoop:
         finally:
             self.progress.add_seconds(stage, time.perf_counter() - started)
 
-    def _hand_over(self, batch: Batch, codes: Sequence[Codes], samples: Sequence[Samples] | None) -> None:
-        waves = [None] * len(batch.rows) if samples is None else samples
-        for loaded, code, wave in zip(batch.rows, codes, waves, strict=True):
-            self._end(TokenizedRow(loaded.row, code, wave, loaded.num_samples))
+    def _hand_over(self, batch: Batch, computed: Computed) -> None:
+        for number, (loaded, codes) in enumerate(zip(batch.rows, computed.codes, strict=True)):
+            samples = None if computed.samples is None else computed.samples[number]
+            hidden_states = None if computed.hidden_states is None else computed.hidden_states[number]
+            self._end(TokenizedRow(loaded.row, codes, samples, loaded.num_samples, hidden_states=hidden_states))
 
     # ------------------------------------------------------------------------------------------------- ends of rows
 

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from batch_tokenizer.codecs.base import CodecInfo
 from batch_tokenizer.config import OUTPUT_SETTINGS
-from batch_tokenizer.data.token_files import ANY_CODEBOOKS, parse_token_file
+from batch_tokenizer.data.token_files import ANY_CODEBOOKS, parse_hidden_states, parse_token_file
 from batch_tokenizer.records import RowError
 from batch_tokenizer.runs.stored_rows import StoredRow
 from batch_tokenizer.storage.files import open_file
@@ -150,6 +150,32 @@ def check_token_file(path: str, form: OutputForm, *, key: str, num_samples: int,
     check_codes(codes, form.codebook_sizes, num_samples=num_samples, num_frames=num_frames)
     own = {"key": key, "num_samples": num_samples, "num_frames": num_frames}
     check_info(info, {**form.info, **own, "num_quantizers": len(form.codebook_sizes)})
+
+
+def check_hidden_states_file(path: str, num_frames: int) -> None:
+    """Whether ``path`` is an .npy file of hidden states float16 (``num_frames``, d), d >= 1, as a run writes them.
+
+    Raises:
+        CheckFailed: it is not.
+    """
+    with regular_file(path) as (file, _):
+        content = file.read()
+    try:
+        check_hidden_states(parse_hidden_states(content, ""), num_frames)
+    except RowError as error:
+        raise CheckFailed("unreadable", error.reason[2:]) from error
+
+
+def check_hidden_states(hidden_states: npt.NDArray[np.float16], num_frames: int) -> None:
+    """Whether hidden states (T, d) are finite and of ``num_frames`` frames.
+
+    Raises:
+        CheckFailed: they are not.
+    """
+    if len(hidden_states) != num_frames:
+        raise CheckFailed("length", f"hidden states of {len(hidden_states)} frames where {num_frames} are expected")
+    if not hidden_states.shape[1] or not np.isfinite(hidden_states).all():
+        raise CheckFailed("content", "hidden states that are empty, NaN or infinite")
 
 
 def check_file_checksum(path: str, checksum: int) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from batch_tokenizer.data.token_files import parse_codes_line, parse_tokens, read_any_tokens
+from batch_tokenizer.data.token_files import parse_codes_line, parse_hidden_states, parse_tokens, read_any_tokens
 from batch_tokenizer.records import TASKS, ManifestRow, RowError, RunError, first_line
 from batch_tokenizer.runs.finished_run import FinishedRun
 from batch_tokenizer.runs.token_stream import ABOUT, StoredStream
@@ -28,7 +28,7 @@ from batch_tokenizer.sources.patterns import find_sources
 from batch_tokenizer.storage.files import open_file
 from batch_tokenizer.storage.json_lines import json_lines_reader, parse_json
 from batch_tokenizer.storage.jsonl_rows import holds_codes, numbered_lines
-from batch_tokenizer.storage.names import display_name, member_name, split_member_name
+from batch_tokenizer.storage.names import HIDDEN_STATES_ENDING, display_name, member_name, split_member_name
 from batch_tokenizer.storage.parquet_rows import TokenParquet, find_row
 from batch_tokenizer.storage.row_info import join_info
 from batch_tokenizer.storage.tar import ByteStream, SeekableByteStream, TornTar, walk
@@ -37,6 +37,8 @@ from batch_tokenizer.storage.tar import ByteStream, SeekableByteStream, TornTar,
 _MOST_MEMBER = 1 << 32
 
 _TOKENS = ("tokens.npy", "npy")
+
+_HIDDEN = HIDDEN_STATES_ENDING.removeprefix(".")
 
 _AUDIO = ("wav", "flac")
 
@@ -50,6 +52,7 @@ class StoredRow:
         info: what the shard says of it.
         audio: an audio file's bytes; None where the shard has none.
         audio_format: ``wav`` or ``flac``, of those bytes.
+        hidden_states: float16 (T, d); None where there are none.
         stored: of a row of a shard, its bytes by the names under which the ledger keeps their checksums.
     """
 
@@ -59,6 +62,7 @@ class StoredRow:
     audio: bytes | None = None
     audio_format: str = "wav"
     stored: Mapping[str, bytes] = field(default_factory=dict)
+    hidden_states: npt.NDArray[np.float16] | None = None
 
 
 def shard_rows(path: str) -> Iterator[StoredRow]:
@@ -124,7 +128,7 @@ def tar_stream_rows(stream: ByteStream, name: str, *, with_audio: bool = True) -
                 if group.members:
                     yield _tar_row(name, group)
                 group = _Group(base)
-            if ending in _AUDIO and not with_audio:
+            if ending in (*_AUDIO, _HIDDEN) and not with_audio:
                 continue
             if member.size > _MOST_MEMBER:
                 raise RowError("load", f"{name}: member {member.name!a} of {member.size:,} bytes is too large")
@@ -156,19 +160,22 @@ def _tar_row(name: str, group: _Group) -> StoredRow:
         if ending in members:
             codes, _ = parse_tokens(members[ending], f"{name}: {group.base}.{ending}")
             break
+    hidden = None
+    if _HIDDEN in members:
+        hidden = parse_hidden_states(members[_HIDDEN], f"{name}: {group.base}.{_HIDDEN}")
     audio_format = next((ending for ending in _AUDIO if ending in members), None)
     if codes is None and audio_format is None:
         raise RowError("load", f"{name}: {group.base} has neither tokens (.tokens.npy) nor audio (.wav, .flac)")
     if audio_format is None:
-        return StoredRow(key, codes, info, stored=members)
-    return StoredRow(key, codes, info, members[audio_format], audio_format, members)
+        return StoredRow(key, codes, info, stored=members, hidden_states=hidden)
+    return StoredRow(key, codes, info, members[audio_format], audio_format, members, hidden)
 
 
 def _parquet_rows(path: str) -> Iterator[StoredRow]:
     parquet = TokenParquet.open(path, must_have_codes=False)
     try:
         for group in range(parquet.num_groups):
-            table = parquet.read_group(group, [*parquet.token_columns, "audio"])
+            table = parquet.read_group(group, [*parquet.token_columns, "audio", "hidden_states"])
             for number in range(len(table)):
                 yield _parquet_row(parquet, table, number)
     finally:
@@ -197,12 +204,21 @@ def _parquet_row(parquet: TokenParquet, table: Any, number: int) -> StoredRow:
             raise RowError("load", f"{parquet.name}: row {key!a} has codes beyond 16 bits")
         codes = values.astype(np.uint16)
     info = join_info(*parquet.parts_of(table, number))
+    stored: dict[str, bytes] = {}
+    hidden, audio_format = None, "wav"
+    content = table.column("hidden_states")[number].as_py() if "hidden_states" in table.column_names else None
+    if isinstance(content, bytes):
+        stored["hidden_states"] = content
+        frames = 0 if codes is None else len(codes)
+        if not frames or len(content) % (2 * frames):
+            raise RowError("load", f"{parquet.name}: row {key!a} has hidden states that are not float16 (T, d)")
+        hidden = np.frombuffer(content, "<f2").reshape(frames, -1)
     audio = table.column("audio")[number].as_py() if "audio" in table.column_names else None
-    if not isinstance(audio, dict) or not isinstance(audio.get("bytes"), bytes):
-        return StoredRow(key, codes, info)
-    ending = os.path.splitext(str(audio.get("path")))[1].removeprefix(".")
-    audio_format = ending if ending in _AUDIO else "wav"
-    return StoredRow(key, codes, info, audio["bytes"], audio_format, {"audio": audio["bytes"]})
+    if isinstance(audio, dict) and isinstance(audio.get("bytes"), bytes):
+        stored["audio"] = audio["bytes"]
+        ending = os.path.splitext(str(audio.get("path")))[1].removeprefix(".")
+        audio_format = ending if ending in _AUDIO else "wav"
+    return StoredRow(key, codes, info, stored.get("audio"), audio_format, stored, hidden)
 
 
 _SHARD_ENDINGS = (".tar", ".parquet")
@@ -365,7 +381,7 @@ def token_file_row(location: str, path: str, *, with_audio: bool = True) -> Stor
     said = info.get("key")
     name = os.path.basename(path) if path == location else os.path.relpath(path, location)
     key = said if isinstance(said, str) else os.path.splitext(name)[0]
-    return _with_audio(StoredRow(key, codes, info), info.get("reconstructed_wav") if with_audio else None)
+    return _with_others(StoredRow(key, codes, info), path, info.get("reconstructed_wav"), with_audio=with_audio)
 
 
 def _refuse_mixture(folder: Path, shards: list[str]) -> None:
@@ -385,7 +401,7 @@ def token_files(location: str) -> Iterator[str]:
     for place, folders, names in os.walk(location):
         folders[:] = sorted(name for name in folders if not os.path.exists(os.path.join(place, name, "run.json")))
         for name in sorted(names):
-            if name.endswith(_FILE_ENDINGS) and not name.startswith("."):
+            if name.endswith(_FILE_ENDINGS) and not name.endswith(HIDDEN_STATES_ENDING) and not name.startswith("."):
                 yield os.path.join(place, name)
 
 
@@ -438,15 +454,20 @@ def manifest_row(row: Mapping[str, Any], *, with_audio: bool = True) -> StoredRo
     if not isinstance(tokens, str):
         raise RunError(f"row {row['key']}: has no quantized_tokens")
     codes, info = read_any_tokens(tokens)
-    return _with_audio(StoredRow(row["key"], codes, {**row, **info}), audio if with_audio else None)
+    return _with_others(StoredRow(row["key"], codes, {**row, **info}), tokens, audio, with_audio=with_audio)
 
 
-def _with_audio(row: StoredRow, path: object) -> StoredRow:
-    """The row with the audio file at ``path``, if there is one."""
-    if not isinstance(path, str) or not os.path.exists(path):
+def _with_others(row: StoredRow, tokens: str, audio: object, *, with_audio: bool) -> StoredRow:
+    """The row with its audio file and with the hidden states beside its token file, those of them that are there."""
+    if not with_audio:
         return row
-    content = _read(path)
-    return replace(row, audio=content, audio_format="flac" if content[:4] == b"fLaC" else "wav")
+    hidden = tokens + HIDDEN_STATES_ENDING
+    if row.info.get("hidden_states") is True and os.path.exists(hidden):
+        row = replace(row, hidden_states=parse_hidden_states(_read(hidden), hidden))
+    if isinstance(audio, str) and os.path.exists(audio):
+        content = _read(audio)
+        row = replace(row, audio=content, audio_format="flac" if content[:4] == b"fLaC" else "wav")
+    return row
 
 
 def _read(path: str) -> bytes:

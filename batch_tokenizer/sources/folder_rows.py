@@ -18,7 +18,7 @@ from batch_tokenizer.sources.foreign_rows import MADE_KEY, Refused
 from batch_tokenizer.sources.sidecars import AUDIO_ENDINGS, MOST_SIDECAR, TOKEN_ENDINGS, own_fields, sidecar_fields
 from batch_tokenizer.sources.tar_rows import Note
 from batch_tokenizer.storage import remote
-from batch_tokenizer.storage.names import file_name, is_url
+from batch_tokenizer.storage.names import HIDDEN_STATES_ENDING, file_name, is_url
 from batch_tokenizer.storage.remote import StorageError
 from batch_tokenizer.storage.row_info import split_info
 from batch_tokenizer.storage.token_info import NoTokens, stored_info
@@ -73,7 +73,7 @@ def _pick(paths: list[str], endings: frozenset[str], there: set[str]) -> Iterato
     """Files with one of these endings; among token files also JSON that lies beside no array."""
     for path in paths:
         stem, _, ending = path.rpartition(".")
-        if stem and ending.lower() in endings:
+        if stem and ending.lower() in endings and not path.endswith(HIDDEN_STATES_ENDING):
             stem = stem.removesuffix(".tokens") if ending == "npy" else stem
             yield path, f"{stem}.json" in there, f"{stem}.txt" in there
         elif endings is TOKEN_ENDINGS and stem and ending == "json":

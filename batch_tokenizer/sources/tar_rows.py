@@ -26,6 +26,7 @@ from batch_tokenizer.sources.foreign_rows import Refused
 from batch_tokenizer.sources.sidecars import AUDIO_ENDINGS, MOST_SIDECAR, TOKEN_ENDINGS, sidecar_fields
 from batch_tokenizer.storage import remote
 from batch_tokenizer.storage.names import (
+    HIDDEN_STATES_ENDING,
     PIPE,
     StreamedMember,
     TarMember,
@@ -104,6 +105,8 @@ def tar_rows(location: str, field_name: str, note: Note) -> Iterator[dict[str, A
                         group = _Group(prefix)
                     # 3. The member becomes a row, or the text or JSON beside one; content is read of these alone.
                     latest = prefix, member
+                    if name.endswith(HIDDEN_STATES_ENDING):
+                        continue
                     if ending in endings:
                         group.suffixes.add(suffix)
                         group.members.append((lead, member))

@@ -27,6 +27,9 @@ from batch_tokenizer.records import printable
 #: What begins a shell command whose output is a tar, as webdataset writes it.
 PIPE = "pipe:"
 
+#: What follows a token file's name, or a row's name in a tar, in the name of its hidden states.
+HIDDEN_STATES_ENDING = ".hidden.npy"
+
 _PLAIN_KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
 _NOT_PLAIN = re.compile(r"[^A-Za-z0-9_-]+")
 

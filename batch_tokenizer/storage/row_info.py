@@ -12,7 +12,7 @@ from typing import Any
 #: What the ``info`` of every row of a run says alike.
 RUN_INFO_FIELDS = (
     "codec", "fingerprint", "sample_rate", "frame_rate", "codebook_sizes", "dtype", "resampler", "segment_samples",
-    "loudness", "attention_window", "window_merge", "version",
+    "loudness", "attention_window", "window_merge", "hidden_states", "version",
 )  # fmt: skip
 
 #: What a run says of a single row: samples of input at the codec's rate, T, K, and the first frame and the first sample

@@ -1,4 +1,7 @@
-"""``FileSink``: a row's results become the files that its row names, one of tokens and one of audio."""
+"""``FileSink``: a row's results become the files that its row names, one of tokens and one of audio.
+
+Hidden states, where a run keeps them, are one more file: ``a.json.hidden.npy`` beside ``a.json``.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,14 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Literal
 
-from batch_tokenizer.records import LedgerEntry, Task, TokenizedRow
+from batch_tokenizer.records import LedgerEntry, ManifestRow, RowError, Task, TokenizedRow
+from batch_tokenizer.storage.names import HIDDEN_STATES_ENDING
 from batch_tokenizer.writers.publish import publish
 from batch_tokenizer.writers.row_encoding import (
     AudioEncoder,
     RowEncoder,
     done_entry,
+    npy_bytes,
     tokens_as_json,
     tokens_as_npy,
     wav_bytes,
@@ -51,17 +56,29 @@ class FileSink:
         """
         encoded = self._encode(result)
         contents: dict[str, bytes | memoryview] = {}
+        if encoded.hidden_states is not None:
+            contents["hidden_states"] = npy_bytes(encoded.hidden_states)
         if encoded.codes is not None:
             contents["quantized_tokens"] = self._to_bytes(encoded.codes, encoded.info)
         if encoded.audio is not None:
             contents["reconstructed_wav"] = encoded.audio
-        for name, content in contents.items():
-            path = getattr(result.row, name)
-            if path is None:
-                raise ValueError("the manifest passed a row without a path for its output")
+        paths = [self._path(result.row, name) for name in contents]
+        for path, content in zip(paths, contents.values(), strict=True):
             publish(path, content)
         if self._record is not None:
             self._record(done_entry(result, contents))
+
+    @staticmethod
+    def _path(row: ManifestRow, name: str) -> str:
+        path: str | None = getattr(row, "quantized_tokens" if name == "hidden_states" else name)
+        if path is None:
+            raise ValueError("the manifest passed a row without a path for its output")
+        if name != "hidden_states":
+            return path
+        if path.endswith(HIDDEN_STATES_ENDING):
+            # It may be where the hidden states of another row are.
+            raise RowError("write", f"{path}: with --hidden_states no token file may end in {HIDDEN_STATES_ENDING}")
+        return path + HIDDEN_STATES_ENDING
 
     def close(self) -> None:
         """Nothing is open."""

@@ -149,8 +149,9 @@ def output_bytes(
     sizes = {
         "quantized_tokens": sum(len(to_bytes(row.codes, row.info)) for row in rows if row.codes is not None),
         "reconstructed_wav": sum(len(row.audio) for row in rows if row.audio is not None),
+        "hidden_states": sum(row.hidden_states.nbytes for row in rows if row.hidden_states is not None),
     }
-    return {name: sizes[name] for name in OUTPUT_FIELDS[config.task]}
+    return {name: size for name, size in sizes.items() if size or name in OUTPUT_FIELDS[config.task]}
 
 
 def _shard_form(

@@ -8,6 +8,8 @@
     …            a column for each field of the rows (``writers/parquet_columns.py``)
     info         string, JSON: what is known of the row and has no column; null where there is nothing
     audio        struct<bytes: binary, path: string>, which ``datasets`` plays. Absent without audio.
+    hidden_states  binary, float16 (T, d) frame by frame, little-endian, where a run keeps them; not every reader of
+                 parquet has a type for float16
 
 The schema's metadata names what is the same for all rows, a string each (``codec``, ``fingerprint``, ``sample_rate``,
 ``frame_rate``, ``num_quantizers``, ``version`` …), and all of it as JSON under ``batch_tokenizer``; ``fields`` are the
@@ -33,8 +35,8 @@ from batch_tokenizer.writers.row_encoding import EncodedRow, json_bytes
 ROWS_PER_GROUP, BYTES_PER_GROUP = 1024, 16 * 2**20
 
 
-#: A group's audio is counted in 31 bits, and a row may come on top of a group that is nearly full.
-_MOST_AUDIO_BYTES = 2**31 - 1 - BYTES_PER_GROUP
+#: The bytes of a group's column are counted in 31 bits, and a row may come on top of a group that is nearly full.
+_MOST_BINARY_BYTES = 2**31 - 1 - BYTES_PER_GROUP
 
 #: ``datasets`` takes a column for audio that it decodes where the metadata says so.
 _AUDIO_FEATURE = {"info": {"features": {"audio": {"_type": "Audio"}}}}
@@ -45,7 +47,8 @@ class ParquetForm:
     """What all shards of a run have in common.
 
     Attributes:
-        common: what is the same for all rows, ``num_quantizers`` (K) among it where there are tokens.
+        common: what is the same for all rows, ``num_quantizers`` (K) among it where there are tokens, and
+            ``hidden_states`` where there are such.
         has_tokens, has_audio: what rows have.
         codes_field: the name of the codes' column.
         fields: the fields of rows that have a column, with its type; None until rows decide about it.
@@ -71,7 +74,7 @@ class ParquetForm:
 
 def reserved_columns(codes_field: str) -> frozenset[str]:
     """Columns that fields of rows cannot have."""
-    return frozenset(("key", codes_field, "num_frames", "num_samples", "info", "audio"))
+    return frozenset(("key", codes_field, "num_frames", "num_samples", "info", "audio", "hidden_states"))
 
 
 class ParquetRow(NamedTuple):
@@ -89,6 +92,7 @@ class ParquetRow(NamedTuple):
     fields: Mapping[str, Any]
     about: Mapping[str, Any]
     audio: dict[str, Any] | None
+    hidden_states: bytes | None
     num_bytes: int
 
 
@@ -154,6 +158,9 @@ class ParquetShard:
             columns["audio"] = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
             compression |= {"audio.bytes": "none", "audio.path": "zstd"}
             metadata["huggingface"] = json_bytes(_AUDIO_FEATURE)
+        if form.common.get("hidden_states"):
+            columns["hidden_states"] = pa.binary()
+            compression["hidden_states"] = "none"
         self._schema = pa.schema(list(columns.items()), metadata=metadata)
         self._writer = pq.ParquetWriter(
             self._stream,
@@ -179,6 +186,7 @@ class ParquetShard:
                 "num_frames": row.num_frames,
                 "num_samples": row.num_samples,
                 "audio": row.audio,
+                "hidden_states": row.hidden_states,
             }
             left = {}
             for name, value in row.fields.items():
@@ -223,10 +231,13 @@ def parquet_row(row: EncodedRow, form: ParquetForm) -> ParquetRow:
     """The row's columns; what the metadata has is left out.
 
     Raises:
-        RowError: its fields are nested too deeply to be written, or its audio is too large.
+        RowError: its fields are nested too deeply to be written, or its audio or hidden states are
+            too large.
     """
-    if row.audio is not None and len(row.audio) > _MOST_AUDIO_BYTES:
-        raise RowError("write", f"audio of {len(row.audio):,} bytes does not fit into parquet (2 GiB): use --sink tar")
+    hidden = None if row.hidden_states is None else row.hidden_states.astype("<f2").tobytes()
+    for what, content in (("audio", row.audio), ("hidden states", hidden)):
+        if content is not None and len(content) > _MOST_BINARY_BYTES:
+            raise RowError("write", f"{what} of {len(content):,} bytes do not fit into parquet (2 GiB): use --sink tar")
     fields_bytes = len(json_bytes(row.fields))
     own = {"num_frames": row.about.get("num_frames"), "num_samples": row.about.get("num_samples")}
     counts = {name: value if type(value) is int and 0 <= value < 2**31 else None for name, value in own.items()}
@@ -245,8 +256,19 @@ def parquet_row(row: EncodedRow, form: ParquetForm) -> ParquetRow:
         row.fields,
         about,
         audio,
-        2 * num_codes + fields_bytes + len(row.audio or b"") + 100,
+        hidden,
+        2 * num_codes + fields_bytes + len(row.audio or b"") + len(hidden or b"") + 100,
     )
+
+
+def parquet_stored(row: ParquetRow) -> dict[str, bytes | memoryview]:
+    """The row's bytes in the file, by name."""
+    stored: dict[str, bytes | memoryview] = {}
+    if row.audio is not None:
+        stored["audio"] = row.audio["bytes"]
+    if row.hidden_states is not None:
+        stored["hidden_states"] = row.hidden_states
+    return stored
 
 
 def require_pyarrow() -> None:

@@ -143,4 +143,4 @@ class WriterPool:
 
 
 def _array_bytes(result: TokenizedRow) -> int:
-    return sum(array.nbytes for array in (result.codes, result.samples) if array is not None)
+    return sum(array.nbytes for array in (result.codes, result.samples, result.hidden_states) if array is not None)

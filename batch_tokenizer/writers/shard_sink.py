@@ -23,7 +23,13 @@ from batch_tokenizer.records import CODES_FIELD, LedgerEntry, RunError, Tokenize
 from batch_tokenizer.runtime.shard_ledger import ShardJournal
 from batch_tokenizer.writers.jsonl_shard import JsonlShard, jsonl_line
 from batch_tokenizer.writers.parquet_columns import ColumnType
-from batch_tokenizer.writers.parquet_shard import ParquetForm, ParquetShard, parquet_row, require_pyarrow
+from batch_tokenizer.writers.parquet_shard import (
+    ParquetForm,
+    ParquetShard,
+    parquet_row,
+    parquet_stored,
+    require_pyarrow,
+)
 from batch_tokenizer.writers.row_encoding import EncodedRow, RowEncoder, done_entry
 from batch_tokenizer.writers.shard_folder import ShardFolder
 from batch_tokenizer.writers.tar_shard import TarShard
@@ -96,7 +102,7 @@ def shard_form(
     return ShardForm(
         ParquetShard.suffix,
         lambda row: parquet_row(row, parquet),
-        lambda row: {} if row.audio is None else {"audio": row.audio["bytes"]},
+        parquet_stored,
         lambda stream: ParquetShard(stream, parquet),
     )
 

@@ -1,4 +1,5 @@
-"""Webdataset shards: a tar with ``KEY.json``, ``KEY.tokens.npy`` and ``KEY.wav`` or ``KEY.flac`` for each row.
+"""Webdataset shards: a tar with ``KEY.json``, ``KEY.tokens.npy`` and ``KEY.wav`` or ``KEY.flac`` for each row,
+and ``KEY.hidden.npy`` where a run keeps hidden states.
 
 ``KEY`` is the row's key where that is a plain name, otherwise a name made from it (``storage/names.py``). The true key
 is in ``KEY.json``.
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import BinaryIO
 
-from batch_tokenizer.storage.names import member_name
+from batch_tokenizer.storage.names import HIDDEN_STATES_ENDING, member_name
 from batch_tokenizer.writers.row_encoding import EncodedRow, json_bytes, npy_bytes
 
 
@@ -40,6 +41,8 @@ class TarShard:
         sample: dict[str, str | bytes | memoryview] = {"__key__": member_name(row.key), "json": json_bytes(row.info)}
         if row.codes is not None:
             sample["tokens.npy"] = npy_bytes(row.codes)
+        if row.hidden_states is not None:
+            sample[HIDDEN_STATES_ENDING.removeprefix(".")] = npy_bytes(row.hidden_states)
         if row.audio is not None:
             sample[row.audio_format] = row.audio
         return sample

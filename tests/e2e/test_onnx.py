@@ -10,10 +10,10 @@ import numpy as np
 import onnx
 import pytest
 import soundfile
-import torch
 
 from batch_tokenizer.cli import main
 from batch_tokenizer.codecs.checkpoint import Checkpoint
+from batch_tokenizer.codecs.loading import LoadRequest
 from batch_tokenizer.codecs.moss.codec import MossCodec, load_codec, open_spec
 from tests.support.command import batch_tokenizer, failures, output_row, write_manifest
 from tests.support.moss import noise, tiny, write_moss_checkpoint
@@ -41,10 +41,7 @@ class World:
             soundfile.write(path, noise(length, seed=length), 16000, subtype="FLOAT")
             self.wavs[f"u{length}"] = path
         checkpoint = Checkpoint.open(str(self.torch))
-        self.reference: MossCodec = load_codec(
-            checkpoint, open_spec(checkpoint), task="wav2token2wav", device=torch.device("cpu"), dtype=torch.float32,
-            attention="auto", threads=1,
-        )  # fmt: skip
+        self.reference: MossCodec = load_codec(LoadRequest(checkpoint, open_spec(checkpoint)))
 
     def manifest(self, folder: Path) -> Path:
         rows = [output_row(key, wav, folder / "out") for key, wav in self.wavs.items()]

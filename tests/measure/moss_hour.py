@@ -25,6 +25,7 @@ import soundfile
 import torch
 
 from batch_tokenizer.codecs.checkpoint import Checkpoint
+from batch_tokenizer.codecs.loading import LoadRequest
 from batch_tokenizer.codecs.moss.codec import MossCodec, load_codec, open_spec
 from tests.support.moss import noise, patch, stage, tiny, write_moss_checkpoint
 
@@ -149,15 +150,7 @@ def main() -> int:
         folder = Path(name)
         model_path = arguments.model_path or str(write_moss_checkpoint(folder / "small", SMALL))
         checkpoint = Checkpoint.open(model_path)
-        codec = load_codec(
-            checkpoint,
-            open_spec(checkpoint),
-            task="wav2token2wav",
-            device=torch.device("cpu"),
-            dtype=torch.float32,
-            attention="auto",
-            threads=1,
-        )
+        codec = load_codec(LoadRequest(checkpoint, open_spec(checkpoint)))
         result = measure(codec, folder, arguments.seconds, arguments.chunk_seconds)
     print(json.dumps(result))
     held = (

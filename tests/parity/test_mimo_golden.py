@@ -11,7 +11,9 @@ from safetensors.torch import load_file
 
 import batch_tokenizer
 from batch_tokenizer.codecs.checkpoint import Checkpoint
+from batch_tokenizer.codecs.loading import LoadRequest
 from batch_tokenizer.codecs.mimo.codec import load_codec, open_spec
+from batch_tokenizer.codecs.opening import open_codec
 
 UTTERANCES = range(10)
 
@@ -75,10 +77,7 @@ def test_published_interface_in_padded_batches(model, expected, batch_size):
 def test_codec_protocol_and_frame_arithmetic(folder, expected):
     checkpoint = Checkpoint.open(str(folder))
     spec = open_spec(checkpoint)
-    codec = load_codec(
-        checkpoint, spec, task="wav2token2wav", device=torch.device("cpu"), dtype=torch.float32, attention="auto",
-        threads=2,
-    )  # fmt: skip
+    codec = load_codec(LoadRequest(checkpoint, spec, threads=2))
     features = [spec.features(expected[f"{i}.wav"].numpy()) for i in UTTERANCES]
     codes = codec.encode(features, 8)
     samples = codec.decode(codes)
@@ -87,6 +86,16 @@ def test_codec_protocol_and_frame_arithmetic(folder, expected):
         assert (code == expected[f"{i}.codes"].numpy()).all()
         assert len(code) == spec.num_frames(len(expected[f"{i}.wav"]))
         assert len(wav) == spec.num_output_samples(len(code)) == len(expected[f"{i}.recon_nq8"])
+
+
+def test_stored_hidden_states(folder, expected):
+    codec = open_codec(str(folder), "cpu")
+    inputs = [codec.spec.features(expected[f"{i}.wav"].numpy()) for i in UTTERANCES]
+    codes, hidden_states = codec.encode_hidden(inputs, 8)
+    for i, code, hidden in zip(UTTERANCES, codes, hidden_states, strict=True):
+        published = expected[f"{i}.hidden"]
+        torch.testing.assert_close(torch.from_numpy(hidden), published.half(), rtol=1.5e-3, atol=1e-4)
+        assert (codec.model.encoder.quantizer.encode(published, 8).numpy() == code).all()
 
 
 def test_config_is_the_published_one(model, folder):

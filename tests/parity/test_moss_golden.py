@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from batch_tokenizer.codecs.checkpoint import Checkpoint
+from batch_tokenizer.codecs.loading import LoadRequest
 from batch_tokenizer.codecs.moss.codec import MossCodec, load_codec, open_spec
 
 GOLDEN = Path(__file__).parents[3] / "shared" / "golden" / "moss_tiny"
@@ -32,15 +33,7 @@ def codec() -> MossCodec:
 
 def codec_on(device: str) -> MossCodec:
     checkpoint = Checkpoint.open(str(GOLDEN))
-    return load_codec(
-        checkpoint,
-        open_spec(checkpoint),
-        task="wav2token2wav",
-        device=torch.device(device),
-        dtype=torch.float32,
-        attention="auto",
-        threads=2,
-    )
+    return load_codec(LoadRequest(checkpoint, open_spec(checkpoint), device=torch.device(device), threads=2))
 
 
 @pytest.mark.parametrize("attention", ["auto", "reference"])

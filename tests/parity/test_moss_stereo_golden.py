@@ -35,6 +35,18 @@ def test_hidden_frames(answers, codec):
         np.testing.assert_allclose(hidden, answers.expected[f"{utterance}.hidden"], rtol=0, atol=1e-5)
 
 
+def test_stored_hidden_states(answers, codec):
+    books = codec.info.num_codebooks
+    for batch in answers.batches(3, answers.utterances[::-1]):
+        inputs = [codec.spec.features(answers.wav(utterance)) for utterance in batch]
+        for utterance, code, hidden in zip(batch, *codec.encode_hidden(inputs, books), strict=True):
+            expected = answers.expected[f"{utterance}.hidden"]
+            np.testing.assert_array_equal(code, answers.codes(utterance))
+            np.testing.assert_allclose(hidden, expected.astype(np.float16), rtol=1.5e-3, atol=2e-5)
+            quantized = codec.model.quantizer.encode(torch.from_numpy(expected), books)
+            np.testing.assert_array_equal(quantized, code)
+
+
 @pytest.mark.parametrize("capacity", [None, 60], ids=["alone", "packed"])
 @pytest.mark.parametrize("size", [1, 3, 64])
 def test_batches_in_any_order(answers, codec, size, capacity):

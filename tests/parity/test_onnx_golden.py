@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from batch_tokenizer.codecs.checkpoint import Checkpoint
+from batch_tokenizer.codecs.loading import LoadRequest
 from batch_tokenizer.codecs.onnx.codec import OnnxCodec, load_codec, open_spec
 from batch_tokenizer.codecs.onnx.export import export_moss
 
@@ -24,10 +24,7 @@ def codec(tmp_path_factory: pytest.TempPathFactory) -> OnnxCodec:
     folder = tmp_path_factory.mktemp("graphs")
     export_moss(Checkpoint.open(str(GOLDEN)), folder)
     checkpoint = Checkpoint.open(str(folder))
-    return load_codec(
-        checkpoint, open_spec(checkpoint), task="wav2token2wav", device=torch.device("cpu"), dtype=torch.float32,
-        attention="auto", threads=1,
-    )  # fmt: skip
+    return load_codec(LoadRequest(checkpoint, open_spec(checkpoint)))
 
 
 @pytest.mark.parametrize("step", [None, 7])

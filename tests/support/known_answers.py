@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 from batch_tokenizer.cli import main
 from batch_tokenizer.codecs.base import Codec
 from batch_tokenizer.codecs.checkpoint import Checkpoint
+from batch_tokenizer.codecs.loading import LoadRequest
 from batch_tokenizer.codecs.registry import find_family
 from tests.support.command import write_manifest
 
@@ -59,9 +60,14 @@ class KnownAnswers:
         checkpoint = Checkpoint.open(str(self.folder))
         family = find_family(checkpoint)
         return family.load_codec(
-            checkpoint, family.open_spec(checkpoint).with_options(self.options), task=task,
-            device=torch.device(device), dtype=torch.float32, attention="auto", threads=threads,
-        )  # type: ignore[arg-type]  # fmt: skip
+            LoadRequest(
+                checkpoint,
+                family.open_spec(checkpoint).with_options(self.options),
+                task=task,
+                device=torch.device(device),
+                threads=threads,
+            )
+        )  # type: ignore[arg-type]
 
     def batches(self, size: int, order: Sequence[int] | None = None) -> Iterator[list[int]]:
         """Utterances in batches of ``size``, those of 64 filled up with repetitions."""

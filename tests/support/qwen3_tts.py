@@ -45,7 +45,7 @@ def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:
     """Every tensor that the configuration implies, with the published names."""
     generator = torch.Generator().manual_seed(seed)
     checked = Qwen3TtsConfig.from_json(config)
-    model = Qwen3TtsTokenizer(checked, encoding=checked.encoder.num_quantizers)
+    model = Qwen3TtsTokenizer(checked, codebooks=checked.encoder.num_quantizers)
     tensors = {}
     for name, value in model.state_dict().items():
         draw = torch.randn(value.shape, generator=generator)

@@ -22,6 +22,7 @@ transformers = pytest.importorskip("transformers")
 from batch_tokenizer.codecs.checkpoint import Checkpoint  # noqa: E402
 from batch_tokenizer.codecs.hf import codec as hf  # noqa: E402
 from batch_tokenizer.codecs.hf.lengths import Chunks, Conv, SpectrumAndWaveform  # noqa: E402
+from batch_tokenizer.codecs.loading import LoadRequest  # noqa: E402
 from batch_tokenizer.codecs.registry import FAMILIES, find_family  # noqa: E402
 from batch_tokenizer.records import RowError, RunError  # noqa: E402
 from tests.support.hf import CONFIGS, save_checkpoint  # noqa: E402
@@ -59,8 +60,7 @@ def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def open_codec(folder: Path, model: Any = None, **changes: Any) -> Opened:
     checkpoint = Checkpoint.open(str(folder))
     spec = pickle.loads(pickle.dumps(hf.open_spec(checkpoint)))
-    settings = {"task": "wav2token2wav", "device": torch.device("cpu"), "dtype": torch.float32, "attention": "auto"}
-    return Opened(folder, model, spec, hf.load_codec(checkpoint, spec, threads=2, **{**settings, **changes}))
+    return Opened(folder, model, spec, hf.load_codec(LoadRequest(checkpoint, spec, threads=2, **changes)))
 
 
 def noise(num_samples: int, seed: int = 0) -> Samples:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from batch_tokenizer.codecs.checkpoint import Checkpoint
+from batch_tokenizer.codecs.loading import LoadRequest
 from batch_tokenizer.codecs.moss.codec import MossCodec, load_codec, load_model, open_spec, recognises
 from batch_tokenizer.codecs.moss.layers import Rotation
 from batch_tokenizer.codecs.registry import find_family
@@ -28,7 +29,7 @@ def codec_of(
 ) -> MossCodec:
     checkpoint = Checkpoint.open(str(folder))
     spec = open_spec(checkpoint)
-    return load_codec(checkpoint, spec, task=task, device=CPU, dtype=dtype, attention="auto", threads=threads)  # type: ignore[arg-type]
+    return load_codec(LoadRequest(checkpoint, spec, task=task, dtype=dtype, threads=threads))  # type: ignore[arg-type]
 
 
 def encode(codec: MossCodec, lengths=LENGTHS, num_quantizers: int = 5) -> list[np.ndarray]:

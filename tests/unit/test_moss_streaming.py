@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batch_tokenizer.codecs.checkpoint import Checkpoint
+from batch_tokenizer.codecs.loading import LoadRequest
 from batch_tokenizer.codecs.moss.codec import MossCodec, load_codec, open_spec
 from batch_tokenizer.codecs.moss.config import MossConfig
 from batch_tokenizer.codecs.moss.layers import Stream
@@ -36,15 +37,7 @@ WAVS = [noise(length, seed=length) for length in LENGTHS]
 def codec(tmp_path_factory) -> MossCodec:
     checkpoint = Checkpoint.open(str(write_moss_checkpoint(tmp_path_factory.mktemp("moss"))))
     spec = open_spec(checkpoint)
-    codec = load_codec(
-        checkpoint,
-        spec,
-        task="wav2token2wav",
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        attention="auto",
-        threads=1,
-    )
+    codec = load_codec(LoadRequest(checkpoint, spec))
     codec.model.stream_above = 10_000  # one pass, unless a test says otherwise
     return codec
 
@@ -206,13 +199,14 @@ def test_cached_keys_in_the_kernels_of_a_device(tmp_path, attention):
     )
     checkpoint = Checkpoint.open(str(write_moss_checkpoint(tmp_path, config)))
     codec = load_codec(
-        checkpoint,
-        open_spec(checkpoint),
-        task="token2wav",
-        device=torch.device("cuda"),
-        dtype=torch.bfloat16,
-        attention=attention,
-        threads=1,
+        LoadRequest(
+            checkpoint,
+            open_spec(checkpoint),
+            task="token2wav",
+            device=torch.device("cuda"),
+            dtype=torch.bfloat16,
+            attention=attention,
+        )
     )
     codes = np.random.default_rng(0).integers(0, 32, (120, 5)).astype(np.uint16)
     (whole,) = codec.decode([codes])

@@ -16,6 +16,7 @@ import torch
 from onnx import TensorProto, helper
 
 from batch_tokenizer.codecs.checkpoint import Checkpoint
+from batch_tokenizer.codecs.loading import LoadRequest
 from batch_tokenizer.codecs.moss.codec import MossCodec, load_codec, open_spec
 from batch_tokenizer.codecs.onnx import codec as onnx_codec
 from batch_tokenizer.codecs.onnx.export import export_moss
@@ -58,10 +59,7 @@ def exported(source: Path, folder: Path, layout: str) -> Path:
 @pytest.fixture(scope="module")
 def reference(folders) -> MossCodec:
     checkpoint = Checkpoint.open(str(folders["torch"]))
-    return load_codec(
-        checkpoint, open_spec(checkpoint), task="wav2token2wav", device=CPU, dtype=torch.float32, attention="auto",
-        threads=1,
-    )  # fmt: skip
+    return load_codec(LoadRequest(checkpoint, open_spec(checkpoint)))
 
 
 def spec_of(folder: Path) -> onnx_codec.OnnxSpec:
@@ -74,9 +72,7 @@ def spec_of(folder: Path) -> onnx_codec.OnnxSpec:
 def codec_of(folder: Path, task: str = "wav2token2wav", threads: int = 1) -> onnx_codec.OnnxCodec:
     checkpoint = Checkpoint.open(str(folder))
     spec = onnx_codec.open_spec(checkpoint)
-    return onnx_codec.load_codec(
-        checkpoint, spec, task=task, device=CPU, dtype=torch.float32, attention="auto", threads=threads
-    )  # type: ignore[arg-type]
+    return onnx_codec.load_codec(LoadRequest(checkpoint, spec, task=task, threads=threads))  # type: ignore[arg-type]
 
 
 def features(lengths=LENGTHS) -> list[np.ndarray]:

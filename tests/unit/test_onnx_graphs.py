@@ -8,9 +8,9 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-import torch
 
 from batch_tokenizer.codecs.checkpoint import Checkpoint
+from batch_tokenizer.codecs.loading import LoadRequest
 from batch_tokenizer.codecs.moss.codec import MossCodec, load_codec, open_spec
 from batch_tokenizer.codecs.onnx import codec as onnx_codec
 from batch_tokenizer.codecs.onnx.export import export_moss
@@ -49,10 +49,7 @@ class Pair:
     def __init__(self, folder: Path, config: dict | None = None, **options: int) -> None:
         source = write_moss_checkpoint(folder / "torch", config)
         checkpoint = Checkpoint.open(str(source))
-        self.torch: MossCodec = load_codec(
-            checkpoint, open_spec(checkpoint), task="wav2token2wav", device=torch.device("cpu"), dtype=torch.float32,
-            attention="auto", threads=1,
-        )  # fmt: skip
+        self.torch: MossCodec = load_codec(LoadRequest(checkpoint, open_spec(checkpoint)))
         self.folder = folder / "graphs"
         self.paths = export_moss(checkpoint, self.folder, **options)
         one_thread = onnxruntime.SessionOptions()

@@ -13,6 +13,7 @@ import torch
 
 from batch_tokenizer.cli import main
 from batch_tokenizer.codecs.checkpoint import Checkpoint
+from batch_tokenizer.codecs.loading import LoadRequest
 from batch_tokenizer.codecs.padded_codec import PaddedCodec
 from batch_tokenizer.codecs.published_sizes import _FOLDER as SIZES
 from batch_tokenizer.codecs.published_sizes import published_sizes
@@ -27,9 +28,7 @@ def opened(folder: Path, task: str = "wav2token2wav", dtype: torch.dtype = torch
     checkpoint = Checkpoint.open(str(folder))
     family = find_family(checkpoint)
     spec = pickle.loads(pickle.dumps(family.open_spec(checkpoint)))
-    return family.load_codec(
-        checkpoint, spec, task=task, device=torch.device("cpu"), dtype=dtype, attention="auto", threads=1
-    )
+    return family.load_codec(LoadRequest(checkpoint, spec, task=task, dtype=dtype))
 
 
 @pytest.fixture(scope="module", params=CONFIGS)

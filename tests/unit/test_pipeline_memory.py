@@ -85,7 +85,7 @@ def _raise(error: Exception):  # type: ignore[no-untyped-def]
 
 def test_weights_that_do_not_fit_are_one_line(tmp_path):
     class Family:
-        def load_codec(self, *arguments, **settings):
+        def load_codec(self, request):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.40 GiB\nmore")
 
     checkpoint = Checkpoint(folder=tmp_path, name="large", config={})

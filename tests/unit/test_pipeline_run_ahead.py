@@ -17,6 +17,7 @@ import torch
 
 from batch_tokenizer.codecs.base import Codec, Computed
 from batch_tokenizer.codecs.checkpoint import Checkpoint
+from batch_tokenizer.codecs.loading import LoadRequest
 from batch_tokenizer.codecs.opening import CodecSetup, with_front_end
 from batch_tokenizer.commands.bench_workload import FreeSpec, write_manifest
 from batch_tokenizer.config import RunConfig
@@ -98,7 +99,7 @@ class AheadFamily:
     def open_spec(self, checkpoint: Checkpoint) -> FreeSpec:
         return FreeSpec()
 
-    def load_codec(self, checkpoint: Checkpoint, spec: Any, **_: Any) -> Codec:
+    def load_codec(self, request: LoadRequest[Any]) -> Codec:
         return AheadCodec(self.device)
 
 

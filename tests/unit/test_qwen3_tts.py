@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from batch_tokenizer.cli import main
 from batch_tokenizer.codecs.checkpoint import Checkpoint
-from batch_tokenizer.codecs.qwen3_tts.codec import Qwen3TtsCodec, load_codec, open_spec
+from batch_tokenizer.codecs.loading import LoadRequest
+from batch_tokenizer.codecs.padded_codec import PaddedCodec
+from batch_tokenizer.codecs.qwen3_tts.codec import load_codec, open_spec
 from batch_tokenizer.codecs.qwen3_tts.decoder import Decoder
 from batch_tokenizer.codecs.registry import find_family
 from batch_tokenizer.records import RunError
@@ -28,15 +30,12 @@ def noise(length: int) -> np.ndarray:
     return np.random.default_rng(length).normal(0, 0.3, length).astype(np.float32)
 
 
-def open_codec(folder: Path, task: str = "wav2token2wav", **options: str) -> Qwen3TtsCodec:
+def open_codec(folder: Path, task: str = "wav2token2wav", **options: str) -> PaddedCodec:
     checkpoint = Checkpoint.open(str(folder))
-    return load_codec(
-        checkpoint, open_spec(checkpoint).with_options(options), task=task, device=torch.device("cpu"),
-        dtype=torch.float32, attention="auto", threads=1,
-    )  # type: ignore[arg-type]  # fmt: skip
+    return load_codec(LoadRequest(checkpoint, open_spec(checkpoint).with_options(options), task=task))  # type: ignore[arg-type]
 
 
-def encode(codec: Qwen3TtsCodec, lengths=LENGTHS, count: int = 4) -> list[np.ndarray]:
+def encode(codec: PaddedCodec, lengths=LENGTHS, count: int = 4) -> list[np.ndarray]:
     return codec.encode([codec.spec.features(noise(length)) for length in lengths], count)
 
 
@@ -134,10 +133,7 @@ def test_published_chunks_are_those_of_the_description(folder):
 
 def test_sixteen_bits_are_for_the_decoder_only(folder):
     checkpoint = Checkpoint.open(str(folder))
-    codec = load_codec(
-        checkpoint, open_spec(checkpoint), task="wav2token2wav", device=torch.device("cpu"), dtype=torch.bfloat16,
-        attention="auto", threads=1,
-    )  # fmt: skip
+    codec = load_codec(LoadRequest(checkpoint, open_spec(checkpoint), dtype=torch.bfloat16))
     for code, same in zip(encode(codec), encode(open_codec(folder)), strict=True):
         np.testing.assert_array_equal(code, same)
     assert codec.model.decoder.pre_conv.weight.dtype == torch.bfloat16

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batch_tokenizer.codecs.checkpoint import Checkpoint
+from batch_tokenizer.codecs.loading import LoadRequest
 from batch_tokenizer.codecs.registry import find_family
 from batch_tokenizer.codecs.s3tokenizer.config import S3Config
 from batch_tokenizer.records import RowError, RunError
@@ -34,10 +35,7 @@ def noise(length: int) -> np.ndarray:
 def open_codec(path, task: str = "wav2token", threads: int = 1):
     checkpoint = Checkpoint.open(str(path))
     family = find_family(checkpoint)
-    return family.load_codec(
-        checkpoint, family.open_spec(checkpoint), task=task, device=torch.device("cpu"), dtype=torch.float32,
-        attention="auto", threads=threads,
-    )  # fmt: skip
+    return family.load_codec(LoadRequest(checkpoint, family.open_spec(checkpoint), task=task, threads=threads))
 
 
 @pytest.mark.parametrize("version", VERSIONS)

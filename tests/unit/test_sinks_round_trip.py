@@ -232,10 +232,10 @@ def test_a_parquet_rows_audio_opens_by_its_place(tmp_path: Path, monkeypatch: py
 
 
 def test_audio_beyond_what_parquet_counts_fails_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parquet_shard, "_MOST_AUDIO_BYTES", 2043)
+    monkeypatch.setattr(parquet_shard, "_MOST_BINARY_BYTES", 2043)
     row = tokenized(0, samples=np.zeros(1000, np.float32))
     form = parquet_shard.ParquetForm(RUN_INFO, True, True)
-    with pytest.raises(RowError, match=r"2,044 bytes does not fit into parquet"):
+    with pytest.raises(RowError, match=r"2,044 bytes do not fit into parquet"):
         parquet_shard.parquet_row(RowEncoder("wav2token2wav", RUN_INFO, 24000)(row), form)
 
 

@@ -25,9 +25,10 @@ from batch_tokenizer.codecs.hf.exact import exchange_convolutions
 from batch_tokenizer.codecs.hf.families import KINDS, MOST_SAMPLES, WITHOUT_TOKENS, ModelKind
 from batch_tokenizer.codecs.hf.lengths import Chunks, Lengths, PaddedConvs
 from batch_tokenizer.codecs.layers.padded import PaddedBatch
+from batch_tokenizer.codecs.loading import LoadRequest
 from batch_tokenizer.codecs.memory import is_out_of_memory
 from batch_tokenizer.codecs.padded_codec import Codes, PaddedCodec
-from batch_tokenizer.records import RunError, Task, first_line
+from batch_tokenizer.records import RunError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -150,36 +151,34 @@ def blank_model(config: Mapping[str, Any]) -> Any:
     return model_class(model_class.config_class(**settings))
 
 
-def load_codec(
-    checkpoint: Checkpoint,
-    spec: HfSpec,
-    *,
-    task: Task,
-    device: torch.device,
-    dtype: torch.dtype,
-    attention: str,
-    threads: int,
-) -> HfCodec:
-    """The whole model, encoder and decoder, whatever the task. See ``registry.Family``."""
+def load_codec(request: LoadRequest[HfSpec]) -> HfCodec:
+    """The whole model, encoder and decoder, whatever the task.
+
+    Raises:
+        RunError: the library or the checkpoint cannot be used; the message names what is wrong.
+    """
+    checkpoint, spec = request.checkpoint, request.spec
     kind = KINDS[spec.kind]
     library = _library(checkpoint)
-    _needs(checkpoint, "encoder", task != "token2wav")
-    _needs(checkpoint, "decoder", task != "wav2token")
-    if isinstance(spec.lengths, Chunks) and dtype != torch.float32:
+    _needs(checkpoint, "encoder", request.task != "token2wav")
+    _needs(checkpoint, "decoder", request.task != "wav2token")
+    if isinstance(spec.lengths, Chunks) and request.dtype != torch.float32:
         raise RunError(
             f"{checkpoint.folder}: transformers joins this codec's chunks in float32 only; pass --dtype float32"
         )
     chosen: dict[str, Any] = {}
-    if attention != "auto":
-        if attention not in _ATTENTION:
-            raise RunError(f"--attention {attention}: transformers has no such backend; choose {', '.join(_ATTENTION)}")
-        chosen["attn_implementation"] = _ATTENTION[attention]
+    if request.attention != "auto":
+        if request.attention not in _ATTENTION:
+            raise RunError(
+                f"--attention {request.attention}: transformers has no such backend; choose {', '.join(_ATTENTION)}"
+            )
+        chosen["attn_implementation"] = _ATTENTION[request.attention]
     library.utils.logging.disable_progress_bar()
     library.utils.logging.set_verbosity_error()
     try:
         with checkpoint.bounded_model():
             model, report = _class(library, kind.model_class, checkpoint).from_pretrained(
-                checkpoint.folder, local_files_only=True, dtype=dtype, output_loading_info=True, **chosen
+                checkpoint.folder, local_files_only=True, dtype=request.dtype, output_loading_info=True, **chosen
             )
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, ImportError) as error:
         raise RunError(f"{checkpoint.folder}: transformers cannot load it: {first_line(error)}") from error
@@ -194,21 +193,21 @@ def load_codec(
             front_end = extractor.from_pretrained(checkpoint.folder, local_files_only=True)
         else:
             front_end = extractor(sampling_rate=spec.info.sample_rate, hop_length=spec.info.samples_per_frame)
-    how = spec.batching if device.type != "cpu" else "one by one"
+    how = spec.batching if request.device.type != "cpu" else "one by one"
     log.info("transformers %s: %s, encoder and decoder loaded; batches: %s", library.__version__, kind.model_class, how)
     if spec.channels > 1:
         log.info(
             "the model has %d channels: each gets the mean of the file's, and decoded ones are averaged", spec.channels
         )
-    if dtype != torch.float32:
+    if request.dtype != torch.float32:
         log.warning(
             "%s in %s: transformers also looks up codes in that format, so many tokens differ from float32's; "
             "pass --dtype float32 for the published ones",
             spec.kind,
-            str(dtype).removeprefix("torch."),
+            str(request.dtype).removeprefix("torch."),
         )
-    model = model.to(device).eval().requires_grad_(False)
-    return HfCodec(spec, model, front_end, threads)
+    model = model.to(request.device).eval().requires_grad_(False)
+    return HfCodec(spec, model, front_end, request.threads)
 
 
 class HfCodec(PaddedCodec):
@@ -221,8 +220,7 @@ class HfCodec(PaddedCodec):
     spec: HfSpec
 
     def __init__(self, spec: HfSpec, model: Any, front_end: Any = None, threads: int = 1) -> None:
-        super().__init__(spec, model.device, threads, equal_lengths=spec.batching != "padded")
-        self.model = model
+        super().__init__(spec, model, model.device, threads, equal_lengths=spec.batching != "padded")
         self._kind: ModelKind = KINDS[spec.kind]
         self._front_end = () if front_end is None else (front_end,)
         parts = [getattr(model, name) for name in self._kind.exact(model.config)]

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from batch_tokenizer.audio.mel import log_mel
-from batch_tokenizer.codecs.base import PARTS, Codec, CodecInfo, CodecSpec, Computation, Computed
+from batch_tokenizer.codecs.base import Codec, CodecInfo, CodecSpec, Computation, Computed
 from batch_tokenizer.codecs.checkpoint import Checkpoint
 from batch_tokenizer.codecs.execution import BatchRunner, StageClock, ToHost, to_host
+from batch_tokenizer.codecs.loading import LoadRequest, log_attention
 from batch_tokenizer.codecs.mimo.config import MiMoConfig
 from batch_tokenizer.codecs.mimo.layers import CompilationFailed
 from batch_tokenizer.codecs.mimo.model import DEFAULT_CAPACITY, MiMoAudioTokenizer
-from batch_tokenizer.kernels.attention import BackendUnavailable, choose_backend
-from batch_tokenizer.records import RunError, Stage, Task
+from batch_tokenizer.records import Stage, Task
 
 log = logging.getLogger(__name__)
 
@@ -48,11 +48,14 @@ class MiMoSpec(CodecSpec):
         front_end: where log-mel spectra are made. Features are these, (n_mels, L), or with ``device`` samples (1, S).
     """
 
+    options = ("hidden_states",)
+
     batching = "packed"
 
     info: CodecInfo
     config: MiMoConfig
     front_end: Literal["host", "device"] = "host"
+    hidden_states: bool = False
 
     def with_device_front_end(self) -> MiMoSpec:
         return replace(self, front_end="device")
@@ -76,7 +79,7 @@ def open_spec(checkpoint: Checkpoint) -> MiMoSpec:
     Raises:
         RunError: a key of ``config.json`` is absent or out of range, or the weights cannot be read.
     """
-    config = _config(checkpoint)
+    config = checkpoint.parse_config(MiMoConfig.from_json)
     info = CodecInfo(
         family="mimo",
         name=checkpoint.name,
@@ -101,7 +104,7 @@ def load_model(
     Raises:
         RunError: the checkpoint is not what its ``config.json`` implies; the message names what is wrong.
     """
-    config = _config(checkpoint)
+    config = checkpoint.parse_config(MiMoConfig.from_json)
     outer_norm = config.ln_type
     if outer_norm == "RMSNorm" and "encoder.layer_norm.bias" in checkpoint.names(PREFIX):
         outer_norm = "LayerNorm"  # some published versions use ln_type inside the layers only
@@ -112,20 +115,16 @@ def load_model(
     return part.freeze()
 
 
-def load_codec(
-    checkpoint: Checkpoint,
-    spec: MiMoSpec,
-    *,
-    task: Task,
-    device: torch.device,
-    dtype: torch.dtype,
-    attention: str,
-    threads: int,
-) -> MiMoCodec:
-    """The weights that ``task`` needs. See ``registry.Family``."""
-    check_attention(spec.config, PARTS[task], attention, device, dtype)
-    model = load_model(checkpoint, parts=PARTS[task], device=device, dtype=dtype)
-    return prepare_codec(spec, model, attention, threads)
+def load_codec(request: LoadRequest[MiMoSpec]) -> MiMoCodec:
+    """The codec with the weights that the task needs.
+
+    Raises:
+        RunError: the checkpoint is not what its ``config.json`` implies, or the attention backend cannot run here.
+    """
+    spec, parts = request.spec, request.parts
+    log_attention(head_sizes(spec.config, parts), request.attention, request.device, request.dtype)
+    model = load_model(request.checkpoint, parts=parts, device=request.device, dtype=request.dtype)
+    return prepare_codec(spec, model, request.attention, request.threads)
 
 
 def prepare_codec(spec: MiMoSpec, model: MiMoAudioTokenizer, attention: str, threads: int) -> MiMoCodec:
@@ -139,44 +138,38 @@ def prepare_codec(spec: MiMoSpec, model: MiMoAudioTokenizer, attention: str, thr
     return codec
 
 
-def check_attention(
-    config: MiMoConfig, parts: Sequence[str], attention: str, device: torch.device, dtype: torch.dtype
-) -> None:
-    """Logs which attention backend each stack of ``parts`` will run.
-
-    Raises:
-        RunError: the one that ``--attention`` forces cannot run here.
-    """
-    sizes = {"encoder": config.d_model // config.encoder_attention_heads}
+def head_sizes(config: MiMoConfig, parts: Sequence[str]) -> dict[str, int]:
+    """Head sizes of the transformer stacks of ``parts``, by their names."""
+    sizes = {}
+    if "encoder" in parts:
+        sizes["encoder"] = config.d_model // config.encoder_attention_heads
     if "decoder" in parts:
         sizes["decoder"] = config.d_model // config.decoder_attention_heads
         sizes["vocoder"] = config.vocoder_dim // config.vocoder_attention_heads
-    if "encoder" not in parts:
-        del sizes["encoder"]
-    chosen: dict[tuple[str, str], list[str]] = {}
-    for stack, head_size in sizes.items():
-        try:
-            chosen.setdefault(choose_backend(attention, device, dtype, head_size), []).append(stack)
-        except BackendUnavailable as error:
-            raise RunError(f"--attention {attention}: {error} (in the {stack})") from error
-    for (backend, reason), stacks in chosen.items():
-        log.info("attention of the %s: %s (%s)", ", ".join(stacks), backend, reason)
+    return sizes
 
 
 class MiMoComputation:
-    """A batch that the model's device works on; see ``Computation``."""
+    """A ``Computation``: a batch that the model's device works on."""
 
-    def __init__(self, codes: ToHost | list[npt.NDArray[np.uint16]], samples: ToHost | None, clock: StageClock) -> None:
-        self._codes, self._samples, self._clock = codes, samples, clock
+    def __init__(
+        self,
+        codes: ToHost | list[npt.NDArray[np.uint16]],
+        samples: ToHost | None,
+        hidden_states: ToHost | None,
+        clock: StageClock,
+    ) -> None:
+        self._codes, self._samples, self._hidden_states, self._clock = codes, samples, hidden_states, clock
 
     def finish(self) -> Computed:
         codes = _unsigned(self._codes) if isinstance(self._codes, ToHost) else self._codes
         samples = None if self._samples is None else self._samples.arrays()
+        hidden_states = None if self._hidden_states is None else self._hidden_states.arrays()
         encode, decode = self._clock.seconds()
         seconds: dict[Stage, float] = {"encode": encode} if isinstance(self._codes, ToHost) else {}
         if samples is not None:
             seconds["decode"] = decode
-        return Computed(codes, samples, seconds)
+        return Computed(codes, samples, seconds, hidden_states)
 
 
 def _unsigned(codes: ToHost) -> list[npt.NDArray[np.uint16]]:
@@ -202,9 +195,13 @@ class MiMoCodec(Codec):
     def encode_batch(
         self, features: Sequence[npt.NDArray[np.float32]], num_quantizers: int
     ) -> list[npt.NDArray[np.uint16]]:
-        inputs = [torch.from_numpy(part) for part in features]
-        codes = self._run(lambda batch: self._encode(batch, num_quantizers), inputs, lambda part: part.shape[1])
-        return _unsigned(ToHost(codes, torch.int16))
+        return _unsigned(ToHost([codes for codes, _ in self._encode_all(features, num_quantizers)], torch.int16))
+
+    def encode_hidden_batch(
+        self, features: Sequence[npt.NDArray[np.float32]], num_quantizers: int
+    ) -> tuple[list[npt.NDArray[np.uint16]], list[npt.NDArray[np.float16]]]:
+        codes, hidden_states = zip(*self._encode_all(features, num_quantizers), strict=True)
+        return _unsigned(ToHost(codes, torch.int16)), to_host(hidden_states, torch.float16)
 
     def decode_batch(self, codes: Sequence[npt.NDArray[np.uint16]]) -> list[npt.NDArray[np.float32]]:
         tensors = [torch.from_numpy(code.astype(np.int64)) for code in codes]
@@ -214,22 +211,33 @@ class MiMoCodec(Codec):
         clock = StageClock(self.model.device)
         with torch.inference_mode():
             clock.mark()
+            hidden_states: list[Tensor] = []
             if task == "token2wav":
                 codes = [torch.from_numpy(code.astype(np.int64)) for code in inputs]
             else:
-                codes = self._encode([torch.from_numpy(part) for part in inputs], num_quantizers)
+                encoded = self._encode([torch.from_numpy(part) for part in inputs], num_quantizers)
+                codes = [codes for codes, _ in encoded]
+                hidden_states = [hidden for _, hidden in encoded] if self.spec.hidden_states else []
+                del encoded
             clock.mark()
             samples = None if task == "wav2token" else self.model.decode_utterances(codes)
             clock.mark()
             return MiMoComputation(
                 list(inputs) if task == "token2wav" else ToHost(codes, torch.int16),
                 None if samples is None else ToHost(samples, torch.float32),
+                ToHost(hidden_states, torch.float16) if hidden_states else None,
                 clock,
             )
 
-    def _encode(self, features: Sequence[Tensor], num_quantizers: int) -> list[Tensor]:
+    def _encode_all(
+        self, features: Sequence[npt.NDArray[np.float32]], num_quantizers: int
+    ) -> list[tuple[Tensor, Tensor]]:
+        inputs = [torch.from_numpy(part) for part in features]
+        return self._run(lambda batch: self._encode(batch, num_quantizers), inputs, lambda part: part.shape[1])
+
+    def _encode(self, features: Sequence[Tensor], num_quantizers: int) -> list[tuple[Tensor, Tensor]]:
         if self.spec.front_end == "host":
-            return self.model.encode_utterances(features, num_quantizers)
+            return self.model.encode_mels(features, num_quantizers)
         return self.model.encode_samples([part[0] for part in features], num_quantizers)
 
     @property
@@ -253,13 +261,6 @@ class MiMoCodec(Codec):
         except CompilationFailed as error:
             log.warning("layers run without torch.compile, which failed here: %s", error)
             self.compiled = False
-
-
-def _config(checkpoint: Checkpoint) -> MiMoConfig:
-    try:
-        return MiMoConfig.from_json(checkpoint.config)
-    except RunError as error:
-        raise RunError(f"{checkpoint.folder}: {error}") from error
 
 
 def _rename(name: str) -> str | None:

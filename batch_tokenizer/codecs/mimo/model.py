@@ -192,16 +192,19 @@ class MiMoAudioTokenizer(nn.Module):
 
     def encode_utterances(self, mels: Sequence[Tensor], n_q: int | None = None) -> list[Tensor]:
         """Log-mel (n_mels, L_i) each to codes int64 (T_i, n_q) each, on the model's device."""
+        return [codes for codes, _ in self.encode_mels(mels, n_q)]
+
+    def encode_mels(self, mels: Sequence[Tensor], n_q: int | None = None) -> list[tuple[Tensor, Tensor]]:
+        """As ``encode_utterances``, each with the hidden states (T_i, d_model) that were quantized."""
 
         def rows(members: list[int], layout: EncoderLayout) -> Tensor:
             return layout.mel.scatter(joined_on([mels[index].t() for index in members], self.device))
 
         return self._encode([mel.shape[1] for mel in mels], rows, n_q)
 
-    def encode_samples(self, samples: Sequence[Tensor], n_q: int | None = None) -> list[Tensor]:
-        """Float32 samples (S_i,) each, S_i >= ``config.mel.least_samples``, to codes as ``encode_utterances``.
-
-        Log-mel is made on the model's device.
+    def encode_samples(self, samples: Sequence[Tensor], n_q: int | None = None) -> list[tuple[Tensor, Tensor]]:
+        """Float32 samples (S_i,) each, S_i >= ``config.mel.least_samples``, to codes and hidden states as
+        ``encode_mels``. Log-mel is made on the model's device.
         """
         form = self.config.mel
         lengths = np.array([len(part) for part in samples], np.int64)
@@ -216,8 +219,8 @@ class MiMoAudioTokenizer(nn.Module):
 
     def _encode(
         self, mel_frames: Sequence[int], rows: Callable[[list[int], EncoderLayout], Tensor], n_q: int | None
-    ) -> list[Tensor]:
-        """Codes of utterances of ``mel_frames`` each; ``rows`` puts a pack's log-mel on the layout's axis."""
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Codes and hidden states of each; ``rows`` puts the log-mel of a pack, ``mel_frames`` each, on its axis."""
         if not hasattr(self.encoder, "conv1"):
             raise ValueError("this model was loaded without its encoder")
         num_quantizers = self.config.num_quantizers if n_q is None else n_q
@@ -225,7 +228,7 @@ class MiMoAudioTokenizer(nn.Module):
             raise ValueError(f"n_q = {n_q}: this checkpoint has 1 to {self.config.num_quantizers} codebooks")
         if any(frames < 1 for frames in mel_frames):
             raise ValueError("an utterance has no mel frames")
-        codes: list[Tensor] = [torch.empty(0)] * len(mel_frames)
+        results: dict[int, tuple[Tensor, Tensor]] = {}
         spans = EncoderLayout.spans(self.config, mel_frames)
         with torch.autocast(self.device.type, enabled=False):
             for members, capacity in self._packs(spans.tolist()):
@@ -233,10 +236,10 @@ class MiMoAudioTokenizer(nn.Module):
                 layout = EncoderLayout.build(self.config, lengths, self.device, capacity)
                 hidden = self.encoder(rows(members, layout), layout)
                 quantized = self.encoder.quantizer.encode(hidden, num_quantizers)
-                parts = layout.tokens.gather(quantized).split(layout.tokens.lengths.tolist())
-                for index, part in zip(members, parts, strict=True):
-                    codes[index] = part
-        return codes
+                counts = layout.tokens.lengths.tolist()
+                parts = (layout.tokens.gather(of_pack).split(counts) for of_pack in (quantized, hidden))
+                results.update(zip(members, zip(*parts, strict=True), strict=True))
+        return [results[index] for index in range(len(mel_frames))]
 
     def decode_utterances(self, codes: Sequence[Tensor]) -> list[Tensor]:
         """Codes (T_i, K_i) each, T_i >= 1, in range, to float32 samples (S_i,) each, on the model's device."""

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from batch_tokenizer.audio.loudness import moss_tts_loudness
-from batch_tokenizer.codecs.base import PARTS, Codec, CodecInfo, CodecSpec, as_channels, check_codes
+from batch_tokenizer.codecs.base import Codec, CodecInfo, CodecSpec, as_channels, check_codes
 from batch_tokenizer.codecs.checkpoint import Checkpoint
 from batch_tokenizer.codecs.execution import BatchRunner, to_host
 from batch_tokenizer.codecs.layers.convolution import weight_norm_name
+from batch_tokenizer.codecs.loading import LoadRequest, log_attention
 from batch_tokenizer.codecs.moss.config import MossConfig, TransformerStage
 from batch_tokenizer.codecs.moss.layers import Stream
 from batch_tokenizer.codecs.moss.model import DEFAULT_CAPACITY, MossAudioTokenizer, interleave
 from batch_tokenizer.codecs.moss.streaming import decode_stream, encode_stream
-from batch_tokenizer.kernels.attention import BackendUnavailable, choose_backend
-from batch_tokenizer.records import Loudness, RunError, Task
-
-log = logging.getLogger(__name__)
+from batch_tokenizer.records import Loudness
 
 Samples = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.uint16]
+Hidden = npt.NDArray[np.float16]
 
 
 #: Other names of the same tensors: patterns, and what they stand for. v2 and older checkpoints have them.
@@ -52,13 +50,14 @@ class MossSpec(CodecSpec):
         loudness: what is done to an utterance's level first; ``moss_tts`` as MOSS-TTS prepares what it trains on.
     """
 
-    options = ("loudness",)
+    options = ("loudness", "hidden_states")
 
     batching = "packed"
 
     info: CodecInfo
     config: MossConfig
     loudness: Loudness = "none"
+    hidden_states: bool = False
     streams = True
 
     @property
@@ -69,12 +68,6 @@ class MossSpec(CodecSpec):
         channels = as_channels(samples, self.info.channels)
         return channels if self.loudness == "none" else moss_tts_loudness(channels)
 
-    def num_frames(self, num_samples: int) -> int:
-        return self.config.num_frames(num_samples)
-
-    def num_output_samples(self, num_frames: int) -> int:
-        return num_frames * self.config.downsample_rate
-
 
 def open_spec(checkpoint: Checkpoint) -> MossSpec:
     """Reads the configuration and samples the weights for the fingerprint.
@@ -82,7 +75,7 @@ def open_spec(checkpoint: Checkpoint) -> MossSpec:
     Raises:
         RunError: a key of ``config.json`` is absent or out of range, or the weights cannot be read.
     """
-    config = _config(checkpoint)
+    config = checkpoint.parse_config(MossConfig.from_json)
     quantizer = config.quantizer
     info = CodecInfo(
         family="moss",
@@ -108,7 +101,7 @@ def load_model(
     Raises:
         RunError: the checkpoint is not what its ``config.json`` implies; the message names what is wrong.
     """
-    config = _config(checkpoint)
+    config = checkpoint.parse_config(MossConfig.from_json)
     with checkpoint.empty_weights():
         whole = MossAudioTokenizer(config)
         part = MossAudioTokenizer(config, parts=parts)
@@ -120,28 +113,20 @@ def load_model(
     return part.freeze()
 
 
-def load_codec(
-    checkpoint: Checkpoint,
-    spec: CodecSpec,
-    *,
-    task: Task,
-    device: torch.device,
-    dtype: torch.dtype,
-    attention: str,
-    threads: int,
-) -> MossCodec:
-    """The weights that ``task`` needs. See ``registry.Family``."""
-    spec = cast(MossSpec, spec)
-    stages = (stage for stage in (*spec.config.encoder, *spec.config.decoder) if isinstance(stage, TransformerStage))
-    for head_dim in sorted({stage.d_model // stage.num_heads for stage in stages}):
-        try:
-            backend, reason = choose_backend(attention, device, dtype, head_dim)
-        except BackendUnavailable as error:
-            raise RunError(f"--attention {attention}: {error}") from error
-        log.info("attention %s for heads of %d (%s)", backend, head_dim, reason)
-    model = load_model(checkpoint, parts=PARTS[task], device=device, dtype=dtype)
-    model.use_attention(attention)
-    return MossCodec(spec, model, threads)
+def load_codec(request: LoadRequest[MossSpec]) -> MossCodec:
+    """The codec with the weights that the task needs.
+
+    Raises:
+        RunError: the checkpoint is not what its ``config.json`` implies, or the attention backend cannot run here.
+    """
+    config = request.spec.config
+    stages = [stage for stage in (*config.encoder, *config.decoder) if isinstance(stage, TransformerStage)]
+    sizes = sorted({stage.d_model // stage.num_heads for stage in stages})
+    named = {f"stages with heads of {size}": size for size in sizes}
+    log_attention(named, request.attention, request.device, request.dtype)
+    model = load_model(request.checkpoint, parts=request.parts, device=request.device, dtype=request.dtype)
+    model.use_attention(request.attention)
+    return MossCodec(request.spec, model, request.threads)
 
 
 class MossCodec(Codec):
@@ -161,9 +146,15 @@ class MossCodec(Codec):
         self.batch_limit = self._run.batch_limit
 
     def encode_batch(self, features: Sequence[Samples], num_quantizers: int) -> list[Codes]:
+        return _codes_to_host([codes for codes, _ in self._encode(features, num_quantizers)])
+
+    def encode_hidden_batch(self, features: Sequence[Samples], num_quantizers: int) -> tuple[list[Codes], list[Hidden]]:
+        codes, hidden_states = zip(*self._encode(features, num_quantizers), strict=True)
+        return _codes_to_host(codes), to_host(hidden_states, torch.float16)
+
+    def _encode(self, features: Sequence[Samples], num_quantizers: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         samples = [interleave(torch.from_numpy(feature)) for feature in features]
-        codes = self._run(lambda batch: self.model.encode_utterances(batch, num_quantizers), samples, len)
-        return _codes_to_host(codes)
+        return self._run(lambda batch: self.model.encode_utterances_hidden(batch, num_quantizers), samples, len)
 
     def decode_batch(self, codes: Sequence[Codes]) -> list[Samples]:
         tensors = [torch.from_numpy(code.astype(np.int64)) for code in codes]
@@ -241,17 +232,21 @@ class MossCodec(Codec):
 
 
 class MossStream:
-    """See ``CodecStream``. Pieces of ``stream_above`` frames give the bits that ``MossCodec.encode`` gives."""
+    """A ``CodecStream``. Pieces of ``stream_above`` frames give the bits that ``MossCodec.encode`` gives."""
 
     def __init__(self, codec: MossCodec) -> None:
         self._codec = codec
         self._encoding, self._decoding = Stream(), Stream()
 
     def encode(self, features: Sequence[Samples], num_quantizers: int) -> list[Codes]:
+        return self.encode_hidden(features, num_quantizers)[0]
+
+    def encode_hidden(self, features: Sequence[Samples], num_quantizers: int) -> tuple[list[Codes], list[Hidden]]:
         (feature,) = features
         with torch.inference_mode():
             samples = interleave(torch.from_numpy(feature))
-            return _codes_to_host(self._codec.model.encode_streams([self._encoding], [samples], num_quantizers))
+            ((codes, hidden),) = self._codec.model.encode_streams_hidden([self._encoding], [samples], num_quantizers)
+            return _codes_to_host([codes]), to_host([hidden], torch.float16)
 
     def decode(self, codes: Sequence[Codes]) -> list[Samples]:
         (code,) = codes
@@ -267,13 +262,6 @@ def _samples(chunk: Samples, channels: int) -> torch.Tensor:
 
 def _codes_to_host(codes: Sequence[torch.Tensor]) -> list[Codes]:
     return [part.astype(np.uint16) for part in to_host(codes, torch.int32)]
-
-
-def _config(checkpoint: Checkpoint) -> MossConfig:
-    try:
-        return MossConfig.from_json(checkpoint.config)
-    except RunError as error:
-        raise RunError(f"{checkpoint.folder}: {error}") from error
 
 
 def _rename(name: str) -> str:

@@ -10,6 +10,7 @@ grow.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,8 @@ from batch_tokenizer.codecs.moss.config import MossConfig
 from batch_tokenizer.codecs.moss.layers import Passage, PatchDown, PatchUp, Stages, Stream, Transformer
 from batch_tokenizer.codecs.moss.quantizer import ResidualQuantizer
 from batch_tokenizer.kernels.segments import filler_runs, packs, to_device
+
+Result = TypeVar("Result")
 
 #: Token frames of axis that a pack on CUDA has by default.
 DEFAULT_CAPACITY = 4096
@@ -87,6 +90,12 @@ class MossAudioTokenizer(nn.Module):
         Raises:
             ValueError: ``n_q`` is out of range, an utterance is empty, or the encoder was not loaded.
         """
+        return [codes for codes, _ in self.encode_utterances_hidden(samples, n_q)]
+
+    def encode_utterances_hidden(
+        self, samples: Sequence[Tensor], n_q: int | None = None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """As ``encode_utterances``, each with the hidden states float32 (T, d) that were quantized."""
         num_quantizers = self.config.quantizer.num_quantizers if n_q is None else n_q
         self._check_num_quantizers(num_quantizers)
         if any(len(wav) < 1 for wav in samples):
@@ -96,7 +105,7 @@ class MossAudioTokenizer(nn.Module):
             samples,
             frames,
             lambda wavs, passage: self._encode(wavs, passage, num_quantizers),
-            lambda wav: self.encode_streams([Stream()], [wav], num_quantizers)[0],
+            lambda wav: self.encode_streams_hidden([Stream()], [wav], num_quantizers)[0],
         )
 
     def decode_utterances(self, codes: Sequence[Tensor]) -> list[Tensor]:
@@ -106,7 +115,10 @@ class MossAudioTokenizer(nn.Module):
             ValueError: the decoder was not loaded.
         """
         return self._utterances(
-            codes, [len(code) for code in codes], self._decode, lambda code: self.decode_streams([Stream()], [code])[0]
+            codes,
+            [len(code) for code in codes],
+            lambda members, passage: [samples for (samples,) in self._decode(members, passage)],
+            lambda code: self.decode_streams([Stream()], [code])[0],
         )
 
     def encode_streams(self, streams: Sequence[Stream], samples: Sequence[Tensor], num_quantizers: int) -> list[Tensor]:
@@ -118,15 +130,23 @@ class MossAudioTokenizer(nn.Module):
         Returns:
             codes int64 (T_i, ``num_quantizers``) each.
         """
+        return [codes for codes, _ in self.encode_streams_hidden(streams, samples, num_quantizers)]
+
+    def encode_streams_hidden(
+        self, streams: Sequence[Stream], samples: Sequence[Tensor], num_quantizers: int
+    ) -> list[tuple[Tensor, Tensor]]:
+        """As ``encode_streams``, each with the hidden states float32 (T_i, d) that were quantized."""
         self._check_num_quantizers(num_quantizers)
-        empty = torch.empty(0, num_quantizers, dtype=torch.int64, device=self.device)
-        return self._in_pieces(
+        codes = torch.empty(0, num_quantizers, dtype=torch.int64, device=self.device)
+        hidden = torch.empty(0, self.config.quantizer.input_dim, device=self.device)
+        outputs = self._in_pieces(
             streams,
             samples,
             self.config.rows_per_frame,
             lambda wavs, passage: self._encode(wavs, passage, num_quantizers),
-            empty,
+            (codes, hidden),
         )
+        return [(codes, hidden) for codes, hidden in outputs]
 
     def decode_streams(self, streams: Sequence[Stream], codes: Sequence[Tensor]) -> list[Tensor]:
         """Continues each stream with its next codes (T_i, K_i), however many, in bounded memory.
@@ -134,7 +154,8 @@ class MossAudioTokenizer(nn.Module):
         Returns:
             float32 samples (T_i · rows per frame,) each.
         """
-        return self._in_pieces(streams, codes, 1, self._decode, torch.empty(0, device=self.device))
+        outputs = self._in_pieces(streams, codes, 1, self._decode, (torch.empty(0, device=self.device),))
+        return [samples for (samples,) in outputs]
 
     @torch.no_grad()
     def hidden(self, samples: Tensor) -> Tensor:
@@ -145,11 +166,11 @@ class MossAudioTokenizer(nn.Module):
         self,
         inputs: Sequence[Tensor],
         frames: Sequence[int],
-        at_once: Callable[[list[Tensor], Passage], list[Tensor]],
-        in_pieces: Callable[[Tensor], Tensor],
-    ) -> list[Tensor]:
+        at_once: Callable[[list[Tensor], Passage], Sequence[Result]],
+        in_pieces: Callable[[Tensor], Result],
+    ) -> list[Result]:
         """Each utterance the way that its own length asks for: packed with others, alone, or in pieces."""
-        results: dict[int, Tensor] = {}
+        results: dict[int, Result] = {}
         capacity = self._fixed_capacity()
         longest = self.stream_above if capacity is None else capacity
         short = [index for index, count in enumerate(frames) if count <= longest]
@@ -170,10 +191,15 @@ class MossAudioTokenizer(nn.Module):
         streams: Sequence[Stream],
         inputs: Sequence[Tensor],
         rows_a_frame: int,
-        compute: Callable[[list[Tensor], Passage], list[Tensor]],
-        empty: Tensor,
-    ) -> list[Tensor]:
-        """Steps of at most one pass's frames, shared evenly by the streams that have input left."""
+        compute: Callable[[list[Tensor], Passage], Sequence[tuple[Tensor, ...]]],
+        empty: tuple[Tensor, ...],
+    ) -> list[tuple[Tensor, ...]]:
+        """Steps of at most one pass's frames, shared evenly by the streams that have input left.
+
+        Args:
+            compute: tensors of each input, all with a whole number of rows per frame.
+            empty: these tensors for a stream without input.
+        """
         capacity = self._fixed_capacity()
         longest = self.stream_above if capacity is None else capacity
         totals = [-(-len(rows) // rows_a_frame) for rows in inputs]
@@ -184,21 +210,27 @@ class MossAudioTokenizer(nn.Module):
             pieces = [inputs[index][begun[index] * rows_a_frame :][: share * rows_a_frame] for index in active]
             frames = [min(share, totals[index] - begun[index]) for index in active]
             passage = Passage(frames, self.device, [streams[index] for index in active])
-            for index, count, output in zip(active, frames, compute(pieces, passage), strict=True):
-                scale = len(output) // count
+            for index, count, parts in zip(active, frames, compute(pieces, passage), strict=True):
+                scales = [len(part) // count for part in parts]
                 if not begun[index]:
-                    outputs[index] = output.new_empty(totals[index] * scale, *output.shape[1:])
-                outputs[index][begun[index] * scale :][: len(output)] = output
+                    outputs[index] = tuple(
+                        part.new_empty(totals[index] * scale, *part.shape[1:])
+                        for part, scale in zip(parts, scales, strict=True)
+                    )
+                for output, part, scale in zip(outputs[index], parts, scales, strict=True):
+                    output[begun[index] * scale :][: len(part)] = part
                 begun[index] += count
             passage.advance()
         return outputs
 
     @torch.no_grad()
-    def _encode(self, samples: Sequence[Tensor], passage: Passage, num_quantizers: int) -> list[Tensor]:
-        """Codes of each; filler of the passage beyond the last utterance is dropped."""
+    def _encode(self, samples: Sequence[Tensor], passage: Passage, num_quantizers: int) -> list[tuple[Tensor, Tensor]]:
+        """Codes and hidden states of each; filler of the passage beyond the last utterance is dropped."""
         with torch.autocast(self.device.type, enabled=False):
-            codes = self.quantizer.encode(self._hidden(samples, passage), num_quantizers)
-        return list(codes.split(passage.frames.tolist())[: len(samples)])
+            hidden = self._hidden(samples, passage)
+            codes = self.quantizer.encode(hidden, num_quantizers)
+        counts = passage.frames.tolist()
+        return list(zip(codes.split(counts), hidden.split(counts), strict=True))[: len(samples)]
 
     def _hidden(self, samples: Sequence[Tensor], passage: Passage) -> Tensor:
         """Hidden float32 (N, d) of packed utterances, each zero-padded to its whole frames."""
@@ -211,7 +243,7 @@ class MossAudioTokenizer(nn.Module):
         return self.encoder(to_device(rows, self.device).to(self.dtype)[:, None], passage).float()
 
     @torch.no_grad()
-    def _decode(self, codes: Sequence[Tensor], passage: Passage) -> list[Tensor]:
+    def _decode(self, codes: Sequence[Tensor], passage: Passage) -> list[tuple[Tensor]]:
         """Samples of each; filler of the passage beyond the last utterance is dropped."""
         if self.decoder is None:
             raise ValueError("this model was loaded without its decoder")
@@ -223,7 +255,8 @@ class MossAudioTokenizer(nn.Module):
         with torch.autocast(self.device.type, enabled=False):
             summed = self.quantizer.decode(to_device(packed, self.device))
             samples = self.decoder(summed.to(self.dtype), passage).float()[:, 0]
-        return list(samples.split((passage.frames * self.config.rows_per_frame).tolist())[: len(codes)])
+        counts = (passage.frames * self.config.rows_per_frame).tolist()
+        return [(part,) for part in samples.split(counts)[: len(codes)]]
 
     def _fixed_capacity(self) -> int | None:
         if self.capacity == "auto":

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from batch_tokenizer.codecs.base import CodecInfo, CodecSpec
 from batch_tokenizer.codecs.checkpoint import Checkpoint
 from batch_tokenizer.codecs.layers.convolution import weight_norm_name
-from batch_tokenizer.codecs.layers.padded import PaddedBatch
+from batch_tokenizer.codecs.loading import LoadRequest
 from batch_tokenizer.codecs.nanocodec.config import NanoCodecConfig
 from batch_tokenizer.codecs.nanocodec.model import NanoCodec
-from batch_tokenizer.codecs.padded_codec import Codes, PaddedCodec, Samples
-from batch_tokenizer.records import RunError, Task
+from batch_tokenizer.codecs.padded_codec import PaddedCodec, Samples
 
 #: NeMo wraps each convolution and each activation in modules of their own.
 _WRAPPER = re.compile(r"\.conv(?=\.(?:parametrizations|weight|bias))|\.activation\.snake_act(?=\.alpha$)")
@@ -48,12 +45,6 @@ class NanoCodecSpec(CodecSpec):
     def is_feature_length(self, length: int) -> bool:
         return length >= 1 and length % self.config.samples_per_frame == 0
 
-    def num_frames(self, num_samples: int) -> int:
-        return -(-num_samples // self.config.samples_per_frame)
-
-    def num_output_samples(self, num_frames: int) -> int:
-        return num_frames * self.config.samples_per_frame
-
 
 def open_spec(checkpoint: Checkpoint) -> NanoCodecSpec:
     """Reads the configuration and samples the weights for the fingerprint.
@@ -61,10 +52,7 @@ def open_spec(checkpoint: Checkpoint) -> NanoCodecSpec:
     Raises:
         RunError: a key of the configuration is absent or out of range, or the weights cannot be read.
     """
-    try:
-        config = NanoCodecConfig.from_json(checkpoint.config)
-    except RunError as error:
-        raise RunError(f"{checkpoint.folder}: {error}") from error
+    config = checkpoint.parse_config(NanoCodecConfig.from_json)
     info = CodecInfo(
         family="nanocodec",
         name=checkpoint.name,
@@ -81,28 +69,14 @@ def blank_model(config: Mapping[str, Any]) -> NanoCodec:
     return NanoCodec(NanoCodecConfig.from_json(config))
 
 
-def load_codec(
-    checkpoint: Checkpoint,
-    spec: CodecSpec,
-    *,
-    task: Task,
-    device: torch.device,
-    dtype: torch.dtype,
-    attention: str,
-    threads: int,
-) -> NanoCodecCodec:
-    """The weights that ``task`` needs.
+def load_codec(request: LoadRequest[NanoCodecSpec]) -> PaddedCodec:
+    """The codec with the weights that the task needs.
 
     Raises:
         RunError: the checkpoint is not what its configuration implies.
     """
-    spec = cast(NanoCodecSpec, spec)
-    with checkpoint.empty_weights():
-        whole = NanoCodec(spec.config)
-        part = NanoCodec(spec.config, encoder=task != "token2wav", decoder=task != "wav2token")
-    checkpoint.load(whole, part, device=device, dtype=torch.float32, rename=_rename)
-    part.fold()
-    return NanoCodecCodec(spec, part.to(dtype).eval().requires_grad_(False), device, threads)
+    model = request.load_folded(lambda parts: NanoCodec(request.spec.config, parts), _rename)
+    return PaddedCodec(request.spec, model.to(request.dtype), request.device, request.threads)
 
 
 def _rename(name: str) -> str | None:
@@ -110,19 +84,3 @@ def _rename(name: str) -> str | None:
     if name.partition(".")[0] not in ("audio_encoder", "audio_decoder"):
         return None
     return _WRAPPER.sub("", weight_norm_name(name))
-
-
-class NanoCodecCodec(PaddedCodec):
-    """A NanoCodec model behind the codec protocol."""
-
-    spec: NanoCodecSpec
-
-    def __init__(self, spec: NanoCodecSpec, model: NanoCodec, device: torch.device, threads: int = 1) -> None:
-        super().__init__(spec, device, threads)
-        self.model = model
-
-    def encode_padded(self, batch: PaddedBatch, num_quantizers: int) -> Tensor:
-        return self.model.encode(batch)[..., :num_quantizers]
-
-    def decode_padded(self, codes: PaddedBatch, utterances: Sequence[Codes]) -> Tensor:
-        return self.model.decode(codes)

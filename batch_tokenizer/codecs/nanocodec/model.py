@@ -7,7 +7,7 @@ left only. ``fold`` must be called once after the tensors are in place.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -147,11 +147,11 @@ class Decoder(nn.Module):
 class NanoCodec(nn.Module):
     """The parts of a NanoCodec model that are needed; quantizing has no weights and is done in float32."""
 
-    def __init__(self, config: NanoCodecConfig, *, encoder: bool = True, decoder: bool = True) -> None:
+    def __init__(self, config: NanoCodecConfig, parts: Sequence[str] = ("encoder", "decoder")) -> None:
         super().__init__()
         self.config = config
-        self.audio_encoder = Encoder(config) if encoder else None
-        self.audio_decoder = Decoder(config) if decoder else None
+        self.audio_encoder = Encoder(config) if "encoder" in parts else None
+        self.audio_decoder = Decoder(config) if "decoder" in parts else None
         self.quantizer = FiniteScalarQuantizer(config.levels)
 
     @torch.no_grad()
@@ -166,10 +166,10 @@ class NanoCodec(nn.Module):
         dtype = next(self.audio_encoder.parameters()).dtype
         return cast(PaddedBatch, self.audio_encoder(samples.map(lambda x: x.to(dtype)))).map(Tensor.float)
 
-    def encode(self, samples: PaddedBatch) -> Tensor:
-        """Samples (B, 1, S) to codes int64 (B, T, groups)."""
+    def encode(self, samples: PaddedBatch, num_quantizers: int) -> Tensor:
+        """Samples (B, 1, S) to codes int64 (B, T, ``num_quantizers``) of the first groups."""
         groups = self.hidden(samples).values.mT.unflatten(-1, (self.config.num_groups, -1))
-        return self.quantizer.encode(groups)
+        return self.quantizer.encode(groups)[..., :num_quantizers]
 
     def decode(self, codes: PaddedBatch) -> Tensor:
         """Codes int64 (B, K, T), K at most the number of groups, to samples float32 (B, S).

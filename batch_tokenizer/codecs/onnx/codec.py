@@ -15,19 +15,20 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeVar, cast
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from batch_tokenizer.codecs.base import PARTS, Codec, CodecInfo, CodecSpec, as_channels
+from batch_tokenizer.codecs.base import Codec, CodecInfo, CodecSpec, as_channels
 from batch_tokenizer.codecs.checkpoint import GRAPHS_KEY, Checkpoint
 from batch_tokenizer.codecs.config_keys import MOST_COUNT, MOST_SIZE, ConfigKeys, read_json, short_repr
+from batch_tokenizer.codecs.loading import LoadRequest
 from batch_tokenizer.codecs.onnx.graph_file import GraphFile
 from batch_tokenizer.codecs.onnx.layouts import PREFIX, Layout, Role, by_role
 from batch_tokenizer.codecs.onnx.session import Session
-from batch_tokenizer.records import RunError, Task
+from batch_tokenizer.records import RunError
 
 log = logging.getLogger(__name__)
 
@@ -77,12 +78,6 @@ class OnnxSpec(CodecSpec):
     def features(self, samples: Samples) -> Samples:
         return as_channels(samples, self.info.channels)
 
-    def num_frames(self, num_samples: int) -> int:
-        return -(-num_samples // self.info.samples_per_frame)
-
-    def num_output_samples(self, num_frames: int) -> int:
-        return num_frames * self.info.samples_per_frame
-
 
 def open_spec(checkpoint: Checkpoint) -> OnnxSpec:
     """Reads the graphs, and a sample of their weights for the fingerprint.
@@ -120,27 +115,23 @@ def open_spec(checkpoint: Checkpoint) -> OnnxSpec:
     return OnnxSpec(info=info, layouts=layouts, faults=tuple(faults))
 
 
-def load_codec(
-    checkpoint: Checkpoint,
-    spec: CodecSpec,
-    *,
-    task: Task,
-    device: torch.device,
-    dtype: torch.dtype,
-    attention: str,
-    threads: int,
-) -> OnnxCodec:
-    """The graphs that ``task`` needs. See ``registry.Family``. What they compute in, they say themselves."""
-    spec = cast(OnnxSpec, spec)
-    for role in PARTS[task]:
+def load_codec(request: LoadRequest[OnnxSpec]) -> OnnxCodec:
+    """The graphs that the task needs. What they compute in, they say themselves.
+
+    Raises:
+        RunError: there is no graph for a part that the task needs.
+    """
+    spec = request.spec
+    for role in request.parts:
         if role not in spec.layouts:
             reasons = f" ({'; '.join(spec.faults)})" if spec.faults else ""
             raise RunError(
-                f"{checkpoint.folder}: {task} needs a graph with the role {role}, and there is none{reasons}"
+                f"{request.checkpoint.folder}: {request.task} needs a graph with the role {role}, and there is "
+                f"none{reasons}"
             )
-    if dtype != torch.float32:
+    if request.dtype != torch.float32:
         log.info("the graphs compute in the types that they were exported with; --dtype changes nothing")
-    return OnnxCodec(spec, PARTS[task], device, threads)
+    return OnnxCodec(spec, request.parts, request.device, request.threads)
 
 
 class OnnxCodec(Codec):

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from batch_tokenizer.codecs.base import CodecInfo, CodecSpec
 from batch_tokenizer.codecs.checkpoint import Checkpoint
-from batch_tokenizer.codecs.layers.padded import PaddedBatch
-from batch_tokenizer.codecs.padded_codec import Codes, PaddedCodec, Samples
+from batch_tokenizer.codecs.loading import LoadRequest
+from batch_tokenizer.codecs.padded_codec import PaddedCodec, Samples
 from batch_tokenizer.codecs.qwen3_tts.config import Qwen3TtsConfig
 from batch_tokenizer.codecs.qwen3_tts.model import Qwen3TtsTokenizer
-from batch_tokenizer.records import AttentionWindow, DecoderChunks, RunError, Task
-
-log = logging.getLogger(__name__)
+from batch_tokenizer.records import AttentionWindow, DecoderChunks, RunError
 
 _MODEL_TYPE = "qwen3_tts_tokenizer_12hz"
 _OTHER_MODEL_TYPE = "qwen3_tts_tokenizer_25hz"
@@ -64,12 +59,6 @@ class Qwen3TtsSpec(CodecSpec):
     def features(self, samples: Samples) -> Samples:
         return np.asarray(samples, dtype=np.float32)[None]
 
-    def num_frames(self, num_samples: int) -> int:
-        return -(-num_samples // self.config.samples_per_frame)
-
-    def num_output_samples(self, num_frames: int) -> int:
-        return num_frames * self.config.samples_per_frame
-
 
 def open_spec(checkpoint: Checkpoint) -> Qwen3TtsSpec:
     """Reads the configuration and samples the weights for the fingerprint.
@@ -83,10 +72,7 @@ def open_spec(checkpoint: Checkpoint) -> Qwen3TtsSpec:
             f"{checkpoint.folder}: {_OTHER_MODEL_TYPE} is another model, whose decoder needs a speaker's embedding and "
             f"spectrum beside the codes; only {_MODEL_TYPE} can be used here"
         )
-    try:
-        config = Qwen3TtsConfig.from_json(checkpoint.config)
-    except RunError as error:
-        raise RunError(f"{checkpoint.folder}: {error}") from error
+    config = checkpoint.parse_config(Qwen3TtsConfig.from_json)
     info = CodecInfo(
         family="qwen3_tts",
         name=checkpoint.name,
@@ -98,61 +84,25 @@ def open_spec(checkpoint: Checkpoint) -> Qwen3TtsSpec:
     return Qwen3TtsSpec(info=info, config=config)
 
 
-def load_codec(
-    checkpoint: Checkpoint,
-    spec: CodecSpec,
-    *,
-    task: Task,
-    device: torch.device,
-    dtype: torch.dtype,
-    attention: str,
-    threads: int,
-) -> Qwen3TtsCodec:
-    """The weights that ``task`` needs; the encoder and the codebooks are float32 whatever ``dtype``.
+def load_codec(request: LoadRequest[Qwen3TtsSpec]) -> PaddedCodec:
+    """The codec with the weights that the task needs; the encoder and the codebooks are float32 whatever the dtype.
 
     Raises:
         RunError: the checkpoint is not what its ``config.json`` implies.
     """
-    spec = cast(Qwen3TtsSpec, spec)
-    config = spec.config
-    with checkpoint.empty_weights():
-        whole = Qwen3TtsTokenizer(config, encoding=config.encoder.num_quantizers)
-        part = Qwen3TtsTokenizer(
-            config,
-            encoding=None if task == "token2wav" else config.num_quantizers,
-            decoding=task != "wav2token",
-        )
-    checkpoint.load(whole, part, device=device, dtype=torch.float32, rename=_rename)
-    part.fold()
-    if part.encoder is not None and spec.attention_window == "published":
-        part.encoder.window = config.encoder.transformer.sliding_window
-    if part.decoder is not None:
-        part.decoder.to(dtype)
-        part.decoder.chunks = spec.decoder_chunks
-    return Qwen3TtsCodec(spec, part.eval().requires_grad_(False), device, threads)
+    config = request.spec.config
+    model = request.load_folded(
+        lambda parts: Qwen3TtsTokenizer(config, parts),
+        _rename,
+        whole=lambda: Qwen3TtsTokenizer(config, codebooks=config.encoder.num_quantizers),
+    )
+    if model.encoder is not None and request.spec.attention_window == "published":
+        model.encoder.window = config.encoder.transformer.sliding_window
+    if model.decoder is not None:
+        model.decoder.to(request.dtype)
+        model.decoder.chunks = request.spec.decoder_chunks
+    return PaddedCodec(request.spec, model, request.device, request.threads)
 
 
 def _rename(name: str) -> str | None:
     return None if _UNUSED.search(name) else _WRAPPER.sub("", name)
-
-
-class Qwen3TtsCodec(PaddedCodec):
-    """A Qwen3-TTS-Tokenizer-12Hz model behind the codec protocol. Of fewer codebooks than all the rows are summed."""
-
-    spec: Qwen3TtsSpec
-
-    def __init__(self, spec: Qwen3TtsSpec, model: Qwen3TtsTokenizer, device: torch.device, threads: int = 1) -> None:
-        super().__init__(spec, device, threads)
-        self.model = model
-
-    def encode_padded(self, batch: PaddedBatch, num_quantizers: int) -> Tensor:
-        if self.model.encoder is None:
-            raise ValueError("this model was loaded without its encoder")
-        codes: Tensor = self.model.encoder(batch, num_quantizers)
-        return codes
-
-    def decode_padded(self, codes: PaddedBatch, utterances: Sequence[Codes]) -> Tensor:
-        if self.model.decoder is None:
-            raise ValueError("this model was loaded without its decoder")
-        samples: Tensor = self.model.decoder(codes)
-        return samples.float()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from batch_tokenizer.codecs.layers.padded import PaddedBatch
 from batch_tokenizer.codecs.qwen3_tts.config import Qwen3TtsConfig
@@ -13,17 +16,18 @@ from batch_tokenizer.codecs.qwen3_tts.layers import UsageCodebook
 
 
 class Qwen3TtsTokenizer(nn.Module):
-    """A Qwen3-TTS-Tokenizer-12Hz.
+    """The parts of a Qwen3-TTS-Tokenizer-12Hz that are needed.
 
     Args:
-        encoding: codebooks of the encoder, or None for no encoder.
-        decoding: whether there is a decoder.
+        codebooks: of the encoder; those that are used where not given. The published encoder has more.
     """
 
-    def __init__(self, config: Qwen3TtsConfig, *, encoding: int | None, decoding: bool = True) -> None:
+    def __init__(
+        self, config: Qwen3TtsConfig, parts: Sequence[str] = ("encoder", "decoder"), codebooks: int | None = None
+    ) -> None:
         super().__init__()
-        self.encoder = None if encoding is None else Encoder(config.encoder, encoding)
-        self.decoder = Decoder(config.decoder) if decoding else None
+        self.encoder = Encoder(config.encoder, codebooks or config.num_quantizers) if "encoder" in parts else None
+        self.decoder = Decoder(config.decoder) if "decoder" in parts else None
 
     @torch.no_grad()
     def fold(self) -> None:
@@ -34,6 +38,19 @@ class Qwen3TtsTokenizer(nn.Module):
 
     def hidden(self, samples: PaddedBatch) -> PaddedBatch:
         """Samples (B, 1, S) to frames float32 (B, d, T) before quantization."""
+        return self._encoder().hidden(samples)
+
+    def encode(self, samples: PaddedBatch, num_quantizers: int) -> Tensor:
+        """Samples (B, 1, S) to codes int64 (B, T, ``num_quantizers``)."""
+        return cast(Tensor, self._encoder()(samples, num_quantizers))
+
+    def decode(self, codes: PaddedBatch) -> Tensor:
+        """Codes int64 (B, K, T) to samples float32 (B, S); of fewer codebooks than all the rows are summed."""
+        if self.decoder is None:
+            raise ValueError("this model was loaded without its decoder")
+        return cast(Tensor, self.decoder(codes)).float()
+
+    def _encoder(self) -> Encoder:
         if self.encoder is None:
             raise ValueError("this model was loaded without its encoder")
-        return self.encoder.hidden(samples)
+        return self.encoder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -15,13 +14,11 @@ from batch_tokenizer.audio.mel import whisper_log_mel
 from batch_tokenizer.codecs.base import Codec, CodecInfo, CodecSpec
 from batch_tokenizer.codecs.checkpoint import GRAPHS_KEY, Checkpoint
 from batch_tokenizer.codecs.execution import BatchRunner, to_host
+from batch_tokenizer.codecs.loading import LoadRequest, log_attention
 from batch_tokenizer.codecs.s3tokenizer.config import SAMPLE_RATE, VERSIONS, S3Config
 from batch_tokenizer.codecs.s3tokenizer.model import DEFAULT_CAPACITY, S3Tokenizer
 from batch_tokenizer.codecs.s3tokenizer.published import is_published_graph, open_graph
-from batch_tokenizer.kernels.attention import BackendUnavailable, choose_backend
-from batch_tokenizer.records import Downmix, RowError, RunError, Task, WindowMerge
-
-log = logging.getLogger(__name__)
+from batch_tokenizer.records import Downmix, RowError, RunError, WindowMerge
 
 Samples = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.uint16]
@@ -83,37 +80,26 @@ def open_spec(checkpoint: Checkpoint) -> S3Spec:
     return S3Spec(info=info, config=config)
 
 
-def load_codec(
-    checkpoint: Checkpoint,
-    spec: S3Spec,
-    *,
-    task: Task,
-    device: torch.device,
-    dtype: torch.dtype,
-    attention: str,
-    threads: int,
-) -> S3Codec:
-    """The encoder. See ``registry.Family``.
+def load_codec(request: LoadRequest[S3Spec]) -> S3Codec:
+    """The encoder.
 
     Raises:
-        RunError: ``task`` needs a decoder, or the checkpoint is not what its configuration implies.
+        RunError: the task needs a decoder, the checkpoint is not what its configuration implies, or the attention
+            backend cannot run here.
     """
-    if task != "wav2token":
+    if request.task != "wav2token":
         raise RunError(
-            f"{checkpoint.folder}: S3Tokenizer encodes only (--task wav2token); its codes become audio in CosyVoice"
+            f"{request.checkpoint.folder}: S3Tokenizer encodes only (--task wav2token); its codes become audio in "
+            "CosyVoice"
         )
-    opened, config = _opened(checkpoint)
-    head_dim = config.n_audio_state // config.n_audio_head
-    try:
-        backend, reason = choose_backend(attention, device, dtype, head_dim)
-    except BackendUnavailable as error:
-        raise RunError(f"--attention {attention}: {error}") from error
-    log.info("attention %s (%s)", backend, reason)
+    opened, config = _opened(request.checkpoint)
+    head_size = config.n_audio_state // config.n_audio_head
+    log_attention({"encoder": head_size}, request.attention, request.device, request.dtype)
     with opened.empty_weights():
-        model = S3Tokenizer(config, spec.window_merge)
-    opened.load(model, model, device=device, dtype=dtype)
-    model.encoder.attention = attention
-    return S3Codec(spec, model.requires_grad_(False).eval(), threads)
+        model = S3Tokenizer(config, request.spec.window_merge)
+    opened.load(model, model, device=request.device, dtype=request.dtype)
+    model.encoder.attention = request.attention
+    return S3Codec(request.spec, model.requires_grad_(False).eval(), request.threads)
 
 
 class S3Codec(Codec):
@@ -153,9 +139,6 @@ def _opened(checkpoint: Checkpoint) -> tuple[Checkpoint, S3Config]:
     graphs = checkpoint.config.get(GRAPHS_KEY, ())
     if graphs:
         return open_graph(checkpoint)
-    try:
-        config = S3Config.from_json(checkpoint.config)
-    except RunError as error:
-        raise RunError(f"{checkpoint.folder}: {error}") from error
+    config = checkpoint.parse_config(S3Config.from_json)
     has_key_bias = "encoder.blocks.0.attn.key.bias" in checkpoint.names()
     return checkpoint, replace(config, key_bias=has_key_bias)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -18,10 +18,10 @@ from batch_tokenizer.codecs.base import CodecInfo, CodecSpec
 from batch_tokenizer.codecs.checkpoint import Checkpoint
 from batch_tokenizer.codecs.layers.convolution import weight_norm_name
 from batch_tokenizer.codecs.layers.padded import PaddedBatch
+from batch_tokenizer.codecs.loading import LoadRequest
 from batch_tokenizer.codecs.padded_codec import Codes, PaddedCodec, Samples
 from batch_tokenizer.codecs.snac.config import SnacConfig, column_levels
 from batch_tokenizer.codecs.snac.model import Snac
-from batch_tokenizer.records import RunError, Task
 
 
 def recognises(config: Mapping[str, Any]) -> bool:
@@ -58,9 +58,6 @@ class SnacSpec(CodecSpec):
         padded = math.ceil(num_samples / self.config.multiple) * self.config.multiple
         return padded // self.config.samples_per_frame
 
-    def num_output_samples(self, num_frames: int) -> int:
-        return num_frames * self.config.samples_per_frame
-
 
 def open_spec(checkpoint: Checkpoint) -> SnacSpec:
     """Reads the configuration and samples the weights for the fingerprint.
@@ -68,7 +65,7 @@ def open_spec(checkpoint: Checkpoint) -> SnacSpec:
     Raises:
         RunError: a key of ``config.json`` is absent or out of range, or the weights cannot be read.
     """
-    config = _config(checkpoint)
+    config = checkpoint.parse_config(SnacConfig.from_json)
     columns = column_levels(config.vq_strides)
     info = CodecInfo(
         family="snac",
@@ -87,40 +84,19 @@ def blank_model(config: Mapping[str, Any]) -> Snac:
     return Snac(SnacConfig.from_json(config))
 
 
-def load_codec(
-    checkpoint: Checkpoint,
-    spec: CodecSpec,
-    *,
-    task: Task,
-    device: torch.device,
-    dtype: torch.dtype,
-    attention: str,
-    threads: int,
-) -> SnacCodec:
-    """The weights that ``task`` needs; the quantizer computes in float32 whatever ``dtype``.
+def load_codec(request: LoadRequest[SnacSpec]) -> SnacCodec:
+    """The codec with the weights that the task needs; the quantizer computes in float32 whatever the dtype.
 
     Raises:
         RunError: the checkpoint is not what its ``config.json`` implies.
     """
-    spec = cast(SnacSpec, spec)
-    with checkpoint.empty_weights():
-        whole = Snac(spec.config)
-        part = Snac(spec.config, encoder=task != "token2wav", decoder=task != "wav2token")
-    checkpoint.load(whole, part, device=device, dtype=torch.float32, rename=_rename)
-    part.fold()
-    part.use_dtype(dtype)
-    return SnacCodec(spec, part.eval().requires_grad_(False), device, threads)
+    model = request.load_folded(lambda parts: Snac(request.spec.config, parts), _rename)
+    model.use_dtype(request.dtype)
+    return SnacCodec(request.spec, model, request.device, request.threads)
 
 
 def _rename(name: str) -> str | None:
     return None if name.endswith("rel_pos.inv_freq") else weight_norm_name(name)
-
-
-def _config(checkpoint: Checkpoint) -> SnacConfig:
-    try:
-        return SnacConfig.from_json(checkpoint.config)
-    except RunError as error:
-        raise RunError(f"{checkpoint.folder}: {error}") from error
 
 
 class SnacCodec(PaddedCodec):
@@ -134,10 +110,10 @@ class SnacCodec(PaddedCodec):
     """
 
     spec: SnacSpec
+    model: Snac
 
     def __init__(self, spec: SnacSpec, model: Snac, device: torch.device, threads: int = 1) -> None:
-        super().__init__(spec, device, threads)
-        self.model = model
+        super().__init__(spec, model, device, threads)
         self.noise_seed = spec.noise_seed
         strides = spec.config.vq_strides
         self._per_frame = [strides[0] // stride for stride in strides]

@@ -258,12 +258,12 @@ class Decoder(nn.Module):
 class Snac(nn.Module):
     """The parts of a SNAC model that are needed; the quantizer always."""
 
-    def __init__(self, config: SnacConfig, *, encoder: bool = True, decoder: bool = True) -> None:
+    def __init__(self, config: SnacConfig, parts: Sequence[str] = ("encoder", "decoder")) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config) if encoder else None
+        self.encoder = Encoder(config) if "encoder" in parts else None
         self.quantizer = Quantizer(config)
-        self.decoder = Decoder(config) if decoder else None
+        self.decoder = Decoder(config) if "decoder" in parts else None
 
     @torch.no_grad()
     def fold(self) -> None:

@@ -6,6 +6,7 @@ positions do not depend on what comes after its end. ``fold`` must be called onc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -239,13 +240,13 @@ class SpectrumHead(nn.Module):
 class WavTokenizer(nn.Module):
     """The parts of a WavTokenizer model that are needed; the codebook always, in float32."""
 
-    def __init__(self, config: WavTokenizerConfig, *, encoder: bool = True, decoder: bool = True) -> None:
+    def __init__(self, config: WavTokenizerConfig, parts: Sequence[str] = ("encoder", "decoder")) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config) if encoder else None
+        self.encoder = Encoder(config) if "encoder" in parts else None
         self.codebook = Codebook(config.codebook_size, config.hidden_size)
-        self.backbone = Backbone(config) if decoder else None
-        self.head = SpectrumHead(config) if decoder else None
+        self.backbone = Backbone(config) if "decoder" in parts else None
+        self.head = SpectrumHead(config) if "decoder" in parts else None
 
     @torch.no_grad()
     def fold(self) -> None:
@@ -260,8 +261,8 @@ class WavTokenizer(nn.Module):
         dtype = next(self.encoder.parameters()).dtype
         return cast(PaddedBatch, self.encoder(samples.map(lambda values: values.to(dtype)))).map(Tensor.float)
 
-    def encode(self, samples: PaddedBatch) -> Tensor:
-        """Samples (B, 1, S) to codes int64 (B, T, 1)."""
+    def encode(self, samples: PaddedBatch, num_quantizers: int = 1) -> Tensor:
+        """Samples (B, 1, S) to codes int64 (B, T, 1); there is one codebook."""
         hidden = self.hidden(samples).values.mT
         return self.codebook.nearest(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])[..., None]
 
