@@ -236,7 +236,7 @@ def _settings_of_inputs(inputs: Sequence[str], values: Mapping[str, Any]) -> dic
     files = [Path(name) for name in inputs]
     are_audio = all(file.suffix[1:].lower() in AUDIO_ENDINGS and file.is_file() for file in files)
     task = values["task"] or ("wav2token2wav" if are_audio and len(files) <= FEW_FILES else "wav2token")
-    return {"data_list": inputs[0] if len(inputs) == 1 else f"{{{','.join(inputs)}}}", "task": task}
+    return {"data_list": "\n".join(inputs), "task": task}
 
 
 def _exists(source: str) -> bool:
@@ -255,9 +255,10 @@ def _check_source(data_list: str | Path) -> None:
     Raises:
         RunError: it is not.
     """
-    text = str(data_list)
-    if _exists(text):
+    missing = [text for text in str(data_list).split("\n") if not _exists(text)]
+    if not missing or os.path.exists(data_list):
         return
+    text = missing[0]
     if text == RunConfig().data_list:
         raise RunError(f"no {text} in the working directory: name the utterances with --data_list")
     raise RunError(f"--data_list {text} does not exist")

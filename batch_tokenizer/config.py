@@ -50,6 +50,20 @@ _OTHER_FIELDS = frozenset(
 _METAVARS = {int: "N", float: "SECONDS"}
 
 
+class _JoinLines(argparse.Action):
+    """Values of a flag, also of one that is given several times, as one text with a value a line."""
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self._given: list[str] = []
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
+    ) -> None:
+        self._given += values
+        setattr(namespace, self.dest, "\n".join(self._given))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
     """A flag of the command line, as a field of ``RunConfig`` declares it.
@@ -66,6 +80,7 @@ class Option:
         parse: from the text on the command line to the value, where that is more than ``value_type(text)``.
         metavar: what stands for the value in the help; N for whole numbers and SECONDS for others unless it is given.
         repeated: whether the flag may be given several times.
+        joined: whether it takes several values, which become one text, a value a line.
         short: a second name, such as ``-o``.
     """
 
@@ -80,6 +95,7 @@ class Option:
     parse: Callable[[str], Any] | None = None
     metavar: str | None = None
     repeated: bool = False
+    joined: bool = False
     short: str = ""
 
     @property
@@ -112,6 +128,8 @@ class Option:
             }
             if self.choices:
                 keywords["choices"] = self.choices
+            if self.joined:
+                keywords |= {"action": _JoinLines, "nargs": "+"}
             if self.repeated:
                 keywords |= {"action": "append", "default": list(self.default)}
         parser.add_argument(*filter(None, (self.short,)), f"--{self.name}", **keywords)
@@ -156,8 +174,8 @@ class RunConfig:
 
     # fmt: off
     data_list: str | Path = option("data.jsonl", "input",
-        "the utterances: a manifest of JSON lines with key, wav, quantized_tokens, …; or tars, a folder, parquet, URLs "
-        "(docs/corpora.md)", metavar="SOURCE")
+        "the utterances: a manifest of JSON lines with key, wav, quantized_tokens, …; or tars, folders, parquet, "
+        "lists, audio files, URLs (docs/corpora.md); several are one after the other", metavar="SOURCE", joined=True)
     task: Task = option("wav2token", "input", "encode audio to tokens, decode tokens to audio, or both in one run")
     channels: Channels = option("mean", "input",
         "of audio with several channels, take their mean, the first, the second, or make a row of each")
@@ -300,7 +318,7 @@ class RunConfig:
         source = beside(self.data_list, f".{self.task}.run")
         if self.output_dir is not None and "://" not in self.output_dir:
             return Path(self.output_dir) / source.name
-        path = Path(str(self.data_list).lower().removesuffix(".gz"))
+        path = Path(str(self.data_list).partition("\n")[0].lower().removesuffix(".gz"))
         is_shard = path.suffix in (".tar", ".tgz", ".parquet", ".arrow") and len(path.parts) == len(source.parts)
         return Path(source.name) if is_shard else source
 
@@ -359,8 +377,9 @@ def add_options(parser: argparse.ArgumentParser, *names: str, **defaults: Any) -
 
 def beside(data_list: str | Path, ending: str) -> Path:
     """A name beside a source: ``a/data.jsonl`` and ``.x`` give ``a/data.x``, the shards ``a/tars/{0..9}.tar`` and the
-    folder ``a/tars`` give ``a/tars.x``. What is elsewhere (a URL) has it in the working directory."""
-    text = str(data_list)
+    folder ``a/tars`` give ``a/tars.x``. What is elsewhere (a URL) has it in the working directory. Of several sources,
+    one a line, the first counts."""
+    text = str(data_list).partition("\n")[0]
     if text.startswith("pipe:"):
         return Path(f"pipe{ending}")
     elsewhere = "://" in text

@@ -19,7 +19,7 @@ from batch_tokenizer.records import RunError
 from batch_tokenizer.sources.finishing import SourceSettings
 from batch_tokenizer.sources.listing import local_manifest
 from batch_tokenizer.storage.atomic import atomic_write
-from batch_tokenizer.storage.names import display_name
+from batch_tokenizer.storage.names import display_source
 from batch_tokenizer.storage.streams import ALLOW_PIPE
 
 
@@ -91,13 +91,13 @@ def find_manifest(run_dir: Path, data_list: str | Path | None) -> Path:
 def recorded_source(run_dir: Path) -> str | None:
     """What the user named as the source of a run's rows, without credentials; None where nothing recorded it."""
     record = read_record(run_dir / "source.json").get("data_list")
-    return display_name(record) if isinstance(record, str) else None
+    return display_source(record) if isinstance(record, str) else None
 
 
 def typed(data_list: str | Path) -> str:
     """What a summary calls the source: a file's or folder's whole path, anything else as the user named it."""
     path = Path(data_list)
-    return str(path.resolve()) if path.exists() else display_name(str(data_list))
+    return str(path.resolve()) if path.exists() else display_source(str(data_list))
 
 
 def read_record(path: Path) -> dict[str, Any]:

@@ -47,9 +47,9 @@ from batch_tokenizer.storage.atomic import atomic_write
 from batch_tokenizer.storage.file_lock import exclusive_lock
 from batch_tokenizer.storage.json_lines import parse_json
 from batch_tokenizer.storage.jsonl_rows import holds_codes
-from batch_tokenizer.storage.names import PIPE, display_name, is_relative, is_url
+from batch_tokenizer.storage.names import PIPE, display_name, display_source, is_relative, is_url
 from batch_tokenizer.storage.remote import StorageError
-from batch_tokenizer.storage.streams import GZIP_MAGIC, StreamReader
+from batch_tokenizer.storage.streams import StreamReader, is_compressed
 
 log = logging.getLogger(__name__)
 
@@ -111,6 +111,9 @@ def local_manifest(
     sources = find_sources(data_list)
     if settings.input_field == "quantized_tokens":
         sources = [stored for source in sources for stored in stored_sources(source)]
+    kinds = Counter(DESCRIPTIONS[source.kind] for source in sources)
+    named = (f"{count:,} × {kind}" if count > 1 else kind for kind, count in kinds.items())
+    log.info("--data_list %s: %s", display_source(data_list), ", ".join(named))
     if len(sources) == 1 and sources[0].kind == "rows" and _is_ours(sources[0].location, settings):
         return Path(sources[0].location)
     if (
@@ -119,7 +122,7 @@ def local_manifest(
         and any(source.kind not in ("rows", "table") for source in sources)
     ):
         raise RunError(
-            f"--data_list {display_name(data_list)}: its rows name no outputs: "
+            f"--data_list {display_source(data_list)}: its rows name no outputs: "
             "give --output_dir, the folder that they go to"
         )
     # 2. A listing of the same inputs and settings is used again; otherwise one process makes it, and others wait.
@@ -133,7 +136,9 @@ def local_manifest(
                 _list(sources, path, settings, idle)
     except OSError as error:
         place = error.filename or folder
-        raise RunError(f"listing {display_name(data_list)}: {place}: {error.strerror or error}", exit_code=1) from error
+        raise RunError(
+            f"listing {display_source(data_list)}: {place}: {error.strerror or error}", exit_code=1
+        ) from error
     return path
 
 
@@ -148,7 +153,7 @@ def _is_ours(location: str, settings: SourceSettings) -> bool:
             head = stream.read(1 << 20)
     except (OSError, ValueError):
         return True
-    if head[:2] == GZIP_MAGIC:
+    if is_compressed(head):
         return False
     base = _base_of(location, _rows_of(head), settings)
     try:
@@ -256,9 +261,6 @@ class _Lines:
 
 def _list(sources: list[Source], path: Path, settings: SourceSettings, idle: Callable[[], None]) -> None:
     left_out = LeftOut()
-    kinds = Counter(DESCRIPTIONS[source.kind] for source in sources)
-    named = (f"{count:,} × {kind}" if count > 1 else kind for kind, count in kinds.items())
-    log.info("--data_list %s: %s", display_name(sources[0].location), ", ".join(named))
     began = last_logged = time.monotonic()
     rows = finished = 0
     seen = SeenKeys()

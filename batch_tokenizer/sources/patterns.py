@@ -27,7 +27,7 @@ from batch_tokenizer.sources.sidecars import AUDIO_ENDINGS, TOKEN_ENDINGS
 from batch_tokenizer.storage import remote
 from batch_tokenizer.storage.json_lines import parse_json
 from batch_tokenizer.storage.jsonl_rows import holds_codes
-from batch_tokenizer.storage.names import PIPE, display_name, file_name, is_url, scheme_of
+from batch_tokenizer.storage.names import PIPE, display_name, display_source, file_name, is_url, scheme_of
 from batch_tokenizer.storage.remote import StorageError
 from batch_tokenizer.storage.streams import StreamReader
 
@@ -50,23 +50,35 @@ DESCRIPTIONS: Mapping[Kind, str] = {
 #: What files that are none of these begin with.
 _OTHER_FORMATS: Mapping[bytes, str] = {
     b"PK\3\4": "a zip archive: unpack it, or pack it as tar",
-    b"\x28\xb5\x2f\xfd": "compressed by zstd: unpack it, or compress it by gzip",
-    b"BZh": "compressed by bzip2: unpack it, or compress it by gzip",
-    b"\xfd7zXZ": "compressed by xz: unpack it, or compress it by gzip",
+    b"Rar!": "a rar archive: unpack it, or pack it as tar",
+    b"7z\xbc\xaf": "a 7z archive: unpack it, or pack it as tar",
+    b"BZh": "compressed by bzip2: unpack it, or compress it by gzip or zstd",
+    b"\xfd7zXZ": "compressed by xz: unpack it, or compress it by gzip or zstd",
     b"\xff\xfe": "text in UTF-16: convert it to UTF-8",
     b"\xfe\xff": "text in UTF-16: convert it to UTF-8",
+    b"PAR1": "a parquet file: give it a name that ends in .parquet",
     b"ARROW1": "an Arrow file: give it a name that ends in .arrow",
     b"SQLite format": "a database: export it as CSV",
     b"Obj\1": "an Avro file: save it as parquet or JSON lines",
     b"\x89HDF": "an HDF5 file: export it as CSV or JSON lines",
+    b"\x80": "a pickled object: save it as JSON lines",
 }
+
+_READABLE = (
+    "--data_list takes JSON lines, csv and tsv with a header, wav.scp, lists of paths, tars, parquet, Arrow, folders, "
+    "and audio files"
+)
+
+#: Lines that show what a text file is.
+_LOOKED_AT = 100
 
 #: Locations that one pattern may name.
 MOST_LOCATIONS = 1_000_000
 
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
 _GLOB = re.compile(r"[*?\[]")
-_TAR_NAME = re.compile(r"\.(tar|tar\.gz|tgz)$", re.IGNORECASE)
+_TAR_NAME = re.compile(r"\.(tar|tar\.gz|tgz|tar\.zst|tzst)$", re.IGNORECASE)
+_COMPRESSED_NAME = re.compile(r"\.(gz|zst)$", re.IGNORECASE)
 _LIST_NAME = re.compile(r"\.(txt|list|lst)$", re.IGNORECASE)
 
 
@@ -126,14 +138,15 @@ def locations(data_list: str) -> list[str]:
 
 
 def find_sources(data_list: str) -> list[Source]:
-    """The sources that ``--data_list`` names, lists of shards resolved.
+    """The sources that ``--data_list`` names, lists of shards resolved; several stand one a line.
 
     Raises:
         RunError: nothing is there, or it is no source.
     """
     # A list of shards is resolved here, one level deep: it may name tars and parquet files, not further lists.
     sources: list[Source] = []
-    for location in locations(data_list):
+    named = [data_list] if os.path.exists(data_list) else data_list.split("\n")
+    for location in (location for word in named for location in locations(word)):
         kind = kind_of(location)
         if kind == "folder":
             sources += data_set_files(location) or [Source(location, kind)]
@@ -150,7 +163,7 @@ def find_sources(data_list: str) -> list[Source]:
                     )
                 sources.append(Source(named, inner))
     if not sources:
-        raise RunError(f"--data_list {display_name(data_list)}: names nothing")
+        raise RunError(f"--data_list {display_source(data_list)}: names nothing")
     return sources
 
 
@@ -229,15 +242,15 @@ def kind_of(location: str) -> Kind:
         RunError: it cannot be read, or is of a format that is not.
     """
     name = file_name(location)
-    ending = name.removesuffix(".gz").rpartition(".")[2].lower()
+    ending = _COMPRESSED_NAME.sub("", name).rpartition(".")[2].lower()
     if location.startswith(PIPE) or _TAR_NAME.search(name):
         return "tar"
+    if not is_url(location) and os.path.isdir(location):
+        return "folder"
     if ending in ("parquet", "arrow", "scp"):
         return cast(Kind, ending)
     if ending in ("csv", "tsv"):
         return "table"
-    if not is_url(location) and os.path.isdir(location):
-        return "folder"
     if ending in AUDIO_ENDINGS | TOKEN_ENDINGS:
         return "audio"
     if is_url(location):
@@ -245,32 +258,46 @@ def kind_of(location: str) -> Kind:
             return "list"
         is_folder = name.endswith("/") or (scheme_of(location) == "hf" and "." not in name.rpartition("/")[2])
         return "folder" if is_folder else "rows"
-    first = next(_first_lines(location), "") if os.path.isfile(location) else ""
-    if first.startswith("{"):
-        return "rows"
-    if first == "[" or first.startswith("[{"):
-        raise RunError(f"--data_list {display_name(location)}: is a JSON array: write one object a line")
-    if first.startswith(PIPE) or bool(_TAR_NAME.search(first)) or first.lower().endswith((".parquet", ".jsonl")):
+    return _kind_of_text(location) if os.path.isfile(location) else "rows"
+
+
+def _kind_of_text(location: str) -> Kind:
+    lines = list(islice(_first_lines(location), _LOOKED_AT))
+    first = lines[0] if lines else ""
+    is_shard = first.startswith(PIPE) or _TAR_NAME.search(first) or first.lower().endswith((".parquet", ".jsonl"))
+    if is_shard and not first.startswith("{"):
         return "list"
     if first.rpartition(".")[2].lower() in AUDIO_ENDINGS:
         # Kaldi's lists have a key before the path; paths may have blanks in them.
         key, _, path = first.partition(" ")
         has_key = bool(path.strip()) and "/" not in key and key.rpartition(".")[2].lower() not in AUDIO_ENDINGS
         return "scp" if has_key else "paths"
-    return "rows"
+    if first == "{" or first.startswith("["):
+        what = "a JSON array" if first.startswith("[") else "one JSON object over many lines"
+        raise RunError(f"--data_list {display_name(location)}: is {what}: write one object a line")
+    # A damaged line among rows is one failed row; where nothing is a row, it is the file that is of another kind.
+    if not lines or any(line.startswith("{") for line in lines):
+        return "rows"
+    raise RunError(f"--data_list {display_name(location)}: begins with {first[:60]!r}, which is no row: {_READABLE}")
 
 
 def _first_lines(location: str) -> Iterator[str]:
     try:
-        with open(location, "rb") as stream:
-            head = stream.read(1 << 16)
-    except OSError:
-        return  # reading it raises the reason
+        reader = StreamReader(location)
+        try:
+            head = reader.read(1 << 16)
+        finally:
+            reader.close()
+    except StorageError as error:
+        raise RunError(f"--data_list {error.reason}") from error
+    name = display_name(location)
     for begin, what in _OTHER_FORMATS.items():
         if head.startswith(begin):
-            raise RunError(f"--data_list {display_name(location)}: is {what}")
+            raise RunError(f"--data_list {name}: is {what}. {_READABLE}")
+    if b"\0" in head[:1024]:
+        raise RunError(f"--data_list {name}: is a binary file of an unknown format. {_READABLE}")
     for line in head.split(b"\n"):
-        text = line.decode("utf-8", "replace").strip()
+        text = line.decode("utf-8", "replace").removeprefix("\ufeff").strip()
         if text and not text.startswith("#"):
             yield text
 

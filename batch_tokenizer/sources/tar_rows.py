@@ -36,7 +36,7 @@ from batch_tokenizer.storage.names import (
     split_member_name,
 )
 from batch_tokenizer.storage.remote import StorageError
-from batch_tokenizer.storage.streams import GZIP_MAGIC, StreamReader
+from batch_tokenizer.storage.streams import StreamReader, is_compressed
 from batch_tokenizer.storage.tar import ByteStream, Member, SeekableByteStream, TornTar, walk
 
 #: Called with (kind, name) of each member or file that is left out.
@@ -188,9 +188,9 @@ def _open_stream(location: str) -> Iterator[tuple[ByteStream, bool]]:
     # 1. A plain tar whose bytes can be addressed: content is skipped, not read.
     if not location.startswith(PIPE):
         if is_url(location):
-            head = remote.read_range(location, 0, len(GZIP_MAGIC))
+            head = remote.read_range(location, 0, 4)
             size = remote.describe(location)[0]
-            if head != GZIP_MAGIC and size is not None:
+            if not is_compressed(head) and size is not None:
                 yield (
                     SeekableByteStream(lambda begin, n: remote.read_range(location, begin, begin + n), size, 1 << 20),
                     False,
@@ -205,7 +205,7 @@ def _open_stream(location: str) -> Iterator[tuple[ByteStream, bool]]:
                 os.close(descriptor)
                 raise StorageError(f"{display_name(location)}: is not a file")
             with open(descriptor, "rb", buffering=0) as file:
-                if file.read(len(GZIP_MAGIC)) != GZIP_MAGIC:
+                if not is_compressed(file.read(4)):
                     yield SeekableByteStream.of_file(cast(BinaryIO, file)), False
                     return
     # 2. A compressed tar or a command's output, from the front.

@@ -170,6 +170,12 @@ def display_name(location: str) -> str:
     return _quoted_if_odd(location)
 
 
+def display_source(data_list: str) -> str:
+    """As ``display_name`` for the sources of a run, one a line: the first three of them."""
+    first = data_list.split("\n", 3)
+    return ", ".join([*map(display_name, first[:3]), *(["…"] if len(first) > 3 else [])])
+
+
 def _quoted_if_odd(name: str) -> str:
     shown = printable(name)
     return name if shown == name else f"'{shown}'"

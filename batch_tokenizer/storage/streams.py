@@ -23,6 +23,13 @@ from batch_tokenizer.storage.tar import ByteStream, Member, TornTar, walk
 ALLOW_PIPE = "BATCH_TOKENIZER_ALLOW_PIPE"
 
 GZIP_MAGIC = b"\x1f\x8b"
+ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+
+
+def is_compressed(head: bytes) -> bool:
+    """Whether a file that begins so is compressed in a way that is read here: by gzip or by zstd."""
+    return head.startswith((GZIP_MAGIC, ZSTD_MAGIC))
+
 
 #: Compression ratio above which a stream is a compression bomb: audio hardly shrinks, and text less than this.
 _MOST_RATIO = 100
@@ -86,6 +93,54 @@ class _Process(io.RawIOBase):
         super().close()
 
 
+#: Compressed bytes that are unpacked at once. One of them can make thousands.
+_ZSTD_BYTES = 1 << 13
+
+
+class _Zstd(io.RawIOBase):
+    """What a stream that zstd compressed holds."""
+
+    def __init__(self, source: Any, name: str) -> None:
+        """
+        Raises:
+            StorageError: the library is not installed.
+        """
+        super().__init__()
+        try:
+            import zstandard
+        except ImportError as error:
+            raise StorageError(
+                f"{name}: is compressed by zstd: pip install zstandard, or compress it by gzip"
+            ) from error
+        self._source = source
+        self._library: Any = zstandard
+        self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._rest = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        while not self._rest:
+            if self._frame.eof:  # frames may follow each other
+                data = self._frame.unused_data or self._source.read(_ZSTD_BYTES)
+                if not data:
+                    return b""
+                self._frame = self._library.ZstdDecompressor().decompressobj()
+            elif not (data := self._source.read(_ZSTD_BYTES)):
+                raise EOFError
+            try:
+                self._rest = self._frame.decompress(data)
+            except self._library.ZstdError as error:
+                raise zlib.error(str(error)) from error
+        data, self._rest = self._rest[:size], self._rest[size:]
+        return data
+
+    def close(self) -> None:
+        self._source.close()
+        super().close()
+
+
 class StreamReader:
     """Bytes of a plain or compressed file, object or command's output, from the front; closed by ``close``.
 
@@ -99,8 +154,13 @@ class StreamReader:
         try:
             self._raw = _Counted(_open_raw(location))
             buffered = io.BufferedReader(self._raw, 1 << 20)
-            self._compressed = buffered.peek(2)[:2] == GZIP_MAGIC
-            source: Any = gzip.GzipFile(fileobj=buffered, mode="rb") if self._compressed else buffered
+            head = buffered.peek(4)[:4]
+            self._compressed = is_compressed(head)
+            source: Any = buffered
+            if head.startswith(ZSTD_MAGIC):
+                source = _Zstd(buffered, self._name)
+            elif self._compressed:
+                source = gzip.GzipFile(fileobj=buffered, mode="rb")
             self._stream = cast(IO[bytes], source)
         except OSError as error:
             raise StorageError(f"{self._name}: cannot be read: {error.strerror or error}") from error

@@ -200,7 +200,11 @@ def test_streams_are_read_by_others(tmp_path: Path, manifest: Path, form: str, p
         (lambda folder: (folder / "empty").mkdir(), ["empty"], "neither shards"),
         (lambda folder: (folder / "x.tar").write_bytes(b"no tar" * 200), ["x.tar"], "no tar"),
         (lambda folder: (folder / "x.jsonl").write_text('{"key": "a"}\n'), ["x.jsonl"], "has no quantized_tokens"),
-        (lambda folder: (folder / "x.jsonl").write_text("[1]\n"), ["x.jsonl"], "no object with a key"),
+        (
+            lambda folder: (folder / "x.jsonl").write_text("[1]\n"),
+            ["x.jsonl"],
+            "is a JSON array: write one object a line",
+        ),
         (
             lambda folder: (folder / "a.json").write_text("[[1, 2]]") and (folder / "b.json").write_text("[[1]]"),
             ["."],

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import itertools
 import json
 import os
+import re
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,13 +21,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from batch_tokenizer.cli import main
-from batch_tokenizer.config import RunConfig, beside
+from batch_tokenizer.config import RunConfig, add_options, beside
 from batch_tokenizer.manifest.manifest import Manifest
 from batch_tokenizer.manifest.row import MAX_LINE, REFUSED, cut_of
 from batch_tokenizer.records import AudioCut, ManifestRow, RowError, RowFailure, RunError
 from batch_tokenizer.sources.finishing import MOST_NAME, SourceSettings, output_path
 from batch_tokenizer.sources.foreign_rows import Refused, complete
 from batch_tokenizer.sources.listing import local_manifest
+from batch_tokenizer.sources.made_keys import SeenKeys, hash_of
 from batch_tokenizer.sources.patterns import expand_braces, find_sources
 from batch_tokenizer.storage.opening import open_location
 from tests.support.tars import header, tar_bytes, wav_content
@@ -644,7 +648,6 @@ def test_lists_of_paths_globs_and_single_files(tmp_path: Path) -> None:
     ("content", "reason"),
     [
         (b"PK\3\4xxxx", "is a zip archive"),
-        (b"\x28\xb5\x2f\xfdxx", "is compressed by zstd"),
         ('{"key": 1}'.encode("utf-16"), "is text in UTF-16"),
         (b'[{"key": "a"}]', "is a JSON array: write one object a line"),
         (b"[\n  {}\n]", "is a JSON array: write one object a line"),
@@ -705,3 +708,111 @@ def test_run_folders_are_no_audio_and_no_tokens(tmp_path: Path) -> None:
         np.save(tmp_path / name, np.zeros((1, 1), np.uint16))
     settings = SourceSettings("token2wav", output_dir="out")
     assert [row["key"] for row in rows_of(tmp_path, tmp_path / "index", settings)] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b"PK\3\4rest", "is a zip archive: unpack it, or pack it as tar"),
+        (b"BZh91AY", "is compressed by bzip2"),
+        ('{"wav": "a.wav"}\n'.encode("utf-16"), "is text in UTF-16: convert it to UTF-8"),
+        (b'[\n {"wav": "a.wav"}\n]', "is a JSON array: write one object a line"),
+        (b'[{"wav": "a.wav"}]', "is a JSON array: write one object a line"),
+        (b'{\n "wav": "a.wav"\n}\n', "is one JSON object over many lines"),
+        (b"PAR1", "is a parquet file: give it a name that ends in .parquet"),
+        (bytes(range(200)), "is a binary file of an unknown format"),
+        (b"once upon a time\nthere was\n", "begins with 'once upon a time', which is no row"),
+    ],
+)
+def test_what_is_not_recognised_is_named_in_one_line(tmp_path: Path, content: bytes, found: str) -> None:
+    (tmp_path / "data").write_bytes(content)
+    with pytest.raises(RunError) as raised:
+        find_sources(f"{tmp_path}/data")
+    assert found in str(raised.value)
+    assert "\n" not in str(raised.value)
+    (tmp_path / "data.gz").write_bytes(gzip.compress(content))
+    with pytest.raises(RunError, match=re.escape(found)):
+        find_sources(f"{tmp_path}/data.gz")
+
+
+def test_rows_with_a_damaged_first_line_are_rows(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_bytes(b'torn"}\n{"key": "a", "wav": "a.wav", "quantized_tokens": "a.json"}\n')
+    assert [source.kind for source in find_sources(f"{tmp_path}/data.jsonl")] == ["rows"]
+
+
+def test_several_sources_are_one_after_the_other(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("a/1.wav", "a/1.flac", "b/1.wav", "b/2.wav"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(wav_content())
+    (tmp_path / "c.jsonl").write_text('{"key": "2", "wav": "x.wav"}\n{"wav": "1.mp3"}\n')
+    caplog.set_level("INFO")
+    settings = SourceSettings(output_dir="out")
+    rows = rows_of(f"{tmp_path}/a\n{tmp_path}/b\n{tmp_path}/c.jsonl", tmp_path, settings)
+    made = {row["wav"].removeprefix(f"{tmp_path}/"): (row["key"], row["quantized_tokens"]) for row in rows}
+    assert {wav: key for wav, (key, _) in made.items()} == {
+        "a/1.flac": "1", "a/1.wav": "1-2", "b/1.wav": "1-3", "b/2.wav": "2", "x.wav": "2", "1.mp3": "1-4",
+    }  # fmt: skip
+    assert [made[name][1] for name in ("a/1.flac", "a/1.wav", "b/1.wav", "b/2.wav")] == [
+        "out/1.json", "out/1-2.json", "out/1-3.json", "out/2.json",
+    ]  # fmt: skip
+    assert made["1.mp3"][1] == output_path("out", "1-4", ".json")
+    assert f"--data_list {tmp_path}/a, {tmp_path}/b, {tmp_path}/c.jsonl: 2 × folder, JSON lines" in caplog.text
+    parser = argparse.ArgumentParser()
+    add_options(parser, "data_list")
+    words = ["--data_list", "a", "b", "--data_list", "c"]
+    assert parser.parse_args(words).data_list == "a\nb\nc"
+    assert parser.parse_args([]).data_list == "data.jsonl"
+    assert beside("x/a\nb", ".T") == Path("x/a.T")
+
+
+@given(
+    st.lists(
+        st.lists(st.tuples(st.sampled_from(["a", "a-2", "a-3", "b", "a-2-2"]), st.booleans()), max_size=6), max_size=6
+    )
+)
+@settings(max_examples=60)
+def test_made_keys_are_unique_and_own_keys_stay(parts: list[list[tuple[str, bool]]]) -> None:
+    seen = SeenKeys()
+    earlier: set[str] = set()
+    for part in parts:
+        own = [key for key, is_made in part if not is_made]
+        made = [key for key, is_made in part if is_made]
+        renamed = seen.rename(made, np.array([hash_of(key) for key in own], np.uint64))
+        keys = [renamed.get(place, key) for place, key in enumerate(made)]
+        assert len({*keys}) == len(keys)
+        assert not {*keys} & (earlier | {*own})
+        for place, key in enumerate(made):  # only what has to change does
+            assert place not in renamed or key in earlier | {*own} | {*keys[:place]}
+        earlier |= {*keys, *own}
+
+
+def test_tars_and_rows_that_zstd_compressed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = tar_bytes([(f"{name}.wav", wav_content(number)) for number, name in enumerate("abc")])
+    (tmp_path / "none.tar.zst").write_bytes(b"\x28\xb5\x2f\xfd")
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    (row,) = rows_of(tmp_path / "none.tar.zst", tmp_path)
+    assert "is compressed by zstd: pip install zstandard" in row[REFUSED]
+    monkeypatch.undo()
+    zstandard = pytest.importorskip("zstandard", reason="zstandard is not installed")
+    whole = zstandard.compress(content[:1000]) + zstandard.compress(content[1000:])
+    (tmp_path / "x.tar.zst").write_bytes(whole)
+    rows = rows_of(tmp_path / "x.tar.zst", tmp_path)
+    assert [row["key"] for row in rows] == ["a", "b", "c"]
+    assert [read(row["wav"]) for row in rows] == [wav_content(number) for number in range(3)]
+    (tmp_path / "torn.tar.zst").write_bytes(whole[:-9])
+    *_, torn = rows_of(tmp_path / "torn.tar.zst", tmp_path)
+    assert "its compressed data has no end" in torn[REFUSED]
+    (tmp_path / "data.jsonl.zst").write_bytes(zstandard.compress(b'{"audio": "a.wav"}\n'))
+    assert [row["key"] for row in rows_of(tmp_path / "data.jsonl.zst", tmp_path)] == ["a"]
+
+
+def test_piped_entries_of_a_list_run_only_where_that_is_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.wav").write_bytes(wav_content())
+    (tmp_path / "wav.scp").write_text(f"utt1 cat {tmp_path}/a.wav |\n")
+    (row,) = rows_of(tmp_path / "wav.scp", tmp_path)
+    with pytest.raises(RowError, match="would run a shell command, which needs --allow_pipe"):
+        read(row["wav"])
+    monkeypatch.setenv("BATCH_TOKENIZER_ALLOW_PIPE", "1")
+    assert read(row["wav"]) == wav_content()
