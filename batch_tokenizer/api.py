@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -39,6 +40,7 @@ from batch_tokenizer.dataset.patterns import (
 )
 from batch_tokenizer.dataset.token_dataset import TokenDataset
 from batch_tokenizer.records import RunError, Task
+from batch_tokenizer.runs.token_stream import StoredStream
 
 __all__ = [
     "TokenDataset",
@@ -49,6 +51,7 @@ __all__ = [
     "load_codec",
     "load_model",
     "mel_spectrogram",
+    "open_token_stream",
     "padding",
     "undelay_codes",
     "unflatten_codes",
@@ -133,3 +136,15 @@ def padding(mels: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         raise ValueError(f"mels must be one or more log-mels (n_mels, L_i) of the same n_mels; got {shapes[:8]}")
     batch = pad_sequence([mel.t() for mel in mels], batch_first=True).transpose(1, 2)
     return batch, torch.tensor([mel.shape[1] for mel in mels], dtype=torch.int64)
+
+
+def open_token_stream(folder: str | os.PathLike[str]) -> StoredStream:
+    """A stream that ``batch_tokenizer convert --to megatron`` or ``flat`` wrote.
+
+    ``len(stream)`` utterances; ``stream.read(n)`` is the key, the codes uint16 (T, K) and the fields of utterance n,
+    and ``stream.text(n)`` the text that stands beside its codes.
+
+    Raises:
+        RowError: a file of it is missing, damaged, or does not fit the others.
+    """
+    return StoredStream.open(Path(folder))

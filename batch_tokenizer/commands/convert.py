@@ -2,65 +2,38 @@
 
     batch_tokenizer convert RUN_OR_SHARDS --to json|npy|jsonl|tar|parquet --out DIR
     batch_tokenizer convert RUN_OR_SHARDS --to megatron|flat --pattern interleaved|delayed --out DIR
+    batch_tokenizer convert RUN_OR_SHARDS --to shar --out DIR
 
 It reads whatever ``runs/stored_rows.py`` reads, and writes a new folder, which appears whole or not at all: token files
-with a manifest of them (``data.jsonl``), shards, or one stream for a language model with ``tokens.json``, which says
-how its numbers are made (``writers/token_streams.py``).
+with a manifest of them (``data.jsonl``), shards, streams for a language model with ``tokens.json``, which says how
+their numbers are made (``writers/token_streams.py``), or a Lhotse Shar folder.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, Protocol, get_args
+from typing import Literal, get_args
 
 import numpy as np
-import numpy.typing as npt
 
-from batch_tokenizer import __version__
+from batch_tokenizer.commands.convert_shar import SharTarget
+from batch_tokenizer.commands.convert_streams import StreamTarget, settings_of
+from batch_tokenizer.commands.convert_targets import FileTarget, ShardTarget, Target
 from batch_tokenizer.config import add_options, check_codes_field
-from batch_tokenizer.records import SHARD_SINKS, RowError, RunError, Sink
+from batch_tokenizer.records import RowError, RunError
+from batch_tokenizer.runs.finished_run import FinishedRun
 from batch_tokenizer.runs.stored_rows import StoredRow, stored_rows
 from batch_tokenizer.runtime.row_counter import RowCounter
-from batch_tokenizer.sources.finishing import output_path
-from batch_tokenizer.storage.json_lines import json_lines_writer
-from batch_tokenizer.storage.names import HIDDEN_STATES_ENDING
-from batch_tokenizer.storage.row_info import RUN_INFO_FIELDS, split_info
-from batch_tokenizer.writers.row_encoding import EncodedRow, npy_bytes, tokens_as_json, tokens_as_npy
-from batch_tokenizer.writers.shard_sink import MOST_ROWS, OpenShard, ShardForm, shard_form
-from batch_tokenizer.writers.token_streams import FlatFile, Layout, MegatronFile, Pattern, TokenStream
+from batch_tokenizer.writers.row_encoding import tokens_as_json, tokens_as_npy
+from batch_tokenizer.writers.token_streams import Pattern
 
-Form = Literal["json", "npy", "jsonl", "tar", "parquet", "megatron", "flat"]
-
-ToBytes = Callable[[npt.NDArray[np.uint16], Mapping[str, Any]], bytes]
-
-#: Of what a run says of its rows alike, what all rows of a shard or stream must have in common.
-_MUST_AGREE = (
-    "codec", "fingerprint", "sample_rate", "frame_rate", "codebook_sizes",
-    "loudness", "attention_window", "window_merge", "hidden_states",
-)  # fmt: skip
-
-
-class Target(Protocol):
-    """Where converted rows go."""
-
-    def add(self, row: StoredRow) -> None:
-        """One more row.
-
-        Raises:
-            RowError: it cannot be stored.
-            RunError: it does not go with those before it.
-        """
-
-    def finish(self) -> None:
-        """Write what comes last."""
+Form = Literal["json", "npy", "jsonl", "tar", "parquet", "shar", "megatron", "flat"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,10 +42,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("source", help="a run folder, shards ('out/*.tar'), a manifest of token files, or a folder of either")
     add("--to", dest="form", choices=get_args(Form), required=True, help="what to make of it")
     add("--out", type=Path, required=True, help="a new folder")
-    add("--pattern", choices=get_args(Pattern), default="interleaved",
-        help="megatron, flat: order of the codebooks (%(default)s)")  # fmt: skip
-    add("--codebook_sizes", type=_sizes, metavar="N,N,…",
-        help="megatron, flat: where the tokens do not say (files of other programs)")  # fmt: skip
+    stream = parser.add_argument_group("megatron, flat").add_argument
+    stream("--pattern", choices=get_args(Pattern), default="interleaved", help="order of the codebooks (%(default)s)")
+    stream("--codebook_sizes", type=_sizes, metavar="N,N,…",
+        help="where the tokens do not say (files of other programs)")  # fmt: skip
+    stream("--base_offset", type=_token, metavar="N",
+        help="the first token of codes (0; with --text, the first above the tokenizer's)")  # fmt: skip
+    stream("--audio_start", type=_token, metavar="ID", help="a token before the codes of an utterance")
+    stream("--audio_end", type=_token, metavar="ID", help="a token behind them")
+    stream("--end_of_utterance", type=_token, metavar="ID",
+        help="the token after each utterance (the first one behind the codebooks)")  # fmt: skip
+    stream("--text", metavar="FIELD", help="the field of the rows whose text stands beside the codes")
+    stream("--tokenizer", metavar="PATH_OR_ID", help="of the text: a tokenizer.json, a folder with one, or a hub id")
+    stream("--template", action="append", type=_template, metavar="TEXT",
+        help="what an utterance consists of: {text}, {audio} and text between them ({text}{audio}); given several "
+        "times, each row becomes an utterance for each")  # fmt: skip
+    stream("--split", type=_shares, metavar="SHARE,SHARE",
+        help="shares of the rows for train, valid and test, a folder each, by the rows' keys")  # fmt: skip
+    stream("--order", choices=("manifest", "shuffle"),
+        help="of the run's manifest, or by chance; as the rows are stored when absent")  # fmt: skip
+    stream("--seed", type=int, default=0, metavar="N", help="of --split and --order shuffle (%(default)s)")
     add("--tokens_only", action="store_true", help="leave audio and hidden states behind")
     add_options(parser, "codes_field")
     add(
@@ -126,11 +115,14 @@ def _fill(target: Target, rows: Iterator[StoredRow], *, tokens_only: bool) -> tu
 
 def _target(arguments: argparse.Namespace, folder: Path) -> Target:
     form: Form = arguments.form
-    if form in ("json", "npy"):
+    if form == "json" or form == "npy":
         return FileTarget(folder, arguments.out, tokens_as_json if form == "json" else tokens_as_npy, f".{form}")
-    if form in SHARD_SINKS:
-        return ShardTarget(folder, form, arguments.shard_megabytes * 1_000_000, arguments.codes_field)
-    return StreamTarget(folder, form, arguments.pattern, arguments.codebook_sizes)
+    if form == "megatron" or form == "flat":
+        place_of = _places_of(arguments.source) if arguments.order == "manifest" else None
+        return StreamTarget(folder, settings_of(arguments, form), place_of)
+    if form == "shar":
+        return SharTarget(folder)
+    return ShardTarget(folder, form, arguments.shard_megabytes * 1_000_000, arguments.codes_field)
 
 
 def _sizes(text: str) -> tuple[int, ...]:
@@ -141,6 +133,34 @@ def _sizes(text: str) -> tuple[int, ...]:
     if not sizes or min(sizes) < 1 or max(sizes) > 1 << 16:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of sizes such as 1024,1024,128")
     return sizes
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(word) for word in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of shares such as 0.99,0.01") from error
+
+
+def _token(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a token's number")
+    return int(text)
+
+
+def _template(text: str) -> str:
+    """As typed, with ``\\n`` and ``\\t`` for a line end and a tab."""
+    return text.replace("\\n", "\n").replace("\\t", "\t")
+
+
+def _places_of(source: str) -> Callable[[str], int] | None:
+    """Where each key stands in the manifest of a run folder; None of other sources, which are in their order."""
+    if not (Path(source) / "run.json").is_file():
+        return None
+    manifest = FinishedRun.open(Path(source)).manifest()
+    order = np.argsort(manifest.key_hashes, kind="stable")
+    ordered = manifest.key_hashes[order]
+    return lambda key: int(order[min(int(np.searchsorted(ordered, manifest.hash_key(key))), len(order) - 1)])
 
 
 def _tokens_only(row: StoredRow) -> StoredRow:
@@ -179,222 +199,3 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-# -------------------------------------------------------------------------------------------------------------- targets
-
-
-class FileTarget:
-    """A token file a row, in two levels of folders, an audio file beside it, and ``data.jsonl``.
-
-    Args:
-        folder: where they are written.
-        out: where they will be, for the manifest's paths.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        out: Path,
-        to_bytes: ToBytes,
-        ending: str,
-    ) -> None:
-        self._folder = folder
-        self._out = out
-        self._to_bytes = to_bytes
-        self._ending = ending
-        self._manifest_file = (folder / "data.jsonl").open("wb")
-        self._manifest = json_lines_writer(self._manifest_file)
-
-    def add(self, row: StoredRow) -> None:
-        codes = _codes_of(row)
-        fields, _ = split_info(row.info)
-        line: dict[str, Any] = {"key": row.key, **{name: value for name, value in fields.items() if name != "key"}}
-        line.pop("reconstructed_wav", None)
-        line["quantized_tokens"] = self._write(row.key, self._ending, self._to_bytes(codes, _info_of(row, codes)))
-        if row.hidden_states is not None:
-            self._write(row.key, f"{self._ending}{HIDDEN_STATES_ENDING}", npy_bytes(row.hidden_states))
-        if row.audio is not None:
-            line["reconstructed_wav"] = self._write(row.key, f".{row.audio_format}", row.audio)
-        rate, samples = row.info.get("sample_rate"), row.info.get("num_samples")
-        if isinstance(rate, int) and isinstance(samples, int) and rate > 0:
-            line.setdefault("duration", round(samples / rate, 4))
-        self._manifest.write(line)
-
-    def _write(self, key: str, ending: str, content: bytes) -> str:
-        path = Path(output_path(str(self._folder), key, ending))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with path.open("xb") as stream:
-                stream.write(content)
-        except FileExistsError as error:
-            raise RunError(f"row {key}: is there twice") from error
-        return output_path(str(self._out), key, ending)
-
-    def finish(self) -> None:
-        self._manifest_file.close()
-
-
-class ShardTarget:
-    """Shards ``tokens-000000.tar`` and so on."""
-
-    def __init__(self, folder: Path, form: Sink, most_bytes: int, codes_field: str) -> None:
-        self._folder = folder
-        self._kind = form
-        self._codes_field = codes_field
-        self._most_bytes = most_bytes
-        self._common = Common()
-        self._form: ShardForm | None = None
-        self._has_audio = False
-        self._shard: OpenShard | None = None
-        self._stream: BinaryIO | None = None
-        self._num_shards = self._num_rows = 0
-
-    def add(self, row: StoredRow) -> None:
-        codes = row.codes
-        self._common.check(row)
-        if self._form is None:
-            self._has_audio = row.audio is not None
-            width = None if codes is None else codes.shape[1]
-            self._form = shard_form(self._kind, self._common.fields, width, self._has_audio, self._codes_field)
-        if self._kind == "jsonl" and codes is None:
-            raise RunError(f"row {row.key}: has no tokens")
-        for what, content in (("audio", row.audio), ("hidden states", row.hidden_states)):
-            if self._kind == "jsonl" and content is not None:
-                raise RunError(f"row {row.key}: has {what}, which JSON lines do not hold: give --tokens_only")
-        if (row.info.get("hidden_states") is True) != (row.hidden_states is not None):
-            raise RunError(f"row {row.key}: its hidden states are gone: --tokens_only leaves all of them behind")
-        if (row.audio is not None) != self._has_audio:
-            raise RunError(
-                f"row {row.key}: {'has' if row.audio is not None else 'has no'} audio, unlike those before it: "
-                "--tokens_only leaves audio behind"
-            )
-        fields, about = split_info({**row.info, "key": row.key} if codes is None else _info_of(row, codes))
-        encoded = self._form.encode(
-            EncodedRow(row.key, fields, about, codes, row.audio, row.audio_format, row.hidden_states)
-        )
-        if self._shard is None:
-            self._stream = (self._folder / f"tokens-{self._num_shards:06d}.{self._form.suffix}").open("xb")
-            self._shard = self._form.open(self._stream)
-            self._num_shards += 1
-        self._shard.append(encoded)
-        self._num_rows += 1
-        if self._shard.num_bytes >= self._most_bytes or self._num_rows >= MOST_ROWS:
-            self._close()
-
-    def finish(self) -> None:
-        if self._shard is not None:
-            self._close()
-
-    def _close(self) -> None:
-        assert self._shard is not None
-        assert self._stream is not None
-        self._shard.finish()
-        self._stream.close()
-        self._shard = None
-        self._num_rows = 0
-
-
-class StreamTarget:
-    """One stream of token numbers, ``keys.jsonl`` with a key a line, and ``tokens.json``, which explains it."""
-
-    def __init__(self, folder: Path, form: Form, pattern: Pattern, codebook_sizes: tuple[int, ...] | None) -> None:
-        self._folder = folder
-        self._kind = form
-        self._pattern: Pattern = pattern
-        self._sizes = codebook_sizes
-        self._common = Common()
-        self._layout: Layout | None = None
-        self._stream: TokenStream | None = None
-        self._keys_file = (folder / "keys.jsonl").open("wb")
-        self._keys = json_lines_writer(self._keys_file)
-        self._num_rows = self._num_tokens = 0
-
-    def add(self, row: StoredRow) -> None:
-        codes = _codes_of(row)
-        self._common.check(row)
-        if self._layout is None or self._stream is None:
-            self._layout = Layout(self._pattern, self._codebook_sizes(row, codes.shape[1]))
-            self._stream = (MegatronFile if self._kind == "megatron" else FlatFile)(self._folder, self._layout.dtype)
-        if (codes >= np.array(self._layout.codebook_sizes)).any():
-            raise RunError(f"row {row.key}: has codes beyond the codebooks' sizes {self._layout.codebook_sizes}")
-        tokens = self._layout.encode(codes)
-        self._stream.append(tokens)
-        self._keys.write(row.key)
-        self._num_rows += 1
-        self._num_tokens += len(tokens)
-
-    def _codebook_sizes(self, row: StoredRow, width: int) -> tuple[int, ...]:
-        sizes = self._sizes or row.info.get("codebook_sizes")
-        if not isinstance(sizes, (list, tuple)) or not all(isinstance(size, int) and size > 0 for size in sizes):
-            raise RunError(f"row {row.key}: does not say how large the codebooks are: give --codebook_sizes")
-        if len(sizes) < width:
-            raise RunError(f"row {row.key}: has {width} codebooks, of which {len(sizes)} sizes are known")
-        return tuple(sizes[:width])
-
-    def finish(self) -> None:
-        self._keys_file.close()
-        if self._stream is None or self._layout is None:
-            return
-        self._stream.close()
-        layout = self._layout
-        about = {
-            "pattern": layout.pattern,
-            "num_quantizers": len(layout.codebook_sizes),
-            "codebook_sizes": layout.codebook_sizes,
-            "codebook_offsets": layout.offsets,
-            "end_of_utterance": layout.end_of_utterance,
-            "padding": layout.padding,
-            "vocabulary_size": layout.vocabulary_size,
-            "token_dtype": layout.dtype.name,
-            "num_utterances": self._num_rows,
-            "num_tokens": self._num_tokens,
-            "converted_by": f"batch_tokenizer {__version__}",
-            "made_by": self._common.fields,
-        }
-        (self._folder / "tokens.json").write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n")
-
-
-@dataclass(slots=True)
-class Common:
-    """What all rows of a shard or stream have in common.
-
-    Attributes:
-        fields: of the first row, those that a run says of all its rows.
-    """
-
-    fields: dict[str, Any] = field(default_factory=dict)
-    width: int | None = None
-    _first: str | None = None
-
-    def check(self, row: StoredRow) -> None:
-        """
-        Raises:
-            RunError: the row is of another codec, or has another number of codebooks.
-        """
-        width = None if row.codes is None else row.codes.shape[1]
-        if self._first is None:
-            self._first, self.width = row.key, width
-            self.fields = {name: row.info[name] for name in RUN_INFO_FIELDS if name in row.info}
-            return
-        if width != self.width:
-            raise RunError(
-                f"row {row.key}: has {width or 'no'} codebooks, row {self._first} has {self.width or 'none'}: "
-                "convert them apart"
-            )
-        for name in _MUST_AGREE:
-            if row.info.get(name) != self.fields.get(name):
-                raise RunError(
-                    f"row {row.key}: {name} {row.info.get(name)}, row {self._first} has {self.fields.get(name)}: "
-                    "convert them apart"
-                )
-
-
-def _codes_of(row: StoredRow) -> npt.NDArray[np.uint16]:
-    if row.codes is None:
-        raise RunError(f"row {row.key}: has no tokens")
-    return row.codes
-
-
-def _info_of(row: StoredRow, codes: npt.NDArray[np.uint16]) -> dict[str, Any]:
-    return {**row.info, "key": row.key, "num_frames": codes.shape[0], "num_quantizers": codes.shape[1]}

@@ -20,7 +20,7 @@ import orjson
 from batch_tokenizer.data.token_files import parse_codes_line, parse_hidden_states, parse_tokens, read_any_tokens
 from batch_tokenizer.records import TASKS, ManifestRow, RowError, RunError, first_line
 from batch_tokenizer.runs.finished_run import FinishedRun
-from batch_tokenizer.runs.token_stream import ABOUT, StoredStream
+from batch_tokenizer.runs.token_stream import StoredStream, is_stream
 from batch_tokenizer.runtime.ledger import RowStatus, read_ledger
 from batch_tokenizer.runtime.run_files import parse_shard_name
 from batch_tokenizer.sources.listing import lines_of
@@ -32,6 +32,7 @@ from batch_tokenizer.storage.names import HIDDEN_STATES_ENDING, display_name, me
 from batch_tokenizer.storage.parquet_rows import TokenParquet, find_row
 from batch_tokenizer.storage.row_info import join_info
 from batch_tokenizer.storage.tar import ByteStream, SeekableByteStream, TornTar, walk
+from batch_tokenizer.writers.token_streams import SPLIT_NAMES
 
 #: Bytes that one member of a row may have.
 _MOST_MEMBER = 1 << 32
@@ -296,8 +297,9 @@ def _folder_parts(folder: Path) -> Iterator[Part]:
         _refuse_mixture(folder, shards)
         for name in shards:
             yield Part(_shard_kind(name), str(folder / name))
-    elif ABOUT in names and {"tokens.npy", "tokens.bin"} & set(names):
-        yield Part("stream", str(folder))
+    elif streams := [place for place in (folder, *map(folder.joinpath, SPLIT_NAMES)) if is_stream(place)]:
+        for place in streams:
+            yield Part("stream", str(place))
     elif "data.jsonl" in names:
         yield Part("lines", str(folder / "data.jsonl"))
     else:

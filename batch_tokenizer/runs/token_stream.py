@@ -15,6 +15,7 @@ import numpy.typing as npt
 from batch_tokenizer.records import RowError, first_line
 from batch_tokenizer.storage.files import read_bytes
 from batch_tokenizer.storage.json_lines import parse_json
+from batch_tokenizer.writers.text_tokenizer import open_tokenizer
 from batch_tokenizer.writers.token_streams import Layout
 
 #: What ``convert`` writes beside the tokens.
@@ -54,7 +55,7 @@ class StoredStream:
         """
         try:
             about = json.loads((folder / ABOUT).read_bytes())
-            layout = Layout(about["pattern"], tuple(about["codebook_sizes"]))
+            layout = Layout.of_json(about)
             if (folder / "tokens.bin").exists():
                 path, (dtype, starts) = folder / "tokens.bin", _megatron_places(folder / "tokens.idx")
             else:
@@ -83,13 +84,28 @@ class StoredStream:
             RowError: it is damaged.
         """
         about = self._about(number)
+        codes, _ = self._split(number)
+        return str(about["key"]), codes, {**self.made_by, "codebook_sizes": list(self.layout.codebook_sizes), **about}
+
+    def text(self, number: int) -> str | None:
+        """The text that stands beside the codes of utterance ``number``; None of a stream without text.
+
+        Raises:
+            RowError: it is damaged.
+            RunError: the stream's tokenizer cannot be read.
+        """
+        if not self.layout.text_vocabulary:
+            return None
+        tokenizer = open_tokenizer(str(self.folder / "tokenizer.json"))
+        return str(tokenizer.decode(self._split(number)[1].tolist(), skip_special_tokens=False))
+
+    def _split(self, number: int) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.int64]]:
         begin, stop = self.starts[number : number + 2].tolist()
         tokens = np.frombuffer(read_bytes(str(self.path), begin, stop), self.dtype)
         try:
-            codes = self.layout.decode(tokens)
+            return self.layout.split(tokens)
         except ValueError as error:
             raise RowError("load", f"{self.path}: utterance {number + 1}: {error}") from error
-        return str(about["key"]), codes, {**self.made_by, "codebook_sizes": list(self.layout.codebook_sizes), **about}
 
     def _about(self, number: int) -> dict[str, Any]:
         """The line of ``keys.jsonl``: a key, or an object that has one."""
@@ -102,6 +118,11 @@ class StoredStream:
         if not isinstance(about.get("key"), str):
             raise RowError("load", f"{self.folder / KEYS}: line {number + 1} has no key")
         return about
+
+
+def is_stream(folder: Path) -> bool:
+    """Whether ``convert`` wrote a stream into a folder."""
+    return (folder / ABOUT).is_file() and any((folder / name).is_file() for name in ("tokens.npy", "tokens.bin"))
 
 
 def _flat_places(folder: Path) -> tuple[str, npt.NDArray[np.int64]]:

@@ -181,8 +181,10 @@ def test_streams_are_read_by_others(tmp_path: Path, manifest: Path, form: str, p
     assert about["codebook_offsets"] == [0, 1024, 1152]
     assert about["made_by"]["fingerprint"] == "feedface"
     sequences = read_megatron(out / "tokens") if form == "megatron" else read_flat(out)
-    keys = [json.loads(line) for line in (out / "keys.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (out / "keys.jsonl").read_text().splitlines()]
+    keys = [row["key"] for row in rows]
     assert sorted(keys) == sorted(KEYS)
+    assert [row["text"] for row in rows] == [expected[key][1] for key in keys]
     layout = Layout(pattern, tuple(about["codebook_sizes"]))  # type: ignore[arg-type]
     for key, tokens in zip(keys, sequences, strict=True):
         assert tokens[-1] == about["end_of_utterance"]

@@ -1,0 +1,205 @@
+"""Where ``convert`` puts rows: token files with a manifest of them, or shards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from batch_tokenizer.records import RunError, Sink
+from batch_tokenizer.runs.stored_rows import StoredRow
+from batch_tokenizer.sources.finishing import output_path
+from batch_tokenizer.storage.json_lines import json_lines_writer
+from batch_tokenizer.storage.names import HIDDEN_STATES_ENDING
+from batch_tokenizer.storage.row_info import RUN_INFO_FIELDS, split_info
+from batch_tokenizer.writers.row_encoding import EncodedRow, npy_bytes
+from batch_tokenizer.writers.shard_sink import MOST_ROWS, OpenShard, ShardForm, shard_form
+
+ToBytes = Callable[[npt.NDArray[np.uint16], Mapping[str, Any]], bytes]
+
+#: Of what a run says of its rows alike, what all rows of a shard or stream must have in common.
+_MUST_AGREE = (
+    "codec", "fingerprint", "sample_rate", "frame_rate", "codebook_sizes",
+    "loudness", "attention_window", "window_merge", "hidden_states",
+)  # fmt: skip
+
+
+class Target(Protocol):
+    """Where converted rows go."""
+
+    def add(self, row: StoredRow) -> None:
+        """One more row.
+
+        Raises:
+            RowError: it cannot be stored.
+            RunError: it does not go with those before it.
+        """
+
+    def finish(self) -> None:
+        """Write what comes last."""
+
+
+class FileTarget:
+    """A token file a row, in two levels of folders, an audio file beside it, and ``data.jsonl``.
+
+    Args:
+        folder: where they are written.
+        out: where they will be, for the manifest's paths.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        out: Path,
+        to_bytes: ToBytes,
+        ending: str,
+    ) -> None:
+        self._folder = folder
+        self._out = out
+        self._to_bytes = to_bytes
+        self._ending = ending
+        self._manifest_file = (folder / "data.jsonl").open("wb")
+        self._manifest = json_lines_writer(self._manifest_file)
+
+    def add(self, row: StoredRow) -> None:
+        codes = codes_of(row)
+        fields, _ = split_info(row.info)
+        line: dict[str, Any] = {"key": row.key, **{name: value for name, value in fields.items() if name != "key"}}
+        line.pop("reconstructed_wav", None)
+        line["quantized_tokens"] = self._write(row.key, self._ending, self._to_bytes(codes, info_of(row, codes)))
+        if row.hidden_states is not None:
+            self._write(row.key, f"{self._ending}{HIDDEN_STATES_ENDING}", npy_bytes(row.hidden_states))
+        if row.audio is not None:
+            line["reconstructed_wav"] = self._write(row.key, f".{row.audio_format}", row.audio)
+        rate, samples = row.info.get("sample_rate"), row.info.get("num_samples")
+        if isinstance(rate, int) and isinstance(samples, int) and rate > 0:
+            line.setdefault("duration", round(samples / rate, 4))
+        self._manifest.write(line)
+
+    def _write(self, key: str, ending: str, content: bytes) -> str:
+        path = Path(output_path(str(self._folder), key, ending))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with path.open("xb") as stream:
+                stream.write(content)
+        except FileExistsError as error:
+            raise RunError(f"row {key}: is there twice") from error
+        return output_path(str(self._out), key, ending)
+
+    def finish(self) -> None:
+        self._manifest_file.close()
+
+
+class ShardTarget:
+    """Shards ``tokens-000000.tar`` and so on."""
+
+    def __init__(self, folder: Path, form: Sink, most_bytes: int, codes_field: str) -> None:
+        self._folder = folder
+        self._kind = form
+        self._codes_field = codes_field
+        self._most_bytes = most_bytes
+        self._common = Common()
+        self._form: ShardForm | None = None
+        self._has_audio = False
+        self._shard: OpenShard | None = None
+        self._stream: BinaryIO | None = None
+        self._num_shards = self._num_rows = 0
+
+    def add(self, row: StoredRow) -> None:
+        codes = row.codes
+        self._common.check(row)
+        if self._form is None:
+            self._has_audio = row.audio is not None
+            width = None if codes is None else codes.shape[1]
+            self._form = shard_form(self._kind, self._common.fields, width, self._has_audio, self._codes_field)
+        if self._kind == "jsonl" and codes is None:
+            raise RunError(f"row {row.key}: has no tokens")
+        for what, content in (("audio", row.audio), ("hidden states", row.hidden_states)):
+            if self._kind == "jsonl" and content is not None:
+                raise RunError(f"row {row.key}: has {what}, which JSON lines do not hold: give --tokens_only")
+        if (row.info.get("hidden_states") is True) != (row.hidden_states is not None):
+            raise RunError(f"row {row.key}: its hidden states are gone: --tokens_only leaves all of them behind")
+        if (row.audio is not None) != self._has_audio:
+            raise RunError(
+                f"row {row.key}: {'has' if row.audio is not None else 'has no'} audio, unlike those before it: "
+                "--tokens_only leaves audio behind"
+            )
+        fields, about = split_info({**row.info, "key": row.key} if codes is None else info_of(row, codes))
+        encoded = self._form.encode(
+            EncodedRow(row.key, fields, about, codes, row.audio, row.audio_format, row.hidden_states)
+        )
+        if self._shard is None:
+            self._stream = (self._folder / f"tokens-{self._num_shards:06d}.{self._form.suffix}").open("xb")
+            self._shard = self._form.open(self._stream)
+            self._num_shards += 1
+        self._shard.append(encoded)
+        self._num_rows += 1
+        if self._shard.num_bytes >= self._most_bytes or self._num_rows >= MOST_ROWS:
+            self._close()
+
+    def finish(self) -> None:
+        if self._shard is not None:
+            self._close()
+
+    def _close(self) -> None:
+        assert self._shard is not None
+        assert self._stream is not None
+        self._shard.finish()
+        self._stream.close()
+        self._shard = None
+        self._num_rows = 0
+
+
+@dataclass(slots=True)
+class Common:
+    """What all rows of a shard or stream have in common.
+
+    Attributes:
+        fields: of the first row, those that a run says of all its rows.
+    """
+
+    fields: dict[str, Any] = field(default_factory=dict)
+    width: int | None = None
+    _first: str | None = None
+
+    def check(self, row: StoredRow) -> None:
+        """
+        Raises:
+            RunError: the row is of another codec, or has another number of codebooks.
+        """
+        width = None if row.codes is None else row.codes.shape[1]
+        if self._first is None:
+            self._first, self.width = row.key, width
+            self.fields = {name: row.info[name] for name in RUN_INFO_FIELDS if name in row.info}
+            return
+        if width != self.width:
+            raise RunError(
+                f"row {row.key}: has {width or 'no'} codebooks, row {self._first} has {self.width or 'none'}: "
+                "convert them apart"
+            )
+        for name in _MUST_AGREE:
+            if row.info.get(name) != self.fields.get(name):
+                raise RunError(
+                    f"row {row.key}: {name} {row.info.get(name)}, row {self._first} has {self.fields.get(name)}: "
+                    "convert them apart"
+                )
+
+
+def codes_of(row: StoredRow) -> npt.NDArray[np.uint16]:
+    """The codes (T, K) of a row.
+
+    Raises:
+        RunError: it has none.
+    """
+    if row.codes is None:
+        raise RunError(f"row {row.key}: has no tokens")
+    return row.codes
+
+
+def info_of(row: StoredRow, codes: npt.NDArray[np.uint16]) -> dict[str, Any]:
+    """What is known of a row, with its own key and the shape of its codes."""
+    return {**row.info, "key": row.key, "num_frames": codes.shape[0], "num_quantizers": codes.shape[1]}
