@@ -45,7 +45,7 @@ def open_audio(path: str, stream: int | None = None) -> Iterator[AudioReader]:
 
 @contextmanager
 def _open_reader(file: BinaryIO, size: int, name: str, stream: int | None) -> Iterator[AudioReader]:
-    libsndfile_said = None
+    libsndfile_error = None
     head = file.read(HEAD_BYTES)
     file.seek(0)
     stale = find_stale_size(file, size, name, head)
@@ -56,7 +56,7 @@ def _open_reader(file: BinaryIO, size: int, name: str, stream: int | None) -> It
             yield reader
             return
     except Unfit as unfit:
-        libsndfile_said = str(unfit) or None
+        libsndfile_error = str(unfit) or None
     if stale is not None and (stale.stated > 0 or not stale.is_wav):
         raise RowError(
             "load",
@@ -65,7 +65,7 @@ def _open_reader(file: BinaryIO, size: int, name: str, stream: int | None) -> It
         )
     one_link = not ogg_is_chained(file, size)
     with open_with_ffmpeg(
-        file, name, stream=stream, libsndfile_said=libsndfile_said, one_link=one_link
+        file, name, stream=stream, libsndfile_error=libsndfile_error, one_link=one_link
     ) as other:  # fmt: skip
         yield other
 

@@ -39,13 +39,13 @@ _WARM_UP = 1 << 14
 
 @contextmanager
 def open_with_ffmpeg(
-    file: BinaryIO, name: str, *, stream: int | None = None, libsndfile_said: str | None = None, one_link: bool = True
+    file: BinaryIO, name: str, *, stream: int | None = None, libsndfile_error: str | None = None, one_link: bool = True
 ) -> Iterator[FFmpegReader]:
     """The reader of an audio stream. What FFmpeg raises in the body becomes a ``RowError`` too.
 
     Args:
         stream: the number of the audio stream, from 0; None for the one that FFmpeg plays by default.
-        libsndfile_said: why libsndfile did not open it, for messages.
+        libsndfile_error: why libsndfile did not open it, for messages.
         one_link: it is not a chain of several recordings, so that its time stamps have no gaps.
 
     Raises:
@@ -54,8 +54,8 @@ def open_with_ffmpeg(
     import av
 
     def causes(error: Exception) -> str:
-        ffmpeg_said = getattr(error, "strerror", None) or first_line(error)
-        return f"libsndfile: {libsndfile_said}; FFmpeg: {ffmpeg_said}" if libsndfile_said else ffmpeg_said
+        ffmpeg_error = getattr(error, "strerror", None) or first_line(error)
+        return f"libsndfile: {libsndfile_error}; FFmpeg: {ffmpeg_error}" if libsndfile_error else ffmpeg_error
 
     file.seek(0)
     try:
@@ -68,7 +68,7 @@ def open_with_ffmpeg(
         if chosen.codec_context is None:
             raise RowError("load", f"{name}: no decoder for its audio ({container.format.name})")
         try:
-            header = _header(chosen, name, libsndfile_said)
+            header = _header(chosen, name, libsndfile_error)
             yield FFmpegReader(name, container, chosen, header, one_link=one_link)
         except (av.FFmpegError, OSError) as error:
             raise RowError("load", f"{name}: damaged or cut short ({causes(error)})") from error
@@ -109,11 +109,11 @@ def _preference(stream: Any) -> tuple[bool, bool, int]:
     return can_decode, is_default, context.channels if can_decode else 0
 
 
-def _header(stream: av.AudioStream, name: str, libsndfile_said: str | None) -> AudioHeader:
+def _header(stream: av.AudioStream, name: str, libsndfile_error: str | None) -> AudioHeader:
     sample_rate, channels = stream.codec_context.sample_rate, stream.codec_context.channels
     check_sample_rate(name, sample_rate)
     if channels == 0:
-        raise RowError("load", f"{name}: its header is damaged ({libsndfile_said or 'no channels'})")
+        raise RowError("load", f"{name}: its header is damaged ({libsndfile_error or 'no channels'})")
     frames = None
     # Durations of raw streams are guesses from the bit rate. Indexed containers, which count their packets, know.
     if stream.frames and stream.duration is not None and stream.time_base is not None:

@@ -125,7 +125,7 @@ def _load_cut(path: str, sample_rate: int, mix: _Mix, cut: AudioCut, max_samples
         raise _too_long(path, last - first, sample_rate, max_samples)
     asked = last if last is not None else first + (_ENDLESS if max_samples is None else max_samples + 1)
     try:
-        with _open_or_kept(path, cut.stream) as audio:
+        with _open_cached(path, cut.stream) as audio:
             file_rate = audio.header.sample_rate
             if audio.header.exact and audio.header.frames is not None:
                 _check_cut(name, cut, audio.header.frames / file_rate)
@@ -146,7 +146,7 @@ def _load_cut(path: str, sample_rate: int, mix: _Mix, cut: AudioCut, max_samples
     return samples
 
 
-class _KeptReader(threading.local):
+class _ReaderCache(threading.local):
     """The file that a thread has read a part of, where it does not seek: the next part is often asked for next."""
 
     identity: object = None
@@ -154,28 +154,28 @@ class _KeptReader(threading.local):
     closing: ExitStack | None = None
 
 
-_kept = _KeptReader()
+_reader_cache = _ReaderCache()
 
 
 # While modules still are what their readers need.
 @atexit.register
-def _close_kept_reader() -> None:
-    if _kept.closing is not None:
-        _kept.closing.close()
+def _close_cached_reader() -> None:
+    if _reader_cache.closing is not None:
+        _reader_cache.closing.close()
 
 
 @contextmanager
-def _open_or_kept(path: str, stream: int | None) -> Iterator[AudioReader]:
+def _open_cached(path: str, stream: int | None) -> Iterator[AudioReader]:
     """As ``open_audio``; a file that does not seek is kept for the next call."""
     identity = _identity(path, stream)
-    reader, closing = _kept.reader, _kept.closing
-    if reader is None or closing is None or identity is None or _kept.identity != identity:
+    reader, closing = _reader_cache.reader, _reader_cache.closing
+    if reader is None or closing is None or identity is None or _reader_cache.identity != identity:
         if closing is not None:
             closing.close()
         closing = ExitStack()
-        _kept.identity = _kept.reader = _kept.closing = None
+        _reader_cache.identity = _reader_cache.reader = _reader_cache.closing = None
         reader = closing.enter_context(open_audio(path, stream))
-    _kept.identity = _kept.reader = _kept.closing = None
+    _reader_cache.identity = _reader_cache.reader = _reader_cache.closing = None
     try:
         yield reader
     except BaseException:
@@ -186,7 +186,7 @@ def _open_or_kept(path: str, stream: int | None) -> Iterator[AudioReader]:
         if reader.seeks or identity is None:
             closing.close()
         else:
-            _kept.identity, _kept.reader, _kept.closing = identity, reader, closing
+            _reader_cache.identity, _reader_cache.reader, _reader_cache.closing = identity, reader, closing
 
 
 def _identity(path: str, stream: int | None) -> object:

@@ -16,8 +16,9 @@ import logging
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 @dataclass(slots=True)
-class _Made:
+class _ChunkResult:
     """What one chunk of lines became."""
 
     lines: list[bytes] = field(default_factory=list)
@@ -126,7 +127,7 @@ def make_manifest(source: str, out: Path, settings: SourceSettings, workers: int
             raise RunError(f"--out {out}: {path} is the source itself, or a part of it: choose another name")
         if path.exists() and not overwrite:
             raise RunError(f"--out {out}: {path} is there already: choose another name, or --overwrite to replace it")
-    total = _Made()
+    total = _ChunkResult()
     num_rows = num_refused = 0
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -136,7 +137,7 @@ def make_manifest(source: str, out: Path, settings: SourceSettings, workers: int
             made, bad = Path(aside) / "made", Path(aside) / "bad"
             with made.open("wb") as stream, bad.open("wb") as bad_stream, RowCounter("opening files") as counter:
                 # 2. Open every file, many at once, and keep the order.
-                for part in ordered(_chunk_maker(settings), _chunks(str(listed)), workers):
+                for part in ordered(partial(_make_chunk, settings), _chunks(str(listed)), workers):
                     stream.writelines(line + b"\n" for line in part.lines)
                     for row in part.refused:
                         bad_stream.write(dump_json(row) + b"\n")
@@ -170,18 +171,15 @@ def _chunks(path: str) -> Iterator[list[bytes]]:
         yield part
 
 
-def _chunk_maker(settings: SourceSettings) -> Callable[[list[bytes]], _Made]:
-    def make(lines: list[bytes]) -> _Made:
-        made = _Made()
-        for text in lines:
-            if text.strip():
-                _make_line(text, settings, made)
-        return made
-
-    return make
+def _make_chunk(settings: SourceSettings, lines: list[bytes]) -> _ChunkResult:
+    made = _ChunkResult()
+    for text in lines:
+        if text.strip():
+            _make_line(text, settings, made)
+    return made
 
 
-def _make_line(text: bytes, settings: SourceSettings, made: _Made) -> None:
+def _make_line(text: bytes, settings: SourceSettings, made: _ChunkResult) -> None:
     try:
         row = parse_json(text)
     except ValueError as error:

@@ -74,7 +74,7 @@ _LOG_SECONDS = 5.0
 Task = Callable[[], "_Lines"]
 
 
-class LeftOut:
+class SkippedFiles:
     """Counts what is left out, by kind, and logs one line for each kind."""
 
     def __init__(self) -> None:
@@ -260,7 +260,7 @@ class _Lines:
 
 
 def _list(sources: list[Source], path: Path, settings: SourceSettings, idle: Callable[[], None]) -> None:
-    left_out = LeftOut()
+    left_out = SkippedFiles()
     began = last_logged = time.monotonic()
     rows = finished = 0
     seen = SeenKeys()
@@ -287,7 +287,7 @@ def _list(sources: list[Source], path: Path, settings: SourceSettings, idle: Cal
                 other.unlink()
 
 
-def _tasks(source: Source, settings: SourceSettings, left_out: LeftOut) -> Iterator[Task]:
+def _tasks(source: Source, settings: SourceSettings, left_out: SkippedFiles) -> Iterator[Task]:
     """The parts of a source, in order."""
     field_name, location = settings.input_field, source.location
     if source.kind == "tar":
@@ -314,7 +314,7 @@ def _tasks(source: Source, settings: SourceSettings, left_out: LeftOut) -> Itera
             yield partial(_finish_rows, iter(part_of_list), finisher)
 
 
-def _dataset_lines(location: str, settings: SourceSettings, left_out: LeftOut) -> _Lines:
+def _dataset_lines(location: str, settings: SourceSettings, left_out: SkippedFiles) -> _Lines:
     rows = dataset_rows(location, settings.audio_column, left_out.add)
     first = list(islice(rows, _LOOKED_AT))
     return _finish_rows(chain(first, rows), Finisher(settings, _base_of(location, first, settings)))

@@ -27,7 +27,7 @@ from batch_tokenizer.storage.row_info import join_info, split_info
 CODES_COLUMNS = (CODES_FIELD, "codes")
 
 #: Files, and groups of rows, that a process caches.
-_KEPT_FILES, _KEPT_GROUPS = 8, 4
+_CACHED_FILES, _CACHED_GROUPS = 8, 4
 
 #: Codes of one group, unpacked.
 _MOST_GROUP_BYTES = 1 << 30
@@ -278,7 +278,7 @@ def find_row(
     with _lock:
         parquet = _files.pop(path, None) or TokenParquet.open(path, must_have_codes=False)
         _files[path] = parquet
-        while len(_files) > _KEPT_FILES:
+        while len(_files) > _CACHED_FILES:
             _files.popitem(last=False)[1].close()
         if row >= len(parquet):
             raise RowError("load", f"{parquet.name}: has {len(parquet):,} rows, and no row {row}")
@@ -288,7 +288,7 @@ def find_row(
         if table is None:
             table = parquet.read_group(group, list(columns))
         _groups[path, group, columns] = table
-        while len(_groups) > _KEPT_GROUPS:
+        while len(_groups) > _CACHED_GROUPS:
             _groups.popitem(last=False)
         return parquet, table, row - int(parquet.first_rows[group])
 

@@ -24,7 +24,7 @@ from batch_tokenizer.storage.names import display_name, is_url
 from batch_tokenizer.storage.remote import RangeFile, StorageError
 
 #: Files, and windows of rows, that a process keeps.
-_KEPT_FILES, _KEPT_WINDOWS = 8, 4
+_CACHED_FILES, _CACHED_WINDOWS = 8, 4
 
 #: Bytes of a window's columns as they are in memory, which one large row may pass.
 _WINDOW_BYTES = 32 * 2**20
@@ -204,7 +204,7 @@ def read_cell(path: str, row: int, column: str) -> bytes | str:
     with _lock:
         file = _files.pop(path, None) or TableFile.open(path)
         _files[path] = file
-        while len(_files) > _KEPT_FILES:
+        while len(_files) > _CACHED_FILES:
             old, _ = _files.popitem(last=False)
             for place in [place for place in _readers if place.path == old]:
                 del _readers[place]
@@ -234,14 +234,14 @@ def _find_window(file: TableFile, place: _Place, row: int) -> Window:
     for _ in range(2):  # what was read on from there, and if the row lies before it, the group from its beginning
         for window in reader or ():
             _windows[place, window.first_row] = window
-            while len(_windows) > _KEPT_WINDOWS:
+            while len(_windows) > _CACHED_WINDOWS:
                 _windows.popitem(last=False)
             if window.first_row > row:
                 break
             if window.holds(row):
                 assert reader is not None
                 _readers[place] = reader
-                while len(_readers) > _KEPT_WINDOWS:
+                while len(_readers) > _CACHED_WINDOWS:
                     _readers.popitem(last=False)
                 return window
         reader = file.windows(place.group, [place.column])

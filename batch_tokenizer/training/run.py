@@ -29,7 +29,7 @@ from batch_tokenizer.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
-#: Numbers of codebooks at which held-out audio is scored, beside all of them.
+#: CropSampler of codebooks at which held-out audio is scored, beside all of them.
 SCORED_CODEBOOKS = (4, 8)
 
 
