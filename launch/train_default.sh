@@ -2,7 +2,7 @@
 # Trains a default model from nothing: fetches 4 hours of freely licensed speech and music to learn from, and voices to
 # score it on (0.7 GB), from the Debian archive without installing them; decodes and splits them; trains from random
 # weights; scores the averaged half-precision weights on voices heard and never heard; writes their model card and licence.
-# Stop it at any time; the same command goes on where it was. Needs Debian or a relative of it (apt-get, dpkg-deb) and the
+# Stop it at any time; the same command resumes. Needs Debian or a relative of it (apt-get, dpkg-deb) and the
 # package with its "quality" extra.
 #
 #   launch/train_default.sh DIR [flags of python -m batch_tokenizer.training, such as --minutes 90 --threads 1]

@@ -3,7 +3,7 @@
 The decoder normalizes twice over a whole utterance (GroupNorm with one group). With usual weights that removes the mean
 of all mel channels, which is the utterance's loudness, and divides by their spread, which depends on its silences. Two
 patterns over the channels prevent it. Channels alternate in sign, so that a change of level, which moves all mel
-channels alike, leaves the mean at zero. Constant offsets, larger than the signal and orthogonal to those signs, make
+channels alike, does not move the mean. Constant offsets, larger than the signal and orthogonal to those signs, make
 the spread nearly constant. ``norm.weight`` and ``norm.bias`` undo both.
 """
 
@@ -117,10 +117,10 @@ def _statistics(
     model: MiMoAudioTokenizer, module: UpSampling, mels: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``centre``, ``mean``, ``deviation`` and ``spread`` of ``protect_level``, measured on all utterances."""
-    seen: list[Tensor] = []
+    inputs: list[Tensor] = []
 
-    def keep(_: nn.Module, inputs: tuple[Tensor, Segments]) -> None:
-        seen.append(inputs[0].float())
+    def keep(_: nn.Module, arguments: tuple[Tensor, Segments]) -> None:
+        inputs.append(arguments[0].float())
 
     hook = module.norm.register_forward_pre_hook(keep)
     try:
@@ -128,9 +128,9 @@ def _statistics(
             model.decode_utterances(model.encode_utterances([mel]))
     finally:
         hook.remove()
-    means = torch.stack([rows.mean() for rows in seen])
-    deviations = torch.stack([rows.std(correction=0) for rows in seen])
-    rows = torch.cat(seen)
+    means = torch.stack([rows.mean() for rows in inputs])
+    deviations = torch.stack([rows.std(correction=0) for rows in inputs])
+    rows = torch.cat(inputs)
     return rows.mean(dim=0), means.mean(), deviations.mean(), rows.std(dim=0).square().mean().sqrt()
 
 

@@ -85,6 +85,7 @@ def test_it_learns_and_its_export_runs(manifest: Path, tmp_path: Path) -> None:
     losses = [line["loss"] for line in lines if "loss" in line]
     assert len(losses) == 12
     assert np.median(losses[-4:]) < 0.6 * losses[0]
+    assert {"step", "minutes", "minutes_left", "hours"} <= lines[0].keys()
     assert lines[-1]["held_out"].keys() == {"envelope_3", "level_3", "perplexity"}
     assert len(lines[-1]["held_out"]["perplexity"]) == 3
 
@@ -195,7 +196,7 @@ def test_a_signal_to_the_whole_job_ends_it_with_its_last_step_saved(manifest: Pa
     assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["step"] >= 50
 
 
-def test_a_lost_loading_process_is_told_in_one_line(manifest: Path, tmp_path: Path) -> None:
+def test_a_lost_loading_process_is_one_line(manifest: Path, tmp_path: Path) -> None:
     def kill_the_loader() -> bool:
         for process in multiprocessing.active_children():
             process.kill()
@@ -258,16 +259,16 @@ def test_group_norms_start_as_all_but_linear() -> None:
     assert ((twice - 2 * once).norm() / twice.norm()) < 0.1
 
 
-def test_a_change_of_all_mel_channels_alike_passes_a_group_norm() -> None:
+def test_an_equal_change_of_all_mel_channels_passes_a_group_norm() -> None:
     """Such a change is an utterance's level. The norm alone would take it away altogether."""
     module = UpSampling(8, 32, 3, 1)
     rows = torch.ones(50, 8)
-    nought, one = torch.tensor(0.0), torch.tensor(1.0)
+    zero, one = torch.tensor(0.0), torch.tensor(1.0)
     with torch.no_grad():
         module.conv.weight.fill_(0.02)
         module.conv.get_parameter("bias").zero_()
         plain = [module(level * rows, Segments([50]))[0][10] for level in (-3.0, 0.0, 3.0)]
-        protect_level(module, torch.zeros(32), nought, one, one)
+        protect_level(module, torch.zeros(32), zero, one, one)
         low, middle, high = (module(level * rows, Segments([50]))[0][10] for level in (-3.0, 0.0, 3.0))
     change = 3 * 0.02 * 8 * 3
     assert (plain[2] - plain[0]).mean().abs() < 0.3 * 2 * change
@@ -431,7 +432,7 @@ def test_held_out_audio_must_be_readable(tmp_path: Path) -> None:
         load_utterances(path, tmp_path, MiMoConfig.from_json(CONFIG))
 
 
-def test_the_loss_is_nought_for_a_copy_and_grows_with_noise() -> None:
+def test_the_loss_is_zero_for_a_copy_and_grows_with_noise() -> None:
     torch.manual_seed(0)
     loss = SpectralLoss(24000)
     original = torch.from_numpy(tone(0.5, 150))[None]
