@@ -2,11 +2,11 @@
 
     batch_tokenizer convert RUN_OR_SHARDS --to json|npy|jsonl|tar|parquet --out DIR
     batch_tokenizer convert RUN_OR_SHARDS --to megatron|flat --pattern interleaved|delayed --out DIR
-    batch_tokenizer convert RUN_OR_SHARDS --to shar --out DIR
+    batch_tokenizer convert RUN_OR_SHARDS --to shar|energon --out DIR
 
 It reads whatever ``runs/stored_rows.py`` reads, and writes a new folder, which appears whole or not at all: token files
 with a manifest of them (``data.jsonl``), shards, streams for a language model with ``tokens.json``, which says how
-their numbers are made (``writers/token_streams.py``), or a Lhotse Shar folder.
+their numbers are made (``writers/token_streams.py``), a Lhotse Shar folder, or tars with Megatron-Energon's index.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from batch_tokenizer.commands.convert_energon import EnergonTarget
 from batch_tokenizer.commands.convert_shar import SharTarget
 from batch_tokenizer.commands.convert_streams import StreamTarget, settings_of
 from batch_tokenizer.commands.convert_targets import FileTarget, ShardTarget, Target
@@ -33,7 +34,7 @@ from batch_tokenizer.runtime.row_counter import RowCounter
 from batch_tokenizer.writers.row_encoding import tokens_as_json, tokens_as_npy
 from batch_tokenizer.writers.token_streams import Pattern
 
-Form = Literal["json", "npy", "jsonl", "tar", "parquet", "shar", "megatron", "flat"]
+Form = Literal["json", "npy", "jsonl", "tar", "parquet", "shar", "energon", "megatron", "flat"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -122,6 +123,9 @@ def _target(arguments: argparse.Namespace, folder: Path) -> Target:
         return StreamTarget(folder, settings_of(arguments, form), place_of)
     if form == "shar":
         return SharTarget(folder)
+    if form == "energon":
+        shares, seed = arguments.split or (), arguments.seed
+        return EnergonTarget(folder, arguments.shard_megabytes * 1_000_000, arguments.codes_field, shares, seed)
     return ShardTarget(folder, form, arguments.shard_megabytes * 1_000_000, arguments.codes_field)
 
 

@@ -178,3 +178,24 @@ def test_a_shar_folder_is_read_by_lhotse(tmp_path: Path) -> None:
         supervision = cut.supervisions[0]
         assert (supervision.text, supervision.speaker) == (result.row.fields["text"], result.row.fields["speaker"])
         assert (cut.custom["tags"], cut.custom["fingerprint"]) == (["a"], "feedface")
+
+
+def test_shards_with_an_index_are_read_by_energon(tmp_path: Path) -> None:
+    energon = pytest.importorskip("megatron.energon", reason="megatron-energon is not installed")
+    results = [tokenized(line, key=f"row.{line}", text=f"text {line}") for line in range(5)]
+    out = convert(write_shard(tmp_path / "x.jsonl", results), tmp_path / "energon", "--to", "energon")
+
+    class Encoder(energon.DefaultTaskEncoder):  # type: ignore[misc, name-defined]
+        cookers = (energon.Cooker(energon.stateless(lambda sample: sample)),)
+
+        def encode_sample(self, sample: Any) -> Any:
+            return sample
+
+    dataset = energon.get_train_dataset(
+        out, batch_size=None, shuffle_buffer_size=None, max_samples_per_sequence=None, repeat=False,
+        worker_config=energon.WorkerConfig(rank=0, world_size=1, num_workers=0), task_encoder=Encoder(),
+    )  # fmt: skip
+    found = {sample["json"]["key"]: sample["tokens.npy"] for sample in energon.get_loader(dataset)}
+    assert found.keys() == {result.row.key for result in results}
+    for result in results:
+        assert np.array_equal(found[result.row.key], result.codes)
