@@ -23,7 +23,7 @@ from batch_tokenizer.runs.finished_run import FinishedRun
 from batch_tokenizer.runs.token_stream import StoredStream, is_stream
 from batch_tokenizer.runtime.ledger import RowStatus, read_ledger
 from batch_tokenizer.runtime.run_files import parse_shard_name
-from batch_tokenizer.sources.listing import lines_of
+from batch_tokenizer.sources.lines import lines_of
 from batch_tokenizer.sources.patterns import find_sources
 from batch_tokenizer.storage.files import open_file
 from batch_tokenizer.storage.json_lines import json_lines_reader, parse_json

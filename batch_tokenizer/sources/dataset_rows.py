@@ -157,7 +157,7 @@ def _row(
     # An ``id`` need not be the row's: in some data sets, several recordings of a sentence have the same.
     names = {} if named is None else {"key" if _is_name(key) else MADE_KEY: str(named)}
     if is_path:
-        return {**names, "wav": path, **fields}
+        return {**names, "wav": path, **({} if column == "wav" else {column: path}), **fields}
     return {**names, "wav": cell_location(location, number, column), **own_fields(fields)}
 
 

@@ -163,7 +163,8 @@ def _of_supervisions(row: Mapping[str, Any]) -> dict[str, Any]:
         values = {str(part[name]) for part in parts if part.get(name) is not None}
         if len(values) == 1:
             facts[name] = values.pop()
-    return {**facts, "supervisions": found} if len(found) > 1 else facts
+    has_more = len(found) > 1 or any(part.get(name) for part in parts for name in ("custom", "alignment"))
+    return {**facts, "supervisions": found} if has_more else facts
 
 
 def _custom(row: Mapping[str, Any]) -> dict[str, Any]:

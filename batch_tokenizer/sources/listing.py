@@ -36,10 +36,12 @@ from batch_tokenizer.sources.dataset_rows import dataset_rows
 from batch_tokenizer.sources.finishing import FinishedLine, Finisher, SourceSettings
 from batch_tokenizer.sources.folder_rows import folder_row, walk_folder
 from batch_tokenizer.sources.foreign_rows import AUDIO_FIELDS, Refused, complete
+from batch_tokenizer.sources.lines import lines_of
 from batch_tokenizer.sources.list_rows import path_rows, scp_rows, table_rows
 from batch_tokenizer.sources.made_keys import SeenKeys, hash_of
 from batch_tokenizer.sources.parquet_rows import parquet_rows
 from batch_tokenizer.sources.patterns import DESCRIPTIONS, Source, find_sources, stored_sources
+from batch_tokenizer.sources.shar_rows import companions, shar_rows
 from batch_tokenizer.sources.tar_rows import tar_rows
 from batch_tokenizer.sources.token_lines import token_line_rows
 from batch_tokenizer.storage import remote
@@ -49,7 +51,7 @@ from batch_tokenizer.storage.json_lines import parse_json
 from batch_tokenizer.storage.jsonl_rows import holds_codes
 from batch_tokenizer.storage.names import PIPE, display_name, display_source, is_relative, is_url
 from batch_tokenizer.storage.remote import StorageError
-from batch_tokenizer.storage.streams import StreamReader, is_compressed
+from batch_tokenizer.storage.streams import is_compressed
 
 log = logging.getLogger(__name__)
 
@@ -207,8 +209,9 @@ def _state(source: Source, settings: SourceSettings) -> str | None:
             names.update(repr(found).encode("utf-8", "surrogateescape"))
         return names.hexdigest()
     if is_url(location):
+        parts = [location, companions(location)[0]] if source.kind == "shar" else [location]
         try:
-            return repr(remote.describe(location))
+            return repr([remote.describe(part) for part in parts] if len(parts) > 1 else remote.describe(location))
         except StorageError as error:
             raise RunError(f"--data_list {error.reason}", exit_code=1 if error.transient else 2) from error
     try:
@@ -218,8 +221,12 @@ def _state(source: Source, settings: SourceSettings) -> str | None:
     except OSError as error:
         raise RunError(f"--data_list {display_name(location)}: {error.strerror}") from error
     state = f"{status.st_size} {status.st_mtime_ns}"
-    if source.kind == "scp" and os.path.isfile(segments := _segments_of(location)):
-        status = os.stat(segments)
+    beside = [segments] if source.kind == "scp" and os.path.isfile(segments := _segments_of(location)) else []
+    if source.kind == "shar":
+        tar, fields = companions(location)
+        beside = [tar, *(path for _, path in fields)]
+    for path in beside:
+        status = os.stat(path)
         state = f"{state} {status.st_size} {status.st_mtime_ns}"
     return state
 
@@ -294,6 +301,8 @@ def _tasks(source: Source, settings: SourceSettings, left_out: SkippedFiles) -> 
         yield lambda: _finish_rows(tar_rows(location, field_name, left_out.add), Finisher(settings))
     elif source.kind == "parquet" and settings.task == "token2wav":
         yield lambda: _finish_rows(parquet_rows(location), Finisher(settings))
+    elif source.kind == "shar":
+        yield lambda: _finish_rows(shar_rows(location), Finisher(settings))
     elif source.kind in ("parquet", "arrow"):
         yield partial(_dataset_lines, location, settings, left_out)
     elif source.kind == "folder":
@@ -426,28 +435,3 @@ def _result(future: Future[Result], idle: Callable[[], None]) -> Result:
     while not wait([future], timeout=0.5).done:
         idle()
     return future.result()
-
-
-def lines_of(location: str) -> Iterator[bytes]:
-    """The lines of a plain or compressed file or object, without line ends, cut to a byte more than a line may have.
-
-    Raises:
-        RunError: it cannot be read to its end.
-    """
-    unfinished = b""
-    try:
-        reader = StreamReader(location)
-        try:
-            while block := reader.read(1 << 20):
-                first, *others = block.split(b"\n")
-                if len(unfinished) <= MAX_LINE:
-                    unfinished = (unfinished + first)[: MAX_LINE + 1]
-                for line in others:
-                    yield unfinished
-                    unfinished = line
-        finally:
-            reader.close()
-    except StorageError as error:
-        raise RunError(f"--data_list {error.reason}", exit_code=1) from error
-    if unfinished:
-        yield unfinished

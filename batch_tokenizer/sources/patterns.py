@@ -7,6 +7,7 @@ x.csv, x.tsv              a table with a header    '*.flac'          audio files
 data/*.parquet, *.arrow   a data set with audio    saved/            a folder of datasets.save_to_disk, or of parquet
 audio/                    a folder of audio        s3://…, https://… any of these elsewhere
 hf://datasets/OWNER/NAME  the parquet files of a data set on the Hugging Face Hub
+shar/                     a folder of Lhotse Shar: cuts.*.jsonl.gz with recording.*.tar
 pipe:COMMAND              the tar that a shell command prints, where ``--allow_pipe`` says so
 """
 
@@ -23,6 +24,7 @@ from typing import Any, Literal, cast
 import braceexpand
 
 from batch_tokenizer.records import RunError, first_line
+from batch_tokenizer.sources.shar_rows import companions, is_cuts_file
 from batch_tokenizer.sources.sidecars import AUDIO_ENDINGS, TOKEN_ENDINGS
 from batch_tokenizer.storage import remote
 from batch_tokenizer.storage.json_lines import parse_json
@@ -31,7 +33,7 @@ from batch_tokenizer.storage.names import PIPE, display_name, display_source, fi
 from batch_tokenizer.storage.remote import StorageError
 from batch_tokenizer.storage.streams import StreamReader
 
-Kind = Literal["rows", "tar", "parquet", "arrow", "folder", "list", "scp", "table", "paths", "audio"]
+Kind = Literal["rows", "tar", "parquet", "arrow", "shar", "folder", "list", "scp", "table", "paths", "audio"]
 
 #: What each kind is called in the log.
 DESCRIPTIONS: Mapping[Kind, str] = {
@@ -39,6 +41,7 @@ DESCRIPTIONS: Mapping[Kind, str] = {
     "tar": "tar",
     "parquet": "parquet",
     "arrow": "Arrow",
+    "shar": "shard of Lhotse Shar",
     "folder": "folder",
     "list": "list of shards",
     "scp": "wav.scp",
@@ -145,8 +148,8 @@ def find_sources(data_list: str) -> list[Source]:
     """
     # A list of shards is resolved here, one level deep: it may name tars and parquet files, not further lists.
     sources: list[Source] = []
-    named = [data_list] if os.path.exists(data_list) else data_list.split("\n")
-    for location in (location for word in named for location in locations(word)):
+    words = [data_list] if os.path.exists(data_list) else data_list.split("\n")
+    for location in (location for word in words for location in locations(word)):
         kind = kind_of(location)
         if kind == "folder":
             sources += data_set_files(location) or [Source(location, kind)]
@@ -189,37 +192,46 @@ def stored_sources(source: Source) -> Iterator[Source]:
 
 
 def data_set_files(folder: str) -> list[Source]:
-    """The files of a data set that a folder holds: those of all splits that ``datasets.save_to_disk`` wrote, or parquet
-    in the folder or in those in it; on the Hub parquet or tars anywhere below. None where it is another folder, or has
-    audio files in itself.
+    """The files of a data set that a folder holds: those of all splits that ``datasets.save_to_disk`` wrote, shards of
+    Lhotse Shar, or parquet in the folder or in those in it; on the Hub parquet or tars anywhere below. None where it is
+    another folder, or has audio files in itself.
 
     Raises:
         RunError: the folder cannot be read, or its description is damaged.
     """
     if is_url(folder):
-        if scheme_of(folder) != "hf":
-            return []
-        try:
-            found = remote.list_folder(folder)
-        except StorageError as error:
-            raise RunError(f"--data_list {error.reason}", exit_code=1) from error
-        parquet = [Source(name, "parquet") for name in found if name.lower().endswith(".parquet")]
-        return parquet or [Source(name, "tar") for name in found if _TAR_NAME.search(name)]
+        return _remote_data_set(folder)
     if splits := _read_object(folder, "dataset_dict.json").get("splits"):
         return [source for split in splits for source in data_set_files(os.path.join(folder, str(split)))]
-    if files := _read_object(folder, "state.json").get("_data_files"):
-        return [Source(os.path.join(folder, str(file["filename"])), "arrow") for file in files]
+    if arrow := _read_object(folder, "state.json").get("_data_files"):
+        return [Source(os.path.join(folder, str(file["filename"])), "arrow") for file in arrow]
     try:
         names = os.listdir(folder)
     except OSError:
         return []  # whoever walks it says why not
+    if cuts := [name for name in sorted(names) if is_cuts_file(name, set(names))]:
+        return [Source(os.path.join(folder, name), "shar") for name in cuts]
     is_audio = any(name.rpartition(".")[2].lower() in AUDIO_ENDINGS for name in names)
     is_output = any(name.startswith(".batch_tokenizer.") for name in names)
     if is_audio or is_output:
         return []
     path = glob.escape(folder)
-    files = sorted(glob.glob(f"{path}/*.parquet")) or sorted(glob.glob(f"{path}/*/*.parquet"))
-    return [Source(name, "parquet") for name in files]
+    parquet = sorted(glob.glob(f"{path}/*.parquet")) or sorted(glob.glob(f"{path}/*/*.parquet"))
+    return [Source(name, "parquet") for name in parquet]
+
+
+def _remote_data_set(folder: str) -> list[Source]:
+    try:
+        found = remote.list_folder(folder)
+    except StorageError as error:
+        raise RunError(f"--data_list {error.reason}", exit_code=1) from error
+    names = {url.rpartition("/")[2] for url in found}
+    if cuts := [url for url in found if is_cuts_file(url, names)]:
+        return [Source(url, "shar") for url in cuts]
+    if scheme_of(folder) != "hf":
+        return []
+    parquet = [Source(url, "parquet") for url in found if url.lower().endswith(".parquet")]
+    return parquet or [Source(url, "tar") for url in found if _TAR_NAME.search(url)]
 
 
 def _read_object(folder: str, name: str) -> dict[str, Any]:
@@ -251,6 +263,8 @@ def kind_of(location: str) -> Kind:
         return cast(Kind, ending)
     if ending in ("csv", "tsv"):
         return "table"
+    if name.rpartition("/")[2].startswith("cuts.") and not is_url(location) and _has_recordings(location):
+        return "shar"
     if ending in AUDIO_ENDINGS | TOKEN_ENDINGS:
         return "audio"
     if is_url(location):
@@ -259,6 +273,11 @@ def kind_of(location: str) -> Kind:
         is_folder = name.endswith("/") or (scheme_of(location) == "hf" and "." not in name.rpartition("/")[2])
         return "folder" if is_folder else "rows"
     return _kind_of_text(location) if os.path.isfile(location) else "rows"
+
+
+def _has_recordings(location: str) -> bool:
+    tar = companions(location)[0]
+    return is_cuts_file(location, {os.path.basename(tar)}) and os.path.isfile(tar)
 
 
 def _kind_of_text(location: str) -> Kind:

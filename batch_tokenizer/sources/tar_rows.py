@@ -76,7 +76,7 @@ def tar_rows(location: str, field_name: str, note: Note) -> Iterator[dict[str, A
     usual: set[str] = set()
     latest: tuple[str, Member] | None = None  # the last member that was read, and its prefix
     try:
-        with _open_stream(location) as (stream, streamed):
+        with open_tar_stream(location) as (stream, streamed):
 
             def rows() -> Iterator[dict[str, Any]]:
                 for lead, member in group.members:
@@ -183,7 +183,7 @@ def _sidecar(group: _Group, lead: str, ending: str) -> bytes | None:
 
 
 @contextmanager
-def _open_stream(location: str) -> Iterator[tuple[ByteStream, bool]]:
+def open_tar_stream(location: str) -> Iterator[tuple[ByteStream, bool]]:
     """The archive's bytes, and whether they can be read from the front only."""
     # 1. A plain tar whose bytes can be addressed: content is skipped, not read.
     if not location.startswith(PIPE):
