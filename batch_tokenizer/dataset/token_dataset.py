@@ -38,6 +38,7 @@ class TokenDataset(IterableDataset[dict[str, Any]]):
     - ``codes``: int64 (T, K), T frames of K codebooks
     - ``fields``: dict, what is stored of the row: the fields of its manifest, and codec, sample rate and so on
     - ``audio``, ``sample_rate``: where the row has audio, float32 (S,), or (channels, S) of several channels, and Hz
+    - ``hidden_states``: where the row has some, float16 (T, d), those from which the codes were made
 
     Ranks get contiguous parts of an epoch's order whose sizes differ by one row at most. A rank's workers take turns,
     ``batch_size`` rows each, so that with the DataLoader's own ``batch_size`` its batches are the same for any number
@@ -58,7 +59,7 @@ class TokenDataset(IterableDataset[dict[str, Any]]):
         seed: with the epoch's number decides the order.
         batch_size: that of the DataLoader.
         drop_uneven: leave out up to ``world_size - 1`` rows an epoch, so that all ranks have equally many.
-        audio: read and decode audio where there is some.
+        audio: read audio and hidden states where there are some.
         rank, world_size: which part is read; by default torch.distributed's where a process group is initialised, else
             RANK and WORLD_SIZE of the environment, else everything.
 
@@ -242,7 +243,11 @@ class TokenDataset(IterableDataset[dict[str, Any]]):
             "codes": torch.from_numpy(row.codes.astype(np.int64)),
             "fields": dict(row.info),
         }
-        if self._audio and row.audio is not None:
+        if not self._audio:
+            return sample
+        if row.hidden_states is not None:
+            sample["hidden_states"] = torch.from_numpy(row.hidden_states.copy())
+        if row.audio is not None:
             try:
                 samples, rate = decode_bytes(row.audio, f"{row.key}.{row.audio_format}")
             except RowError as error:

@@ -31,9 +31,9 @@ from batch_tokenizer.runs.stored_rows import (
 )
 from batch_tokenizer.runs.token_stream import StoredStream
 from batch_tokenizer.runtime.ledger import RowStatus, read_ledger
-from batch_tokenizer.storage.files import open_file, read_bytes
+from batch_tokenizer.storage.files import close_archives, open_file, read_bytes
 from batch_tokenizer.storage.names import display_name, split_member_name
-from batch_tokenizer.storage.parquet_rows import TokenParquet
+from batch_tokenizer.storage.parquet_rows import TokenParquet, close_parquet_files
 from batch_tokenizer.storage.remote import StorageError
 from batch_tokenizer.storage.streams import GZIP_MAGIC
 from batch_tokenizer.storage.tar import HEADER, SeekableByteStream, TornTar, walk
@@ -84,6 +84,9 @@ class IndexedRows:
         Raises:
             RunError: the source is none, has no rows, or a part of it cannot be read.
         """
+        # A file that was replaced since this process read it must not be read through what was opened then.
+        close_archives()
+        close_parquet_files()
         try:
             files = tuple(file for file in map(_open_part, find_parts(source)) if len(file))
         except RowError as error:

@@ -28,7 +28,15 @@ from batch_tokenizer.sources.patterns import find_sources
 from batch_tokenizer.storage.files import open_file
 from batch_tokenizer.storage.json_lines import json_lines_reader, parse_json
 from batch_tokenizer.storage.jsonl_rows import holds_codes, numbered_lines
-from batch_tokenizer.storage.names import HIDDEN_STATES_ENDING, display_name, member_name, split_member_name
+from batch_tokenizer.storage.names import (
+    HIDDEN_STATES_ENDING,
+    display_name,
+    member_name,
+    parse_member,
+    parse_row_location,
+    split_member_name,
+)
+from batch_tokenizer.storage.opening import open_location
 from batch_tokenizer.storage.parquet_rows import TokenParquet, find_row
 from batch_tokenizer.storage.row_info import join_info
 from batch_tokenizer.storage.tar import ByteStream, SeekableByteStream, TornTar, walk
@@ -374,7 +382,7 @@ def _token_file_rows(location: str) -> Iterator[StoredRow]:
 
 def token_file_row(location: str, path: str, *, with_audio: bool = True) -> StoredRow:
     """The row of a token file that was found at ``location``; its key is the file's, or its path there without ending.
-    Its audio is what the file names as ``reconstructed_wav``.
+    Its audio is what the file names as ``reconstructed_wav``, there or beside the file.
 
     Raises:
         RowError: it cannot be read, or is no token file.
@@ -383,7 +391,10 @@ def token_file_row(location: str, path: str, *, with_audio: bool = True) -> Stor
     said = info.get("key")
     name = os.path.basename(path) if path == location else os.path.relpath(path, location)
     key = said if isinstance(said, str) else os.path.splitext(name)[0]
-    return _with_others(StoredRow(key, codes, info), path, info.get("reconstructed_wav"), with_audio=with_audio)
+    audio = info.get("reconstructed_wav")
+    if isinstance(audio, str) and not os.path.exists(audio):  # of a folder that was moved
+        audio = os.path.join(os.path.dirname(path), os.path.basename(audio))
+    return _with_others(StoredRow(key, codes, info), path, audio, with_audio=with_audio)
 
 
 def _refuse_mixture(folder: Path, shards: list[str]) -> None:
@@ -466,12 +477,12 @@ def _with_others(row: StoredRow, tokens: str, audio: object, *, with_audio: bool
     hidden = tokens + HIDDEN_STATES_ENDING
     if row.info.get("hidden_states") is True and os.path.exists(hidden):
         row = replace(row, hidden_states=parse_hidden_states(_read(hidden), hidden))
-    if isinstance(audio, str) and os.path.exists(audio):
+    if isinstance(audio, str) and (os.path.exists(audio) or parse_member(audio) or parse_row_location(audio)):
         content = _read(audio)
         row = replace(row, audio=content, audio_format="flac" if content[:4] == b"fLaC" else "wav")
     return row
 
 
 def _read(path: str) -> bytes:
-    with open_file(path) as (file, _):
+    with open_location(path) as (file, _):
         return file.read()

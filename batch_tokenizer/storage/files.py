@@ -222,6 +222,11 @@ class _Archive:
 _archives = threading.local()
 
 
+def close_archives() -> None:
+    """Closes what ``read_bytes`` keeps open in this thread, so that files that were replaced are read anew."""
+    _archives.__dict__.pop("latest", None)
+
+
 def read_bytes(path: str, begin: int, stop: int) -> bytes:
     """Bytes of a file or object that has many rows, by their places in it; fewer where it ends. Local files stay open.
 

@@ -238,6 +238,14 @@ def _forget_in_child() -> None:
 os.register_at_fork(after_in_child=_forget_in_child)
 
 
+def close_parquet_files() -> None:
+    """Closes what ``find_row`` keeps open, so that files that were replaced are read anew."""
+    with _lock:
+        while _files:
+            _files.popitem()[1].close()
+        _groups.clear()
+
+
 def read_row(path: str, row: int) -> tuple[npt.NDArray[Any], Mapping[str, Any]]:
     """Integers (T, K) of a row, and what is known of it.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from batch_tokenizer.dataset import token_dataset
 from batch_tokenizer.runs.indexed_rows import IndexedRows
 from batch_tokenizer.runs.stored_rows import StoredRow, stored_rows
 from batch_tokenizer.writers.file_sink import FileSink
+from tests.support.runs import make_corpus
 from tests.support.shards import RUN_INFO, tokenized
 from tests.unit.test_sinks_round_trip import write_shard
 
@@ -336,6 +338,29 @@ class TestSources:
         self.check(manifest.parent / "in", results, audio=True)
         self.check(f"{manifest.parent}/in/*.json", results, audio=True)
 
+    def test_a_folder_that_was_moved(self, tmp_path: Path, manifest: Path, results: list[Any]) -> None:
+        shutil.copytree(manifest.parent / "in", tmp_path / "moved")
+        text = (tmp_path / "moved" / "3.json").read_text().replace(f"{manifest.parent}/in/", "/gone/")
+        (tmp_path / "moved" / "3.json").write_text(text)
+        self.check(tmp_path / "moved", results, audio=True)
+
+    @pytest.mark.parametrize("sink", ["npy", "tar", "parquet"])
+    def test_a_runs_folders(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sink: str) -> None:
+        """The run folder, the folder of outputs and their manifest name the rows that are done, with their audio."""
+        corpus = make_corpus(tmp_path, 3)
+        monkeypatch.chdir(tmp_path)
+        lines = [json.loads(line) for line in corpus.manifest_lines]
+        rows = [{"key": line["key"], "wav": line["wav"], "text": "x"} for line in lines]
+        (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"key": "bad", "wav": "gone.wav"}])))
+        arguments = f"--model_path checkpoint --sink {sink} --output_dir out --run_dir run --num_workers 0 --device cpu"
+        assert main([*arguments.split(), "--task", "wav2token2wav"]) == 0
+        for source in ("run", "out", "out/manifest.jsonl"):
+            found = {row["key"]: row for row in TokenDataset(source, shuffle="rows")}
+            assert found.keys() == set(corpus.keys), source
+            for row in found.values():
+                assert (row["fields"]["text"], row["sample_rate"], row["codes"].dtype) == ("x", 24000, torch.int64)
+                assert len(row["audio"]) > 0
+
     @pytest.mark.parametrize("form", ["json", "npy", "jsonl", "tar", "parquet"])
     def test_what_convert_writes(self, tmp_path: Path, shards: Path, results: list[Any], form: str) -> None:
         out = tmp_path / form
@@ -422,6 +447,14 @@ class TestTrouble:
         path.write_bytes(b"\0" * path.stat().st_size)
         with pytest.raises(ValueError, match=r"x\.tar: has changed"):
             next(iter(dataset))
+
+    @pytest.mark.parametrize("ending", ["tar", "parquet", "jsonl"])
+    def test_a_file_that_was_replaced_is_read_anew(self, tmp_path: Path, results: list[Any], ending: str) -> None:
+        path = tmp_path / f"x.{ending}"
+        for rows in (results[:3], results[3:]):
+            path.unlink(missing_ok=True)
+            write_shard(path, rows)
+            assert [row["key"] for row in TokenDataset(path)] == [row.row.key for row in rows]
 
     def test_sizes_of_codebooks_that_nobody_says(self, tmp_path: Path) -> None:
         np.save(tmp_path / "a.npy", np.zeros((2, 3), np.uint16))
