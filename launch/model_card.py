@@ -1,6 +1,6 @@
-"""The model card and the licence of a checkpoint that ``train_default.sh`` trained.
+"""Model card and licence of a checkpoint that ``train_default.sh`` trained: ``python launch/model_card.py DIR``.
 
-python launch/model_card.py DIR      # reads DIR/train.jsonl, run/log.jsonl, scores/; writes DIR/run/checkpoint
+Reads ``DIR/train.jsonl``, ``DIR/run/log.jsonl`` and ``DIR/scores``; writes into ``DIR/run/checkpoint``.
 """
 
 from __future__ import annotations
@@ -19,6 +19,37 @@ COLUMNS = {
     "sim": ("SIM", 3),
     "mos": ("MOS predicted", 2),
     "level_change": ("level, dB", 1),
+}
+
+#: Notices that the terms of a package ask to be kept.
+NOTICES = {
+    "festvox-ru": """
+> Nickolay V. Shmyrev, Copyright (c) 2005, All Rights Reserved. Permission is hereby granted, free of charge, to use
+> and distribute this software and its documentation without restriction, including without limitation the rights to
+> use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of this work, and to permit persons to
+> whom this work is furnished to do so, subject to the following conditions: 1. The code must retain the above
+> copyright notice, this list of conditions and the following disclaimer. 2. Any modifications must be clearly marked
+> as such. 3. Original authors' names are not deleted. 4. The authors' names are not used to endorse or promote
+> products derived from this software without specific prior written permission. THE AUTHOR AND THE CONTRIBUTORS TO
+> THIS WORK DISCLAIM ALL WARRANTIES WITH REGARD TO THIS SOFTWARE, INCLUDING ALL IMPLIED WARRANTIES OF MERCHANTABILITY
+> AND FITNESS, IN NO EVENT SHALL THE UNIVERSITY OF EDINBURGH NOR THE CONTRIBUTORS BE LIABLE FOR ANY SPECIAL, INDIRECT
+> OR CONSEQUENTIAL DAMAGES OR ANY DAMAGES WHATSOEVER RESULTING FROM LOSS OF USE, DATA OR PROFITS, WHETHER IN AN ACTION
+> OF CONTRACT, NEGLIGENCE OR OTHER TORTIOUS ACTION, ARISING OUT OF OR IN CONNECTION WITH THE USE OR PERFORMANCE OF
+> THIS SOFTWARE.
+""",
+    "asterisk-prompt-fr-armelle": """
+> Copyright (C) 2006 Michel Gutierrez. Redistribution and use, with or without modification, are permitted provided
+> that the following conditions are met: 1. Redistributions must retain the above copyright notice, this list of
+> conditions and the following disclaimer. 2. Neither the name of the Indigen Solutions nor the names of its
+> contributors, contractors and employees may be used to endorse or promote products derived from this software
+> without specific prior written permission. THIS SOFTWARE IS PROVIDED BY THE REGENTS AND CONTRIBUTORS "AS IS" AND ANY
+> EXPRESS OR IMPLIED WARRANTIES, INCLUDING, BUT NOT LIMITED TO, THE IMPLIED WARRANTIES OF MERCHANTABILITY AND FITNESS
+> FOR A PARTICULAR PURPOSE ARE DISCLAIMED. IN NO EVENT SHALL THE REGENTS OR CONTRIBUTORS BE LIABLE FOR ANY DIRECT,
+> INDIRECT, INCIDENTAL, SPECIAL, EXEMPLARY, OR CONSEQUENTIAL DAMAGES (INCLUDING, BUT NOT LIMITED TO, PROCUREMENT OF
+> SUBSTITUTE GOODS OR SERVICES; LOSS OF USE, DATA, OR PROFITS; OR BUSINESS INTERRUPTION) HOWEVER CAUSED AND ON ANY
+> THEORY OF LIABILITY, WHETHER IN CONTRACT, STRICT LIABILITY, OR TORT (INCLUDING NEGLIGENCE OR OTHERWISE) ARISING IN
+> ANY WAY OUT OF THE USE OF THIS SOFTWARE, EVEN IF ADVISED OF THE POSSIBILITY OF SUCH DAMAGE.
+""",
 }
 
 
@@ -60,7 +91,9 @@ def cell(estimate: dict[str, Any] | None, digits: int) -> str:
 
 
 def licence(rows: list[dict[str, Any]]) -> str:
-    """What the weights' licence file says."""
+    """The text of the weights' licence file."""
+    sources = {row["source"] for row in rows}
+    notices = "\n".join(f"Notice of {name}:\n{notice}" for name, notice in NOTICES.items() if name in sources)
     return f"""The weights in this folder are under Creative Commons Attribution-ShareAlike 4.0 International,
 https://creativecommons.org/licenses/by-sa/4.0/legalcode (SPDX: CC-BY-SA-4.0).
 
@@ -69,24 +102,7 @@ licence, CC BY 3.0 and the BSD terms allow them under any that keeps the notices
 
 {data_table(rows)}
 
-{FESTVOX_RU_NOTICE}"""
-
-
-FESTVOX_RU_NOTICE = """festvox-ru asks that its notice be kept:
-
-> Nickolay V. Shmyrev, Copyright (c) 2005, All Rights Reserved. Permission is hereby granted, free of charge, to use
-> and distribute this software and its documentation without restriction, including without limitation the rights to
-> use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of this work, and to permit persons to
-> whom this work is furnished to do so, subject to the following conditions: 1. The code must retain the above
-> copyright notice, this list of conditions and the following disclaimer. 2. Any modifications must be clearly marked
-> as such. 3. Original authors' names are not deleted. 4. The authors' names are not used to endorse or promote
-> products derived from this software without specific prior written permission. THE AUTHOR AND THE CONTRIBUTORS TO
-> THIS WORK DISCLAIM ALL WARRANTIES WITH REGARD TO THIS SOFTWARE, INCLUDING ALL IMPLIED WARRANTIES OF MERCHANTABILITY
-> AND FITNESS, IN NO EVENT SHALL THE UNIVERSITY OF EDINBURGH NOR THE CONTRIBUTORS BE LIABLE FOR ANY SPECIAL, INDIRECT
-> OR CONSEQUENTIAL DAMAGES OR ANY DAMAGES WHATSOEVER RESULTING FROM LOSS OF USE, DATA OR PROFITS, WHETHER IN AN ACTION
-> OF CONTRACT, NEGLIGENCE OR OTHER TORTIOUS ACTION, ARISING OUT OF OR IN CONNECTION WITH THE USE OR PERFORMANCE OF
-> THIS SOFTWARE.
-"""
+{notices}"""
 
 
 def card(folder: Path, rows: list[dict[str, Any]]) -> str:
