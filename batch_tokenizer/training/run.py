@@ -80,7 +80,7 @@ def train(recipe: Recipe, stop: Callable[[], bool] = lambda: False) -> Trainer:
         return trainer
 
     # 2. Steps.
-    progress = _Progress(trainer, held_out)
+    progress = _Progress(trainer, held_out, sum(file.seconds for file in audio.files))
     loader = DataLoader(
         Crops(audio, config, recipe.token_frames, recipe.seed, recipe.augmentation),
         batch_sampler=BatchNumbers(trainer.step, recipe.batch_size), num_workers=recipe.num_workers,
@@ -100,6 +100,7 @@ def train(recipe: Recipe, stop: Callable[[], bool] = lambda: False) -> Trainer:
                 progress.report()
             if now - saved >= recipe.save_every:
                 trainer.save()
+                progress.saved()
                 progress.score()
                 saved = time.monotonic()
 
@@ -109,15 +110,22 @@ def train(recipe: Recipe, stop: Callable[[], bool] = lambda: False) -> Trainer:
     if trainer.finished and trainer.codebooks.ready:
         log.info("levels shifted by %.2f dB", trainer.calibrate(load_utterances(recipe.data, recipe.out, config, 32)))
     trainer.save()
+    progress.saved()
     if trainer.finished:
         progress.score()
     return trainer
 
 
 class _Progress:
-    """Lines of ``log.jsonl`` and of the log: losses averaged since the last line, and held-out scores."""
+    """Lines of ``log.jsonl`` and of the log: losses averaged since the last line, and held-out scores.
 
-    def __init__(self, trainer: Trainer, held_out: list[Tensor]) -> None:
+    In the log alone: a line for each epoch, which is as much audio as the data have, and one for each save.
+
+    Args:
+        data_seconds: length of the audio to train on.
+    """
+
+    def __init__(self, trainer: Trainer, held_out: list[Tensor], data_seconds: float) -> None:
         recipe, config = trainer.recipe, trainer.config
         self.trainer = trainer
         self.held_out = held_out
@@ -125,11 +133,34 @@ class _Progress:
         self.numbers = sorted({min(number, most) for number in (*SCORED_CODEBOOKS, most)})
         self.seconds_per_step = recipe.batch_size * crop_length(config, recipe.token_frames) / config.sampling_rate
         self._values: dict[str, list[float]] = defaultdict(list)
+        self._data_seconds = data_seconds
+        self._epochs = int(self.epochs)
+
+    @property
+    def epochs(self) -> float:
+        """Audio that the steps so far have had, in lengths of all data."""
+        return self.trainer.step * self.seconds_per_step / self._data_seconds
+
+    def saved(self) -> None:
+        """One line of where the work is, after ``trainer.save``."""
+        trainer = self.trainer
+        log.info(
+            "saved step %d, after %.2f epochs and %.1f minutes, about %.1f minutes left: %s",
+            trainer.step, self.epochs, trainer.seconds / 60, trainer.seconds_left / 60, self._place,
+        )  # fmt: skip
+
+    @property
+    def _place(self) -> Path:
+        """What a save writes that is worth naming: a checkpoint, once there are codebooks."""
+        return self.trainer.recipe.out / ("checkpoint" if self.trainer.codebooks.ready else "state.pt")
 
     def add(self, values: Mapping[str, float]) -> None:
         """Losses of one step."""
         for name, value in values.items():
             self._values[name].append(value)
+        if self.epochs >= self._epochs + 1:
+            self._epochs = int(self.epochs)
+            log.info("epoch %d ended at step %d; saves are in %s", self._epochs, self.trainer.step, self._place)
 
     def report(self) -> None:
         """One line, if there was a step since the last."""

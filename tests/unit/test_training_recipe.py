@@ -79,8 +79,13 @@ def read_log(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-def test_it_learns_and_its_export_runs(manifest: Path, tmp_path: Path) -> None:
-    trainer = train(tiny(manifest, tmp_path, held_out=manifest, steps=60, average_over=10))
+def test_it_learns_and_its_export_runs(manifest: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        trainer = train(tiny(manifest, tmp_path, held_out=manifest, steps=60, average_over=10))
+    epochs = [line.split()[1] for line in caplog.messages if line.startswith("epoch ")]
+    assert epochs == [str(number + 1) for number in range(len(epochs))] != []
+    assert f"saved step 60, after {len(epochs)}." in caplog.text
+    assert f"left: {tmp_path / 'checkpoint'}" in caplog.text
     lines = read_log(tmp_path)
     losses = [line["loss"] for line in lines if "loss" in line]
     assert len(losses) == 12
