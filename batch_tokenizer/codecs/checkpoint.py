@@ -1,8 +1,8 @@
 """A checkpoint on disk: its ``config.json``, its tensors (read one by one, never all twice in memory), its fingerprint.
 
-``--model_path`` is a folder, one ``.onnx`` file, a hub id such as ``XiaomiMiMo/MiMo-Audio-Tokenizer``, with a folder in
-the repository (``owner/name/speech_tokenizer``) and a revision (``owner/name@v1.0``) where wanted, or absent, which
-means the bundled default. A checkpoint of a language model that has its codec in a folder of its own stands for that.
+``--model_path`` is a folder, one ``.onnx`` or ``.nemo`` file, a hub id such as ``XiaomiMiMo/MiMo-Audio-Tokenizer``,
+with a folder in the repository (``owner/name/speech_tokenizer``) and a revision (``owner/name@v1.0``) where wanted, or
+absent, which means the bundled default. A checkpoint of a language model that has its codec in a folder of its own stands for that.
 Weights are ``model.safetensors``, sharded safetensors with an index, ``pytorch_model.bin`` or its sharded form.
 """
 
@@ -23,7 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from batch_tokenizer.codecs import nemo_archive
 from batch_tokenizer.codecs.config_keys import read_json
+from batch_tokenizer.codecs.nemo_archive import read_archive_config
 from batch_tokenizer.codecs.weight_files import WEIGHT_FILES, find_weight_files, opened
 from batch_tokenizer.records import RunError, first_line
 
@@ -36,7 +38,7 @@ GRAPHS_KEY = "onnx_graphs"
 CODEC_FOLDERS = ("speech_tokenizer", "audio_tokenizer")
 
 #: What of a repository, or of one of its folders, is downloaded.
-_DOWNLOADED = ("*.json", "*.safetensors", "*.bin", "*.onnx*", "*.data")
+_DOWNLOADED = ("*.json", "*.safetensors", "*.bin", "*.onnx*", "*.data", "*.nemo")
 
 #: owner/name, then maybe /folder/in/it, then maybe @revision.
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+?)((?:/[\w.-]+)*)(?:@([\w./-]+))?")
@@ -54,7 +56,7 @@ def default_checkpoint() -> Path:
 
 
 def find_checkpoint(model_path: str | None) -> Path:
-    """The folder, or the ``.onnx`` file, that ``--model_path`` means; a hub id is downloaded first.
+    """The folder, or the ``.onnx`` or ``.nemo`` file, that ``--model_path`` means; a hub id is downloaded first.
 
     Raises:
         RunError: there is no such folder, or the hub cannot give it.
@@ -71,7 +73,9 @@ def find_checkpoint(model_path: str | None) -> Path:
             )
         repository, inner, revision = hub_id.groups()
         folder = _downloaded(model_path, repository, inner.strip("/"), revision)
-    return next((folder / name for name in CODEC_FOLDERS if (folder / name / "config.json").is_file()), folder)
+    inner_folders = (folder / name for name in CODEC_FOLDERS if (folder / name / "config.json").is_file())
+    archives = [] if (folder / "config.json").exists() else list(folder.glob(f"*{nemo_archive.SUFFIX}"))
+    return next(inner_folders, archives[0] if len(archives) == 1 else folder)
 
 
 def _downloaded(model_path: str, repository: str, inner: str, revision: str | None) -> Path:
@@ -116,7 +120,7 @@ class Checkpoint:
     """A checkpoint folder that has a readable ``config.json``, or graphs, beside which it may be absent.
 
     Attributes:
-        folder: where it is.
+        folder: where it is; of an archive of NeMo's the archive itself.
         name: the last part of what the user called it.
         config: the mapping in ``config.json``; of a folder with graphs and no torch weights also their names.
     """
@@ -134,6 +138,8 @@ class Checkpoint:
         """
         folder = find_checkpoint(model_path)
         name = "default" if model_path is None else _name(model_path)
+        if folder.suffix == nemo_archive.SUFFIX and folder.is_file():
+            return cls(folder=folder, name=name.removesuffix(folder.suffix), config=read_archive_config(folder))
         if folder.suffix.lower() == ".onnx" and folder.is_file():
             graphs, folder = [folder.name], folder.parent
         else:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
+from batch_tokenizer.codecs import nemo_archive
 from batch_tokenizer.codecs.config_keys import read_json, short_repr
 from batch_tokenizer.records import RunError, first_line
 
@@ -32,6 +33,8 @@ def find_weight_files(folder: Path) -> tuple[Path, ...]:
     Raises:
         RunError: there are none, or an index is none, or names a file that is absent or not in the folder.
     """
+    if folder.suffix == nemo_archive.SUFFIX:
+        return (folder,)
     for name in WEIGHT_FILES:
         path = folder / name
         if path.is_file():
@@ -74,7 +77,11 @@ def opened(path: Path) -> Iterator[tuple[list[str], Callable[[str], Tensor]]]:
             reason = first_line(error)
             raise RunError(f"{path}: cannot be read as safetensors ({reason}); download it again") from error
     else:
-        tensors = _torch_tensors(path)
+        if path.suffix == nemo_archive.SUFFIX:
+            with nemo_archive.open_archive_weights(path) as file:
+                tensors = _torch_tensors(path, file)
+        else:
+            tensors = _torch_tensors(path)
         yield list(tensors), tensors.__getitem__
 
 
@@ -95,10 +102,10 @@ def _check_header(path: Path) -> None:
         raise RunError(f"{path}: its header lists {tensors:,} tensors; at most {MOST_TENSORS:,} are read")
 
 
-def _torch_tensors(path: Path) -> dict[str, Tensor]:
-    """The state dict in a file of torch's own format."""
+def _torch_tensors(path: Path, file: IO[bytes] | None = None) -> dict[str, Tensor]:
+    """The state dict in a file of torch's own format, or in a ``file`` that lies inside ``path``."""
     try:
-        state: Any = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        state: Any = torch.load(file or path, map_location="cpu", mmap=file is None, weights_only=True)
     except Exception as error:  # a damaged pickle makes torch's reader raise errors of almost any type
         raise RunError(f"{path}: cannot be read as torch weights ({first_line(error)}); download it again") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):

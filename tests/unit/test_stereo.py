@@ -115,3 +115,12 @@ def test_evaluate_and_inspect(checkpoint, tmp_path, capsys):
              "--metrics", "si_sdr"]  # fmt: skip
     assert main([*map(str, words)]) == 0
     assert soundfile.info(tmp_path / "inspect" / "0.wav").channels == 2
+
+
+@pytest.mark.parametrize("layout", ["ours", "community", "official"])
+def test_a_stereo_model_is_not_exported(checkpoint, tmp_path, layout, caplog):
+    pytest.importorskip("onnx")
+    words = ["onnx", "export", "--model_path", checkpoint, "--out", tmp_path / "graphs", "--layout", layout]
+    assert main([*map(str, words)]) == 2
+    assert "only mono models are exported, this one has 2 channels" in caplog.text
+    assert not (tmp_path / "graphs").exists()
