@@ -2,7 +2,8 @@
 
 ``--model_path`` is a folder, one ``.onnx`` or ``.nemo`` file, a hub id such as ``XiaomiMiMo/MiMo-Audio-Tokenizer``,
 with a folder in the repository (``owner/name/speech_tokenizer``) and a revision (``owner/name@v1.0``) where wanted, or
-absent, which means the bundled default. A checkpoint of a language model that has its codec in a folder of its own stands for that.
+absent, which means the bundled default. A checkpoint of a language model that has its codec in a folder of its own
+stands for that.
 Weights are ``model.safetensors``, sharded safetensors with an index, ``pytorch_model.bin`` or its sharded form.
 """
 
