@@ -421,7 +421,7 @@ def test_a_file_that_cannot_be_read_is_left_out(
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("", "no rows"), ("{}\n", "line 1"), ('{"wav": 3}\n', "line 1"), ("nonsense\n", "JSON"), ("[1]\n", "line 1")],
+    [("", "no rows"), ("{}\n", "line 1"), ('{"wav": 3}\n', "line 1"), ("nonsense\n", "JSON"), ("[1]\n", "JSON array")],
 )
 def test_a_bad_manifest_is_named(text: str, said: str, tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
