@@ -20,7 +20,7 @@ def test_a_process_alone(open_workspace: Open, undisturbed: Mapping[str, bytes],
         run.signal(number)
         assert run.wait() == 128 + number
         done = workspace.rows_done()
-    announcement = f"{number.name}: finishing the batches in progress, at most 20 s (--grace); a second signal leaves"
+    announcement = f"{number.name}: finishing the batches in progress, at most 20 s (--grace); a second signal stops"
     assert run.output().count(announcement) == 1
     assert run.output().splitlines()[-1].endswith(f"stopped by {number.name}; start the same command again to go on")
     assert "Traceback" not in run.output()
@@ -35,7 +35,7 @@ def test_a_process_alone(open_workspace: Open, undisturbed: Mapping[str, bytes],
         workspace.check_complete(undisturbed)
 
 
-def test_a_second_signal_leaves_at_once(open_workspace: Open, undisturbed: Mapping[str, bytes]) -> None:
+def test_a_second_signal_stops_at_once(open_workspace: Open, undisturbed: Mapping[str, bytes]) -> None:
     """Rows wait for a batch of 1,000 and hours of grace, which the second signal cuts short."""
     workspace = open_workspace(200)
     (workspace.folder / "sitecustomize.py").write_text(
