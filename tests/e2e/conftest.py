@@ -14,12 +14,12 @@ from tests.support.runs import Workspace, make_corpus
 #: Opens a workspace for the corpus's first rows, in a new folder.
 Open = Callable[[int], Workspace]
 
-NUM_ROWS = 1000
+NUM_ROWS = 600
 
 
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """A thousand clips of 0.1 to 0.3 s, done by one process alone that nobody disturbed.
+    """Clips of 0.1 to 0.3 s, done by one process alone that nobody disturbed.
 
     Test processes of pytest-xdist share it: the first one makes it, the others wait.
     """

@@ -9,14 +9,14 @@ import psutil
 import pytest
 
 from tests.e2e.conftest import Open
-from tests.support.runs import Killer, lingering
+from tests.support.runs import HANG_SECONDS, Killer, lingering
 
 
-def test_all_processes_killed_three_times_then_resumed_by_three(
+def test_all_processes_killed_twice_then_resumed_by_three(
     open_workspace: Open, undisturbed: Mapping[str, bytes]
 ) -> None:
     workspace = open_workspace(300)
-    for attempt in range(3):
+    for attempt in range(2):
         before = workspace.rows_done()
         with workspace.start(2, "--num_workers", 1) as run:
             workspace.await_rows(before + 40 + 17 * attempt, run)
@@ -27,33 +27,28 @@ def test_all_processes_killed_three_times_then_resumed_by_three(
     assert "resuming: " in run.output()
     workspace.check_complete(undisturbed, redone=True)
     attempts = sorted(path.name[:6] for path in (workspace.run_dir / "ledger").iterdir())
-    assert set(attempts) == {"000001", "000002", "000003", "000004"}
+    assert set(attempts) == {"000001", "000002", "000003"}
 
 
 def test_processes_killed_one_by_one(open_workspace: Open, undisturbed: Mapping[str, bytes]) -> None:
     """Loader processes are replaced, torchrun restarts ranks, and a new command replaces a killed agent, which may
-    still have ranks that finish what they hold."""
-    workspace = open_workspace(600)
-    kills: list[str] = []
-    for victims in (
-        ("loader", "rank", "loader", "loader", "rank", "server", "loader", "agent"),
-        ("loader", "loader", "rank", "loader", "server", "agent"),
-        ("rank", "loader", "loader", "rank", "loader", "loader"),
+    still have ranks that finish what they hold. ``tests/measure/soak.py`` kills a hundred."""
+    workspace = open_workspace(400)
+    for attempt, victims in enumerate(
+        (("loader", "rank", "loader", "server", "loader", "agent"), ("loader", "loader", "rank", "loader"))
     ):
         with workspace.start(2, "--num_workers", 1, launcher=["--max_restarts=9"]) as run:
-            killer = Killer(workspace, run, seed=len(kills))
+            killer = Killer(workspace, run, seed=attempt)
             for victim in victims:
                 killer.kill(victim)
-                kills.append(victim)
             if victims[-1] != "agent":
                 assert run.wait() == 0, run.output()
-    assert len(kills) >= 20
     workspace.check_complete(undisturbed, redone=True)
-    psutil.wait_procs(list(lingering(workspace.folder)), 10)
+    psutil.wait_procs(list(lingering(workspace.folder)), HANG_SECONDS)
     assert not list(lingering(workspace.folder))
 
 
-@pytest.mark.parametrize("seconds", [0.0, 0.5, 2.0, 5.0])
+@pytest.mark.parametrize("seconds", [0.0, 2.0])
 def test_ranks_end_with_their_agent(open_workspace: Open, seconds: float) -> None:
     """However early torchrun's agent is killed: while its ranks load libraries, or meet at its store."""
     workspace = open_workspace(300)
@@ -62,5 +57,5 @@ def test_ranks_end_with_their_agent(open_workspace: Open, seconds: float) -> Non
         time.sleep(seconds)
         others = [process for process in run.tree() if process.pid != run.process.pid]
         run.process.kill()
-        _, alive = psutil.wait_procs(others, 60)
+        _, alive = psutil.wait_procs(others, HANG_SECONDS)
         assert not alive

@@ -7,15 +7,16 @@ import json
 from collections.abc import Mapping
 
 import numpy as np
+import pytest
 import soundfile
 
+from batch_tokenizer.cli import main
 from tests.e2e.conftest import Open
-from tests.support.command import batch_tokenizer
 from tests.support.shards import read_shards
 
 
 def test_tokens_go_through_every_sink_and_back_to_the_same_audio(
-    open_workspace: Open, undisturbed: Mapping[str, bytes]
+    open_workspace: Open, undisturbed: Mapping[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """wav2token2wav to tar, those tokens to parquet without the model, and token2wav from there to flac in tars."""
     workspace = open_workspace(24)
@@ -27,6 +28,7 @@ def test_tokens_go_through_every_sink_and_back_to_the_same_audio(
         assert np.array_equal(row["codes"], json.loads(undisturbed[f"{key}.json"])["quantized_tokens"])
         assert row["audio"] == undisturbed[f"{key}.wav"]
 
+    monkeypatch.chdir(place)
     run_dir = f"tars/{workspace.run_dir.name}"
     for words in (
         ("verify", "--data_list", "data.jsonl", "--run_dir", run_dir, "--model_path", str(checkpoint)),
@@ -37,8 +39,7 @@ def test_tokens_go_through_every_sink_and_back_to_the_same_audio(
             "--num_workers", "0",
         ),
     ):  # fmt: skip
-        done = batch_tokenizer(*words, cwd=place)
-        assert done.returncode == 0, done.stderr
+        assert main(words) == 0
     back = read_shards(place / "audio")
     assert sorted(back) == sorted(first)
     for key, row in back.items():

@@ -10,7 +10,7 @@ import pytest
 
 from tests.e2e.conftest import Open
 from tests.e2e.slurm.cluster import Cluster
-from tests.support.runs import ROOT, Workspace, run_environment
+from tests.support.runs import HANG_SECONDS, ROOT, Workspace, run_environment
 
 #: node0 and node1 are names that only Slurm knows. No restarts by torchrun, so that a rank that fails is seen here.
 ENVIRONMENT = {"VENV": sys.prefix, "MASTER_ADDR": "localhost", "MAX_RESTARTS": "0"}
@@ -29,11 +29,11 @@ def _idle_nodes(cluster: Cluster) -> Iterator[None]:
     yield
     cluster.command("scancel", "--user=root")
     cluster.command("scontrol", "update", "NodeName=node[0-1]", "State=RESUME")
-    wait_until(cluster.is_idle, 60, cluster.log)
+    wait_until(cluster.is_idle, cluster.log)
 
 
-def wait_until(condition: Callable[[], bool], timeout: float, log: Callable[[], str]) -> None:
-    deadline = time.monotonic() + timeout
+def wait_until(condition: Callable[[], bool], log: Callable[[], str]) -> None:
+    deadline = time.monotonic() + HANG_SECONDS
     while not condition():
         assert time.monotonic() < deadline, log()
         time.sleep(0.05)
@@ -55,7 +55,7 @@ class Job:
         return path.read_text(errors="replace") if path.exists() else ""
 
     def await_rows(self, count: int) -> None:
-        wait_until(lambda: self.workspace.rows_done() >= count, 120, self.output)
+        wait_until(lambda: self.workspace.rows_done() >= count, self.output)
 
     def finish(self, restarts: int) -> None:
         ended = self.cluster.wait(self.id)
@@ -64,12 +64,12 @@ class Job:
 
 
 def test_two_nodes_requeued_by_hand(cluster: Cluster, open_workspace: Open, undisturbed: Mapping[str, bytes]) -> None:
-    workspace = open_workspace(600)
+    workspace = open_workspace(300)
     job = Job(cluster, workspace, "--nodes=2")
     job.await_rows(40)
     assert cluster.command("scontrol", "requeue", job.id) == ""
     cluster.start_now(job.id)
-    assert workspace.rows_done() < 600
+    assert workspace.rows_done() < 300
     job.finish(restarts=1)
     workspace.check_complete(undisturbed, redone=True)
     ledgers = {path.name for path in (workspace.run_dir / "ledger").iterdir()}
@@ -77,12 +77,12 @@ def test_two_nodes_requeued_by_hand(cluster: Cluster, open_workspace: Open, undi
 
 
 def test_a_node_goes_down(cluster: Cluster, open_workspace: Open, undisturbed: Mapping[str, bytes]) -> None:
-    workspace = open_workspace(600)
+    workspace = open_workspace(300)
     job = Job(cluster, workspace, "--nodes=2")
     job.await_rows(40)
     assert cluster.command("scontrol", "update", "NodeName=node1", "State=DOWN", "Reason=test") == ""
-    wait_until(lambda: cluster.job(job.id)["JobState"] == "PENDING", 60, cluster.log)
-    assert workspace.rows_done() < 600
+    wait_until(lambda: cluster.job(job.id)["JobState"] == "PENDING", cluster.log)
+    assert workspace.rows_done() < 300
     # It may go on with fewer nodes.
     assert cluster.command("scontrol", "update", f"JobId={job.id}", "NumNodes=1", "NumTasks=1") == ""
     cluster.start_now(job.id)
@@ -93,13 +93,13 @@ def test_a_node_goes_down(cluster: Cluster, open_workspace: Open, undisturbed: M
 
 def test_warned_before_the_time_limit(cluster: Cluster, open_workspace: Open, undisturbed: Mapping[str, bytes]) -> None:
     """SIGUSR1 to the batch script alone is what ``--signal=B:USR1`` sends, at a moment that suits the test."""
-    workspace = open_workspace(400)
+    workspace = open_workspace(300)
     job = Job(cluster, workspace)
     job.await_rows(40)
     assert cluster.command("scancel", "--batch", "--signal=USR1", job.id) == ""
     cluster.start_now(job.id)
     done = workspace.rows_done()
-    assert 40 <= done < 400
+    assert 40 <= done < 300
     assert "warned by Slurm" in job.output()
     assert "stopped by SIGUSR1; start the same command again to go on" in job.output()
     outputs = workspace.outputs()

@@ -122,7 +122,7 @@ def test_ledger_torn_as_after_a_power_loss(open_workspace: Open, undisturbed: Ma
 
 
 def test_a_second_job_on_the_same_run_folder(open_workspace: Open, undisturbed: Mapping[str, bytes]) -> None:
-    workspace = open_workspace(1000)
+    workspace = open_workspace(600)
     with workspace.start(1) as first:
         workspace.await_rows(20, first)
         first.process.send_signal(signal.SIGSTOP)  # so that it is still there when the second has looked

@@ -142,13 +142,13 @@ def test_failures_carry_their_reasons(num_workers: int, caplog: pytest.LogCaptur
 @pytest.mark.parametrize("load_seconds", [0.5, 1e-4])
 def test_a_row_that_kills_its_worker_is_tried_twice_and_harms_no_other(load_seconds: float) -> None:
     """Also behind many others, as workers hold more rows where these take little time."""
-    doing = {200: "die", 240: "die", 220: "crash"}
-    rows = [make_row(line, do=doing.get(line), load_seconds=load_seconds) for line in range(300)]
+    doing = {100: "die", 110: "crash"}
+    rows = [make_row(line, do=doing.get(line), load_seconds=load_seconds) for line in range(150)]
     with make_loader() as loader:
         reasons = failures(run_rows(loader, rows))
-    assert sorted(reasons) == [200, 220, 240]
-    assert reasons[200] == "loader process died twice on this row (signal 9: probably out of memory)"
-    assert "signal 11" in reasons[220]
+    assert sorted(reasons) == [100, 110]
+    assert reasons[100] == "loader process died twice on this row (signal 9: probably out of memory)"
+    assert "signal 11" in reasons[110]
 
 
 @pytest.mark.parametrize("doing", [{"do": "exit"}, {"do": "exit", "status": 255}, {"do": "exit", "status": 0}])
@@ -194,7 +194,7 @@ def test_a_row_too_large_to_be_handed_over_fails() -> None:
 
 def test_random_kills_from_outside_lose_nothing() -> None:
     """Workers and, twice, the server. A row may be hit twice by chance, so the killer waits for progress in between."""
-    rows = [make_row(line, do="sleep", seconds=0.005) for line in range(400)]
+    rows = [make_row(line, do="sleep", seconds=0.005) for line in range(200)]
     taken = 0
     with make_loader(num_workers=3) as loader:
         loader.submit(rows)
@@ -205,10 +205,10 @@ def test_random_kills_from_outside_lose_nothing() -> None:
             taken += 1
             if taken % 40 == 0:
                 with contextlib.suppress(psutil.NoSuchProcess):  # it was hit a moment ago
-                    for victim in [server()] if taken % 160 == 0 else workers()[:1]:
+                    for victim in [server()] if taken % 80 == 0 else workers()[:1]:
                         victim.kill()
-    assert lines == set(range(400))
-    assert taken == 400
+    assert lines == set(range(200))
+    assert taken == 200
 
 
 @pytest.mark.parametrize("do", ["sleep", "hang in native code"])

@@ -21,6 +21,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 
+from tests.support.runs import HANG_SECONDS
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue")
 
 #: ``scontrol requeue`` puts a job back that is running; a node that was set down stays down (``ReturnToService``).
@@ -106,11 +108,11 @@ class Cluster:
         places = [f"--{what}={self.folder}/munge.{what.removesuffix('-file')}" for what in ("socket", "pid-file")]
         places += [f"--key-file={key}", f"--log-file={self.folder}/munged.log", f"--seed-file={self.folder}/munge.seed"]
         self._launch("munged", "--foreground", "--force", *places)
-        _wait_until((self.folder / "munge.socket").is_socket, 20, "munged", self.log)
+        _wait_until((self.folder / "munge.socket").is_socket, "munged", self.log)
         self._launch("slurmctld", "-D")
         for node in ("node0", "node1"):
             self._launch("slurmd", "-D", "-N", node)
-        _wait_until(self.is_idle, 60, "nodes", self.log)
+        _wait_until(self.is_idle, "nodes", self.log)
 
     def _launch(self, program: str, *words: str) -> None:
         name = words[-1] if program == "slurmd" else program
@@ -131,7 +133,7 @@ class Cluster:
             self.command("scancel", "--signal=KILL", "--full", "--user=root")
             self.command("scancel", "--user=root")
             with contextlib.suppress(AssertionError):
-                _wait_until(lambda: not self.command("squeue", "-h"), 20, "empty queue", self.log)
+                _wait_until(lambda: not self.command("squeue", "-h"), "empty queue", self.log, timeout=20)
         for daemon in reversed(self._daemons):
             daemon.send_signal(signal.SIGTERM)
         for daemon in self._daemons:
@@ -162,7 +164,7 @@ class Cluster:
             cwd=cwd,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=HANG_SECONDS,
             check=False,
         )
         return (done.stdout or done.stderr).strip()
@@ -182,14 +184,14 @@ class Cluster:
         def is_requeued() -> bool:
             return self.job(job)["JobState"] == "PENDING" and set(self.nodes()) <= {"idle", "down"}
 
-        _wait_until(is_requeued, 60, f"{job} to be requeued", self.log)
+        _wait_until(is_requeued, f"{job} to be requeued", self.log)
         time.sleep(2.0)
         self.command("scontrol", "update", f"JobId={job}", "StartTime=now")
 
-    def wait(self, job: str, timeout: float = 120.0) -> str:
+    def wait(self, job: str) -> str:
         """The state in which a job ended, such as COMPLETED."""
         states = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
-        _wait_until(lambda: self.job(job)["JobState"] in states, timeout, f"end of job {job}", self.log)
+        _wait_until(lambda: self.job(job)["JobState"] in states, f"end of job {job}", self.log)
         return self.job(job)["JobState"]
 
 
@@ -206,7 +208,9 @@ def _free_ports() -> tuple[int, int]:
                 return controller.getsockname()[1], first.getsockname()[1]
 
 
-def _wait_until(condition: Callable[[], bool], timeout: float, what: str, log: Callable[[], str]) -> None:
+def _wait_until(
+    condition: Callable[[], bool], what: str, log: Callable[[], str], timeout: float = HANG_SECONDS
+) -> None:
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, f"no {what} after {timeout:g} s:\n{log()}"
