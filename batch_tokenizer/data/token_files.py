@@ -57,10 +57,7 @@ _PIECE_BYTES = 1 << 20
 _NPY = b"\x93NUMPY"
 
 #: What reads the header of each version of the format.
-_NPY_HEADERS = {
-    (1, 0): np.lib.format.read_array_header_1_0,
-    (2, 0): np.lib.format.read_array_header_2_0,
-}
+_NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 #: In a large JSON file: what stands before the list of frames, between two of them, and where that list ends.
 _FRAMES_BEGIN = re.compile(rb'"quantized_tokens"\s*:\s*(?=\[)|\A\s*(?=\[)')

@@ -23,16 +23,7 @@ from torch.utils.data import DataLoader
 
 from batch_tokenizer.data.buffers import SharedBuffers
 from batch_tokenizer.data.processes import WorkerContext, ensure_fork_server
-from batch_tokenizer.data.worker import (
-    STARTING,
-    Answer,
-    Failed,
-    Loaded,
-    RowDataset,
-    StartFault,
-    Ticket,
-    prepare_worker,
-)
+from batch_tokenizer.data.worker import STARTING, Answer, Failed, Loaded, RowDataset, StartFault, Ticket, prepare_worker
 from batch_tokenizer.records import LoadedRow, ManifestRow, RunError
 
 _log = logging.getLogger(__name__)

@@ -33,15 +33,7 @@ from batch_tokenizer.manifest.index import (
     map_index,
 )
 from batch_tokenizer.manifest.row import MAX_LINE, LineState, RefusedLine, check_line, cut_of, normalised_path, quoted
-from batch_tokenizer.records import (
-    REQUIRED_FIELDS,
-    ManifestRow,
-    RowFailure,
-    RowForm,
-    RunError,
-    Sink,
-    Task,
-)
+from batch_tokenizer.records import REQUIRED_FIELDS, ManifestRow, RowFailure, RowForm, RunError, Sink, Task
 from batch_tokenizer.storage.file_lock import exclusive_lock
 
 logger = logging.getLogger(__name__)

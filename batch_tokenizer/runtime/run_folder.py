@@ -35,13 +35,7 @@ from batch_tokenizer.runtime.run_files import (
     ledger_file,
     part_name,
 )
-from batch_tokenizer.runtime.run_settings import (
-    other_version,
-    read_run,
-    read_settings,
-    setting_differences,
-    write_run,
-)
+from batch_tokenizer.runtime.run_settings import other_version, read_run, read_settings, setting_differences, write_run
 from batch_tokenizer.runtime.work_queue import no_idle
 from batch_tokenizer.storage.atomic import atomic_write
 from batch_tokenizer.storage.file_lock import FileLock, exclusive_lock

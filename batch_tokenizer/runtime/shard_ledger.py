@@ -16,12 +16,7 @@ from pathlib import Path
 
 from batch_tokenizer.records import LedgerEntry, RunError
 from batch_tokenizer.runtime.ledger_lines import encode_shard
-from batch_tokenizer.runtime.run_files import (
-    shard_ledger_file,
-    shard_name,
-    unpublished_file,
-    unpublished_folder,
-)
+from batch_tokenizer.runtime.run_files import shard_ledger_file, shard_name, unpublished_file, unpublished_folder
 from batch_tokenizer.storage.atomic import sync_folder
 
 

@@ -208,7 +208,7 @@ def data_set_files(folder: str) -> list[Source]:
     try:
         names = os.listdir(folder)
     except OSError:
-        return []  # whoever walks it says why not
+        return []  # walking it raises the reason
     if cuts := [name for name in sorted(names) if is_cuts_file(name, set(names))]:
         return [Source(os.path.join(folder, name), "shar") for name in cuts]
     is_audio = any(name.rpartition(".")[2].lower() in AUDIO_ENDINGS for name in names)
