@@ -18,7 +18,7 @@ import argparse
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -230,6 +230,7 @@ class Verification:
         folder, ledger: open for repairing; None to look only.
         content: whether all bytes are compared with their checksums.
         recomputation: of a sample of rows, if that was asked for.
+        kept: shards with something wrong that were not taken back, as rows of theirs would be lost.
     """
 
     run: FinishedRun
@@ -241,6 +242,7 @@ class Verification:
     recomputation: Recomputation | None
     num_checked: int = 0
     num_taken_back: int = 0
+    kept: Sequence[Shard] = ()
 
     def run_checks(self, *, workers: int | None, show: int) -> int:
         """Check everything, print what was found, repair if that was asked for. Returns the exit status.
@@ -286,6 +288,8 @@ class Verification:
         print(f"NOT RIGHT  {findings.num_wrong:,} findings, all of them in {path}")
         if self.folder is not None:
             print(f"repair     {self.num_taken_back:,} rows taken back: start the run again, and it does just those")
+            if self.kept:
+                print(f"kept       {printable(_kept(self.kept))}")
         elif findings.counts.keys() - _NOT_REPAIRED:
             print("           --repair takes the rows with wrong outputs back, so that the next run does them again")
         return 1
@@ -342,11 +346,23 @@ class Verification:
         for problem in orphans(self.run.path, folder, self.run.task):
             findings.add(problem)
         if self.folder is not None:
-            self.num_taken_back += take_back(wrong)
+            # The next run cannot do rows again that the manifest no longer has.
+            self.kept = [shard for shard in wrong if shard.exists and shard.removed_keys]
+            self.num_taken_back += take_back([shard for shard in wrong if shard not in self.kept])
             recover(
                 self.run.path, folder, self.run.task, self.run.sink,
                 attempt=self.folder.attempt, num_shards=1, shard=0,
             )  # fmt: skip
+
+
+def _kept(shards: Sequence[Shard]) -> str:
+    keys = [key for shard in shards for key in shard.removed_keys]
+    names = ", ".join(keys[:5]) + (" …" if len(keys) > 5 else "")
+    paths = ", ".join(shard.path for shard in shards[:5]) + (" …" if len(shards) > 5 else "")
+    return (
+        f"{len(shards):,} shards, as {len(keys):,} rows in them are no longer in the manifest and would be lost "
+        f"({names}): put these rows back into the manifest, or delete the shards ({paths}), and repair again"
+    )
 
 
 def _print_findings(findings: Findings) -> None:

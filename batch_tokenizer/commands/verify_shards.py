@@ -71,6 +71,11 @@ class Shard:
     ledger: Path
     entries: tuple[Entry, ...]
 
+    @property
+    def removed_keys(self) -> list[str]:
+        """Keys of its rows that the manifest no longer has."""
+        return [entry.key for entry in self.entries if entry.line is None]
+
 
 @dataclass(slots=True)
 class ShardReport:

@@ -249,3 +249,26 @@ def test_a_run_folder_is_a_source_of_what_is_done(run: ShardRun, capsys: pytest.
     assert [row.key for row in stored_rows(str(run.run_dir), "r.3")] == ["r.3"]
     assert main(["show", "r.3", "--in", str(run.run_dir)]) == 0
     assert "12,000 samples at 24000 Hz" in capsys.readouterr().out
+
+
+def test_a_wrong_shard_with_rows_that_the_manifest_lost_is_kept(
+    run: ShardRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = run.data_list.read_text().splitlines(keepends=True)
+    run.data_list.write_text("".join(lines[:2] + lines[3:]))  # without r.2, whose shard has r.3 as well
+    shard = run.shards[1]
+    ledger = next(path for path in run.run_dir.rglob("*") if path.is_file() and b'"r.3"' in path.read_bytes())
+    before = shard.read_bytes(), ledger.read_bytes()
+    shard.write_bytes(before[0][: len(before[0]) // 2])  # what makes it wrong
+    damaged = shard.read_bytes()
+    run.verify("--repair")
+    out = capsys.readouterr().out
+    assert "0 rows taken back" in out
+    assert re.search(r"kept +1 shards, as 1 rows in them are no longer in the manifest and would be lost \(r\.2\)", out)
+    assert (shard.read_bytes(), ledger.read_bytes()) == (damaged, before[1])
+    shard.unlink()  # given up: nothing more can be lost
+    run.verify("--repair")
+    assert "2 rows taken back" in capsys.readouterr().out
+    run.attempt(range(NUM_ROWS))
+    assert run.verify() == set()
+    assert sorted(read_shards(run.folder / "out")) == ["r.0", "r.1", "r.3", "r.4", "r.5"]
