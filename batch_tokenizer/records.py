@@ -9,6 +9,7 @@ that a record crosses a process border as plain bytes.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -109,6 +110,16 @@ class RunError(Exception):
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or the error's type where it has none, for a one-line reason."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlist = _SHORT.maxtuple = 16
+_SHORT.maxstring = _SHORT.maxother = 100
+
+
+def short_repr(value: object) -> str:
+    """``repr`` of a value out of somebody's file, cut to what a message has room for."""
+    return _SHORT.repr(value)
 
 
 def printable(text: str) -> str:

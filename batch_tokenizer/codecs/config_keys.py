@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from batch_tokenizer.records import RunError, first_line
+from batch_tokenizer.records import RunError, first_line, short_repr
 
 #: Bounds of what a configuration may say, far above every published model: widths, lengths and rates; layers, codebooks
 #: and entries of a list; numbers that are no sizes.
@@ -24,15 +23,6 @@ _MOST_BYTES = 1 << 26
 _DIGITS = 18
 
 _ABSENT: Any = object()
-
-_SHORT = reprlib.Repr()
-_SHORT.maxlist = _SHORT.maxtuple = 16
-_SHORT.maxstring = _SHORT.maxother = 100
-
-
-def short_repr(value: Any) -> str:
-    """``repr`` of a value out of a JSON file, cut to what a message has room for."""
-    return _SHORT.repr(value)
 
 
 def read_json(path: Path) -> dict[str, Any]:

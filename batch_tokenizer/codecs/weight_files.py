@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from batch_tokenizer.codecs import nemo_archive
-from batch_tokenizer.codecs.config_keys import read_json, short_repr
-from batch_tokenizer.records import RunError, first_line
+from batch_tokenizer.codecs.config_keys import read_json
+from batch_tokenizer.records import RunError, first_line, short_repr
 
 #: Where the weights may be, in order of preference: a file, or an index of several.
 WEIGHT_FILES = (

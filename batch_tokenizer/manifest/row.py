@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from enum import IntEnum
 from typing import Any, NamedTuple
 
-from batch_tokenizer.records import CUT_FIELDS, AudioCut, RowForm
+from batch_tokenizer.records import CUT_FIELDS, AudioCut, RowForm, short_repr
 from batch_tokenizer.storage.json_lines import parse_json
+from batch_tokenizer.storage.names import PIPE, is_url, scheme_of
 
 #: Longest line in bytes, without its line end. A longer one fails instead of filling the memory.
 MAX_LINE = 16 * 2**20
@@ -119,6 +120,12 @@ def check_line(text: bytes, form: RowForm) -> dict[str, Any]:
         if path in seen:
             raise RefusedLine(f'fields "{seen[path]}" and "{name}" name one file, {path}', key)
         seen[path] = name
+    for name in form.outputs:
+        path = row[name]
+        if ("://" in path and scheme_of(path) is not None and not is_url(path)) or path.startswith(PIPE):
+            raise RefusedLine(
+                f'field "{name}" is {short_repr(path)}: outputs are files, and no members or commands', key
+            )
     try:
         cut_of(row)
     except ValueError as error:
@@ -154,7 +161,7 @@ def cut_of(row: Mapping[str, Any]) -> AudioCut | None:
 def _index(row: Mapping[str, Any], name: str) -> int | None:
     value = row.get(name)
     if value is not None and (type(value) is not int or value < 0):
-        raise ValueError(f'field "{name}" is {value!r}, not a number from 0')
+        raise ValueError(f'field "{name}" is {short_repr(value)}, not a number from 0')
     return value
 
 
@@ -165,7 +172,7 @@ def _seconds(row: Mapping[str, Any], name: str) -> float | None:
     if type(value) not in (int, float) or not 0 <= value < 1e9:
         if name == "duration":
             return None
-        raise ValueError(f'field "{name}" is {value!r}, not seconds')
+        raise ValueError(f'field "{name}" is {short_repr(value)}, not seconds')
     return float(value)
 
 

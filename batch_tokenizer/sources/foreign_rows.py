@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from batch_tokenizer.records import first_line, short_repr
 from batch_tokenizer.storage.names import file_name, is_relative
 
 
@@ -63,8 +64,17 @@ def complete(row: dict[str, Any], field_name: str = "wav", base: str = "") -> di
     Raises:
         Refused: the row is no utterance that can be read.
     """
-    if is_lhotse(row):
-        return _from_lhotse(row)
+    try:
+        return _from_lhotse(row) if is_lhotse(row) else _completed(row, field_name, base)
+    except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
+        # Fields may hold anything; those that are looked into have their forms, which are not asked for one by one.
+        key = next((row[name] for name in ("key", "id") if isinstance(row.get(name), str)), None)
+        raise Refused(
+            f"its fields are not as the tool that writes such rows has them ({first_line(error)})", key
+        ) from error
+
+
+def _completed(row: dict[str, Any], field_name: str, base: str) -> dict[str, Any]:
     # 1. Which field names the input, and the row's key.
     changed: dict[str, Any] = {}
     name = field_name
@@ -114,7 +124,9 @@ def _from_lhotse(row: Mapping[str, Any]) -> dict[str, Any]:
     key = row.get("id") if isinstance(row.get("id"), str) else None
     kind = row.get("type")
     if isinstance(row.get("tracks"), list) or kind in ("MixedCut", "PaddingCut"):
-        raise Refused(f"a Lhotse {kind or 'MixedCut'}: only cuts of one recording can be read", key)
+        raise Refused(
+            f"a Lhotse {short_repr(kind) if kind else 'MixedCut'}: only cuts of one recording can be read", key
+        )
     whole = "recording" not in row
     recording: Mapping[str, Any] = row if whole else row["recording"]
     sources = recording.get("sources")
@@ -125,7 +137,7 @@ def _from_lhotse(row: Mapping[str, Any]) -> dict[str, Any]:
         raise Refused("a Lhotse recording with transforms: save it as audio first", key)
     source = sources[0]
     if source.get("type") not in ("file", "url") or not isinstance(source.get("source"), str):
-        raise Refused(f"a Lhotse source of type {source.get('type')!r}: only file and url can be read", key)
+        raise Refused(f"a Lhotse source of type {short_repr(source.get('type'))}: only file and url can be read", key)
     ours: dict[str, Any] = {"key": key, "wav": source["source"]}
     if key is None:
         raise Refused('field "id" is missing')
@@ -134,11 +146,11 @@ def _from_lhotse(row: Mapping[str, Any]) -> dict[str, Any]:
     channel = None if whole else row.get("channel")
     if isinstance(channel, list):
         if channels is not None and sorted(map(str, channel)) != sorted(map(str, channels)) and len(channel) > 1:
-            raise Refused(f"a Lhotse cut of channels {channel}: only one or all can be read", key)
+            raise Refused(f"a Lhotse cut of channels {short_repr(channel)}: only one or all can be read", key)
         channel = channel[0] if len(channel) == 1 else None
     if channel is not None and isinstance(channels, list) and len(channels) > 1:
         if channel not in channels:
-            raise Refused(f"a Lhotse cut of channel {channel}, which its source does not have", key)
+            raise Refused(f"a Lhotse cut of channel {short_repr(channel)}, which its source does not have", key)
         ours["channel"] = channels.index(channel)
     # 3. A cut of the whole recording needs no start.
     start, duration, length = row.get("start"), row.get("duration"), recording.get("duration")

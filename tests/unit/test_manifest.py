@@ -166,6 +166,14 @@ def test_a_path_that_the_task_does_not_need_may_be_anything(tmp_path: Path) -> N
             json.dumps(row(1, quantized_tokens="out/1.wav")).encode(),
             'fields "quantized_tokens" and "reconstructed_wav" name one file, out/1.wav',
         ),
+        *(
+            (
+                json.dumps(row(1, quantized_tokens=path)).encode(),
+                f'field "quantized_tokens" is {path!r}: outputs are files',
+            )
+            for path in ("tar://0+5::x.tar", "parquet://7::x", "jsonl://0+5::x", "pipe:cat x |")
+        ),
+        (json.dumps({**row(1), "start": "x" * 9999}).encode(), 'field "start" is \'xxxx'),
         (b'{"key": NaN}', 'field "key" is null'),
         (b'{"key": nan}', "not valid JSON"),
         (b'{"key": "a", "other": ["\\udc00"]}', 'field "other" has half a surrogate pair'),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gzip
 import itertools
 import json
 import os
+import random
 import re
 import sys
 import tarfile
@@ -816,3 +818,26 @@ def test_piped_entries_of_a_list_run_only_where_that_is_allowed(
         read(row["wav"])
     monkeypatch.setenv("BATCH_TOKENIZER_ALLOW_PIPE", "1")
     assert read(row["wav"]) == wav_content()
+
+
+def test_rows_of_other_tools_with_any_values_are_rows_or_refused() -> None:
+    values: list[Any] = [None, True, -1, 1.5, "x", "", [], {}, [[]], [None], {"a": 1}, 10**5000, float("nan"), [0, "1"]]
+    draw = random.Random(0)
+
+    def mutated(value: Any) -> Any:
+        if draw.random() < 0.12:
+            return draw.choice(values)
+        if isinstance(value, dict):
+            return {key: mutated(inner) for key, inner in value.items()}
+        return [mutated(inner) for inner in value] if isinstance(value, list) else value
+
+    source = {"type": "file", "channels": [0, 1], "source": "a.wav"}
+    recording = {"id": "r", "sources": [source], "sampling_rate": 8000, "duration": 3.0}
+    cut = {"id": "c", "start": 1.0, "duration": 1.0, "channel": [1], "recording": recording, "type": "MonoCut",
+           "supervisions": [{"text": "a", "speaker": "s"}, {"text": "b"}], "custom": {"snr": 1}}  # fmt: skip
+    nemo = {"audio_filepath": "a.wav", "offset": 0, "duration": 1.5, "id": 7, "channel": 0, "end": None}
+    for number in range(3000):
+        row = mutated([cut, recording, nemo, {"audio": {"path": "a.wav"}, "utt_id": 3}][number % 4])
+        if isinstance(row, dict):
+            with contextlib.suppress(Refused):
+                assert isinstance(complete(row, base="/data"), dict)

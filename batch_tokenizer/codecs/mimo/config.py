@@ -7,8 +7,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from batch_tokenizer.audio.mel import MelForm
-from batch_tokenizer.codecs.config_keys import MOST_COUNT, MOST_NUMBER, MOST_SIZE, short_repr
-from batch_tokenizer.records import RunError
+from batch_tokenizer.codecs.config_keys import MOST_COUNT, MOST_NUMBER, MOST_SIZE
+from batch_tokenizer.records import RunError, short_repr
 
 Window = tuple[int, int]
 

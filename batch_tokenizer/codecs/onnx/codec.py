@@ -23,12 +23,12 @@ import torch
 
 from batch_tokenizer.codecs.base import Codec, CodecInfo, CodecSpec, as_channels
 from batch_tokenizer.codecs.checkpoint import GRAPHS_KEY, Checkpoint
-from batch_tokenizer.codecs.config_keys import MOST_COUNT, MOST_SIZE, ConfigKeys, read_json, short_repr
+from batch_tokenizer.codecs.config_keys import MOST_COUNT, MOST_SIZE, ConfigKeys, read_json
 from batch_tokenizer.codecs.loading import LoadRequest
 from batch_tokenizer.codecs.onnx.graph_file import GraphFile
 from batch_tokenizer.codecs.onnx.layouts import PREFIX, Layout, Role, by_role
 from batch_tokenizer.codecs.onnx.session import Session
-from batch_tokenizer.records import RunError
+from batch_tokenizer.records import RunError, short_repr
 
 log = logging.getLogger(__name__)
 
