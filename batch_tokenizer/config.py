@@ -32,6 +32,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Resampler = Literal["reference", "soxr"]
 AudioFormat = Literal["wav", "flac"]
 Channels = Literal["mean", "left", "right", "split"]
+Names = Literal["auto", "mirror", "hash"]
 StopMetric = Literal["stoi", "si_sdr", "level_change"]
 FrontEnd = Literal["auto", "host", "device"]
 AttentionBackend = Literal["auto", "torch_varlen", "flash_attn", "sdpa", "reference"]
@@ -188,6 +189,9 @@ class RunConfig:
         "its codes (jsonl), webdataset tars (tar), or parquet")
     output_dir: str | None = option(None, "output",
         "folder or URL of the shards, or of the files of rows that name none", metavar="DIR", short="-o")
+    names: Names = option("auto", "output",
+        "where outputs of rows that name none lie in --output_dir: as the inputs lie in theirs (mirror), or by a hash "
+        "of the key, so that no folder holds very many (hash); auto: mirror for folders and lists of up to 10,000 rows")
     audio_format: AudioFormat = option("wav", "output", "file format of reconstructed audio")
     shard_megabytes: int = option(256, "output", "size at which a shard is closed", minimum=1)
     codes_field: str = option(CODES_FIELD, "output", "jsonl, parquet: field or column of a row's codes", metavar="NAME")

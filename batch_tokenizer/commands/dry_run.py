@@ -96,7 +96,7 @@ def dry_run(context: RunContext) -> int:
         source = str(config.data_list)
         if config.task == "token2wav":
             source = run_as_source(source, Path(scratch), idle)
-        path = local_manifest(source, Path(scratch), settings_of(config), idle)
+        path = local_manifest(source, Path(scratch), settings_of(config, run_dir), idle)
         manifest = Manifest.open(path, config.task, scratch, sink=config.sink, progress=lambda done, total: idle())
         trouble += _describe_manifest(manifest, display_name(str(config.data_list)))
         status, troubles = _earlier_run(context, run_dir, manifest)

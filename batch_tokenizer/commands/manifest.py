@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("source", help="a folder, tars ('shards/{000..999}.tar'), NeMo or Lhotse JSON lines, a URL")
     add("--out", type=Path, default=Path("data.jsonl"), help="the manifest (%(default)s)")
     add("--overwrite", action="store_true", help="replace the manifest if it is there; the source itself never is")
-    add_options(make, "task", "output_dir", "sink", "audio_format", "channels", "audio_column", "allow_pipe")
+    add_options(make, "task", "output_dir", "names", "sink", "audio_format", "channels", "audio_column", "allow_pipe")
     add("--workers", type=int, default=min(32, 4 * (os.cpu_count() or 1)),
         help="files opened at once (%(default)s); more help on network disks")  # fmt: skip
     stats = commands.add_parser("stats", help="count, hours, histogram, expected tokens, bytes and GPU-hours")
@@ -91,8 +91,9 @@ def main(arguments: argparse.Namespace) -> int:
     # Rows of a sink that makes shards need no outputs, and neither do rows that get them later.
     sink: Sink = arguments.sink if arguments.output_dir is not None else "tar"
     settings = SourceSettings(
-        arguments.task, sink, arguments.output_dir, arguments.audio_format, arguments.channels, arguments.audio_column
-    )
+        arguments.task, sink, arguments.output_dir, arguments.audio_format, arguments.channels, arguments.audio_column,
+        arguments.names,
+    )  # fmt: skip
     return make_manifest(arguments.source, arguments.out, settings, arguments.workers, overwrite=arguments.overwrite)
 
 

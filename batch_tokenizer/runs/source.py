@@ -10,23 +10,31 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from batch_tokenizer.config import RunConfig
 from batch_tokenizer.records import RunError
 from batch_tokenizer.sources.finishing import SourceSettings
-from batch_tokenizer.sources.listing import local_manifest
+from batch_tokenizer.sources.listing import local_manifest, names_of_outputs
+from batch_tokenizer.sources.patterns import find_sources
 from batch_tokenizer.storage.atomic import atomic_write
 from batch_tokenizer.storage.names import display_source
 from batch_tokenizer.storage.streams import ALLOW_PIPE
 
 
-def settings_of(config: RunConfig) -> SourceSettings:
-    """What shapes the rows of a run."""
+def settings_of(config: RunConfig, run_dir: Path) -> SourceSettings:
+    """What shapes the rows of a run. Where ``--names auto`` was decided when the run began, it stays so, although there
+    may be more files by now."""
+    names: str = config.names
+    path = run_dir / "source.json"
+    record = read_record(path) if path.is_file() else {}
+    before = record.get("settings")
+    if names == "auto" and isinstance(before, dict) and record.get("data_list") == str(config.data_list):
+        names = str(before.get("names", names))
     return SourceSettings(
-        config.task, config.sink, config.output_dir, config.audio_format, config.channels, config.audio_column
+        config.task, config.sink, config.output_dir, config.audio_format, config.channels, config.audio_column, names
     )
 
 
@@ -45,7 +53,8 @@ def prepare(config: RunConfig, run_dir: Path, source: str, idle: Callable[[], No
     Raises:
         RunError: the source cannot be listed, or the run folder not be written.
     """
-    settings = settings_of(config)
+    settings = settings_of(config, run_dir)
+    settings = replace(settings, names=names_of_outputs(find_sources(source), settings))
     manifest = local_manifest(source, run_dir / "index", settings, idle)
     listed = manifest.parent == run_dir / "index"
     record = {

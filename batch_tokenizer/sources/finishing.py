@@ -92,6 +92,7 @@ class SourceSettings:
     audio_format: str = "wav"
     channels: str = "mean"
     audio_column: str | None = None
+    names: str = "auto"
 
     @property
     def input_field(self) -> str:

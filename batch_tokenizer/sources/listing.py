@@ -20,7 +20,7 @@ from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from functools import partial
 from hashlib import blake2b
 from itertools import chain, islice
@@ -70,6 +70,12 @@ _LOOKED_AT = 100
 #: Listings of an earlier state of the inputs are removed only after this: another job may still read them.
 _STALE_SECONDS = 24 * 3600.0
 
+#: Kinds of sources whose rows are files, found by their names.
+_FOUND_BY_NAME = ("folder", "audio", "paths")
+
+#: Files up to which the outputs of folders and lists lie as the inputs do.
+MOST_MIRRORED = 10_000
+
 #: Seconds between lines of progress.
 _LOG_SECONDS = 5.0
 
@@ -111,6 +117,7 @@ def local_manifest(
     """
     # 1. One of our own manifests needs no listing.
     sources = find_sources(data_list)
+    settings = replace(settings, names=names_of_outputs(sources, settings))
     if settings.input_field == "quantized_tokens":
         sources = [stored for source in sources for stored in stored_sources(source)]
     kinds = Counter(DESCRIPTIONS[source.kind] for source in sources)
@@ -329,6 +336,24 @@ def _dataset_lines(location: str, settings: SourceSettings, left_out: SkippedFil
     return _finish_rows(chain(first, rows), Finisher(settings, _base_of(location, first, settings)))
 
 
+def names_of_outputs(sources: Iterable[Source], settings: SourceSettings) -> str:
+    """``mirror`` or ``hash``: what ``--names auto`` means for these sources, and otherwise what was asked for."""
+    if settings.names != "auto" or settings.output_dir is None or not settings.outputs:
+        return settings.names
+    count = 0
+    for source in sources:
+        if source.kind not in _FOUND_BY_NAME or is_url(source.location):
+            continue  # the names of the others are those of their keys
+        if source.kind == "folder":
+            found: Iterator[Any] = walk_folder(source.location, settings.input_field, lambda kind, name: None)
+        else:
+            found = _rows_of_list(source, settings.input_field)
+        count += sum(1 for _ in islice(found, MOST_MIRRORED + 1 - count))
+        if count > MOST_MIRRORED:
+            return "hash"
+    return "mirror"
+
+
 def _is_mirrored(source: Source, settings: SourceSettings) -> bool:
     """Whether outputs lie in the output folder as the inputs lie in theirs.
 
@@ -336,10 +361,11 @@ def _is_mirrored(source: Source, settings: SourceSettings) -> bool:
     from which a later start would list them. Addresses may have names that no file system takes.
     """
     target = settings.output_dir
-    if source.kind not in ("folder", "audio") or target is None or is_url(source.location) or is_url(target):
+    if settings.names != "mirror" or target is None or is_url(source.location) or is_url(target):
         return False
     folder = os.path.realpath(source.location)
-    return source.kind == "audio" or os.path.commonpath((folder, os.path.realpath(target))) != folder
+    is_below = source.kind == "folder" and os.path.commonpath((folder, os.path.realpath(target))) == folder
+    return source.kind in _FOUND_BY_NAME and not is_below
 
 
 def _segments_of(location: str) -> str:

@@ -13,6 +13,7 @@ import re
 import sys
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from batch_tokenizer.config import RunConfig, add_options, beside
 from batch_tokenizer.manifest.manifest import Manifest
 from batch_tokenizer.manifest.row import MAX_LINE, REFUSED, cut_of
 from batch_tokenizer.records import AudioCut, ManifestRow, RowError, RowFailure, RunError
+from batch_tokenizer.runs.source import prepare, settings_of
+from batch_tokenizer.sources import listing
 from batch_tokenizer.sources.finishing import MOST_NAME, SourceSettings, output_path
 from batch_tokenizer.sources.foreign_rows import Refused, complete
 from batch_tokenizer.sources.listing import local_manifest
@@ -841,3 +844,33 @@ def test_rows_of_other_tools_with_any_values_are_rows_or_refused() -> None:
         if isinstance(row, dict):
             with contextlib.suppress(Refused):
                 assert isinstance(complete(row, base="/data"), dict)
+
+
+def test_outputs_lie_as_the_inputs_do_up_to_a_number_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("talks/größe/1.wav", "talks/2.wav", "talks/3.wav"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_bytes(wav_content())
+    Path("files.txt").write_text("talks/größe/1.wav\ntalks/2.wav\n")
+
+    def outputs(source: str, **more: str) -> list[str]:
+        settings = SourceSettings(output_dir="out", **more)  # type: ignore[arg-type]
+        return sorted(row["quantized_tokens"] for row in rows_of(source, tmp_path, settings))
+
+    as_inputs = ["out/2.json", "out/3.json", "out/größe/1.json"]
+    hashed = sorted(output_path("out", key, ".json") for key in ("2", "3", "größe/1"))
+    assert outputs("talks") == outputs("talks", names="mirror") == as_inputs
+    assert outputs("talks", names="hash") == hashed
+    assert outputs("files.txt") == ["out/talks/2.json", "out/talks/größe/1.json"]
+    monkeypatch.setattr(listing, "MOST_MIRRORED", 2)
+    assert outputs("talks") == hashed
+    assert outputs("talks", names="mirror") == as_inputs
+    assert outputs("files.txt") == ["out/talks/2.json", "out/talks/größe/1.json"]
+    # A run that was begun with fewer files keeps to its names.
+    config = RunConfig(data_list="talks", output_dir="out")
+    run_dir = tmp_path / "run"
+    monkeypatch.setattr(listing, "MOST_MIRRORED", 3)
+    first = prepare(config, run_dir, "talks", lambda: None).read_bytes()
+    monkeypatch.setattr(listing, "MOST_MIRRORED", 2)
+    assert prepare(config, run_dir, "talks", lambda: None).read_bytes() == first
+    assert settings_of(replace(config, names="hash"), run_dir).names == "hash"
