@@ -23,6 +23,7 @@ from batch_tokenizer.runs.shards import find_places
 from batch_tokenizer.runtime.ledger import RowStatus, read_ledger
 from batch_tokenizer.storage.atomic import atomic_write
 from batch_tokenizer.storage.json_lines import dump_json
+from batch_tokenizer.storage.row_info import join_info, split_info
 
 log = logging.getLogger(__name__)
 
@@ -51,9 +52,12 @@ def output_rows(run: FinishedRun, manifest: Manifest) -> Iterator[dict[str, Any]
         line = lines.line_of(digest)
         assert line is not None
         outputs = {"quantized_tokens": place.tokens, "reconstructed_wav": place.audio}
+        # Tokens in a tar do not say what made them: the member beside them does, and here the row.
+        _, about = split_info(place.info)
         for row in manifest.read(line, line + 1):
             if isinstance(row, ManifestRow):
-                yield {**row.fields, **{name: place for name, place in outputs.items() if place is not None}}
+                fields = join_info(row.fields, about) if about else row.fields
+                yield {**fields, **{name: place for name, place in outputs.items() if place is not None}}
 
 
 @dataclass(frozen=True, slots=True, init=False)

@@ -59,16 +59,17 @@ def dump_json(value: Any) -> bytes:
     except TypeError:
         # Integers of more than 64 bits are the one thing that Python writes and orjson does not.
         try:
-            return json.dumps(_without_nan(value), ensure_ascii=False, allow_nan=False).encode()
+            return json.dumps(without_nan(value), ensure_ascii=False, allow_nan=False).encode()
         except RecursionError as error:
             raise ValueError("nested too deeply") from error
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
+    """A JSON value with null in place of NaN and infinity, and strings as keys."""
     if isinstance(value, dict):
-        return {str(name): _without_nan(item) for name, item in value.items()}
+        return {str(name): without_nan(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_without_nan(item) for item in value]
+        return [without_nan(item) for item in value]
     return None if isinstance(value, float) and (value != value or value in (float("inf"), -float("inf"))) else value
 
 

@@ -219,12 +219,13 @@ def _codes_array(codes: list[npt.NDArray[np.uint16]]) -> Any:
     """Codes of rows, (T, K) each, as list<list<uint16>>."""
     import pyarrow as pa
 
-    widths = [array.shape[1] for array in codes for _ in range(len(array))]
+    num_frames = [len(array) for array in codes]
+    widths = np.repeat([array.shape[1] for array in codes], num_frames)
     frames = pa.ListArray.from_arrays(
-        pa.array(np.cumsum([0, *widths], dtype=np.int32)),
+        pa.array(np.concatenate(([0], np.cumsum(widths))).astype(np.int32)),
         pa.array(np.concatenate([array.reshape(-1) for array in codes])),
     )
-    return pa.ListArray.from_arrays(pa.array(np.cumsum([0, *map(len, codes)], dtype=np.int32)), frames)
+    return pa.ListArray.from_arrays(pa.array(np.cumsum([0, *num_frames], dtype=np.int32)), frames)
 
 
 def parquet_row(row: EncodedRow, form: ParquetForm) -> ParquetRow:

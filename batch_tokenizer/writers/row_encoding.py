@@ -18,6 +18,7 @@ import numpy.typing as npt
 import orjson
 
 from batch_tokenizer.records import OUTPUT_FIELDS, LedgerEntry, RowError, Task, TokenizedRow
+from batch_tokenizer.storage.json_lines import without_nan
 from batch_tokenizer.storage.row_info import join_info
 
 
@@ -229,6 +230,14 @@ def json_bytes(document: Mapping[str, Any]) -> bytes:
         # Rows may hold what orjson does not write: integers beyond 64 bits, halves of surrogate pairs, deep nesting.
         pass
     try:
-        return json.dumps(document, separators=(",", ":"), default=lambda array: array.tolist()).encode("ascii")
+        try:
+            return _plain_json(document)
+        except ValueError:  # NaN or infinity, which orjson would have written as null
+            return _plain_json(without_nan(document))
     except RecursionError as error:
         raise RowError("write", "the row's fields are nested too deeply to be written beside its tokens") from error
+
+
+def _plain_json(document: Any) -> bytes:
+    text = json.dumps(document, separators=(",", ":"), default=lambda array: array.tolist(), allow_nan=False)
+    return text.encode("ascii")

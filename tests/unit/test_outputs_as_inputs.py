@@ -14,9 +14,16 @@ import pytest
 from batch_tokenizer.cli import main
 from batch_tokenizer.records import Sink
 from batch_tokenizer.runs.stored_rows import stored_rows
+from batch_tokenizer.storage.row_info import split_info
 from tests.support.checkpoints import write_mimo_checkpoint
 
 KEYS = ["plain", "a.b/c d", "Щ"]
+
+#: Fields of one row; other rows have none of them, or others of their name.
+ODD: dict[str, Any] = {
+    "big": 2**80, "nested": {"a": [1, None, {"b": "\u2028щ"}]}, "nothing": None, "score": float("nan"),
+    "kind": [1, "two"], "num_frames": 7, "codec": "mine", "start_of": 1e300,
+}  # fmt: skip
 SINKS: tuple[Sink, ...] = ("json", "npy", "jsonl", "tar", "parquet")
 
 
@@ -32,7 +39,10 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
             stream.setsampwidth(2)
             stream.setframerate(24000)
             stream.writeframes((rng.uniform(-0.3, 0.3, 4000 + 1000 * number) * 32767).astype("<i2").tobytes())
-        rows.append({"key": key, "wav": str(folder / f"{number}.wav"), "text": f"text {number}", "speaker": number})
+        fields = ODD if number == 0 else {"kind": number, "score": 0.5}
+        rows.append(
+            {"key": key, "wav": str(folder / f"{number}.wav"), "text": f"text {number}", "speaker": number, **fields}
+        )
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     write_mimo_checkpoint(folder / "model")
     return folder
@@ -50,18 +60,23 @@ def run(corpus: Path, source: object, task: str, out: Path, *more: object) -> Pa
 
 
 def contents(source: object) -> dict[str, Any]:
-    """Key to codes, text and speaker."""
+    """Key to codes, text and speaker; odd fields are looked at here."""
     rows = {}
     for row in stored_rows(str(source)):
         assert row.codes is not None
         assert row.key not in rows
         rows[row.key] = row.codes.tolist(), row.info["text"], row.info["speaker"]
+        if row.key == "plain":
+            fields, _ = split_info(row.info)
+            assert {name: fields[name] for name in ODD} == ODD | {"score": None}  # NaN is no JSON
+        else:
+            assert (row.info["kind"], row.info["score"]) == (row.info["speaker"], 0.5)
     return rows
 
 
 def decoded(run_dir: Path) -> dict[str, str]:
     """Key to text of the rows whose audio a run made."""
-    rows = (json.loads(line) for path in run_dir.glob("../*/manifest.jsonl") for line in path.read_text().splitlines())
+    rows = (json.loads(line) for path in run_dir.glob("../*/manifest.jsonl") for line in path.read_bytes().splitlines())
     return {row["key"]: row["text"] for row in rows if Path(row["reconstructed_wav"]).is_file()}
 
 
@@ -75,7 +90,7 @@ def test_everything_that_a_sink_wrote_is_an_input(
     assert list(expected) == KEYS
     assert {(text, speaker) for _, text, speaker in expected.values()} == {(f"text {n}", n) for n in range(3)}
 
-    manifest = [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
+    manifest = [json.loads(line) for line in (out / "manifest.jsonl").read_bytes().splitlines()]
     assert sorted(row["key"] for row in manifest) == sorted(KEYS)
     assert contents(out / "manifest.jsonl") == expected
     assert contents(out) == expected
@@ -98,13 +113,13 @@ def test_everything_that_a_sink_wrote_is_an_input(
 
 
 def test_a_manifest_of_outputs_names_each_row_once_also_after_resuming(corpus: Path, tmp_path: Path) -> None:
-    rows = (corpus / "data.jsonl").read_text().splitlines(keepends=True)
+    rows = (corpus / "data.jsonl").read_bytes().splitlines(keepends=True)
     source = tmp_path / "data.jsonl"
     out = tmp_path / "tokens"
     for number in (2, 3, 3):
-        source.write_text("".join(rows[:number]))
+        source.write_bytes(b"".join(rows[:number]))
         run(corpus, source, "wav2token", out, "--sink", "tar")
-        names = [json.loads(line)["key"] for line in (out / "manifest.jsonl").read_text().splitlines()]
+        names = [json.loads(line)["key"] for line in (out / "manifest.jsonl").read_bytes().splitlines()]
         assert sorted(names) == sorted(KEYS[:number])
 
 
@@ -114,16 +129,17 @@ def test_a_file_of_that_name_that_the_run_did_not_write_stays(corpus: Path, tmp_
     shutil.copy(corpus / "data.jsonl", out / "manifest.jsonl")
     run(corpus, out / "manifest.jsonl", "wav2token", out)
     assert (out / "manifest.jsonl").read_bytes() == (corpus / "data.jsonl").read_bytes()
-    assert len((out / "manifest.wav2token.jsonl").read_text().splitlines()) == 3
+    assert len((out / "manifest.wav2token.jsonl").read_bytes().splitlines()) == 3
 
 
-@pytest.mark.parametrize("sink", ["json", "tar"])
+@pytest.mark.parametrize("sink", ["json", "tar", "jsonl"])
 def test_evaluate_takes_the_folder_of_a_runs_outputs(corpus: Path, tmp_path: Path, sink: Sink) -> None:
     out = tmp_path / "tokens"
-    words = ["--data_list", corpus / "data.jsonl", "--task", "wav2token2wav", "--output_dir", out, "--sink", sink]
+    task = "wav2token" if sink == "jsonl" else "wav2token2wav"
+    words = ["--data_list", corpus / "data.jsonl", "--task", task, "--output_dir", out, "--sink", sink]
     words += ["--model_path", corpus / "model", "--device", "cpu", "--num_workers", 0, "--run_dir", out / "x.run"]
     assert main(list(map(str, words))) == 0
     scored = ["evaluate", str(out), "--metrics", "si_sdr", "--workers", "1", "--out", str(tmp_path / "scores")]
     assert main(scored) == 0
-    lines = (tmp_path / "scores" / "utterances.jsonl").read_text().splitlines()
+    lines = (tmp_path / "scores" / "utterances.jsonl").read_bytes().splitlines()
     assert sorted(json.loads(line)["key"] for line in lines) == sorted(KEYS)
