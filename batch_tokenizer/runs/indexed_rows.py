@@ -16,10 +16,9 @@ import numpy.typing as npt
 from batch_tokenizer.manifest.manifest import Manifest
 from batch_tokenizer.records import ManifestRow, RowError, RunError
 from batch_tokenizer.runs.finished_run import FinishedRun
+from batch_tokenizer.runs.source_parts import Part, find_parts, token_files
 from batch_tokenizer.runs.stored_rows import (
-    Part,
     StoredRow,
-    find_parts,
     jsonl_row,
     line_row,
     manifest_row,
@@ -27,7 +26,6 @@ from batch_tokenizer.runs.stored_rows import (
     stream_row,
     tar_stream_rows,
     token_file_row,
-    token_files,
 )
 from batch_tokenizer.runs.token_stream import StoredStream
 from batch_tokenizer.runtime.ledger import RowStatus, read_ledger

@@ -8,9 +8,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jsonlines
 import numpy as np
@@ -18,16 +17,15 @@ import numpy.typing as npt
 import orjson
 
 from batch_tokenizer.data.token_files import parse_codes_line, parse_hidden_states, parse_tokens, read_any_tokens
-from batch_tokenizer.records import TASKS, ManifestRow, RowError, RunError, first_line
+from batch_tokenizer.records import ManifestRow, RowError, RunError, first_line
 from batch_tokenizer.runs.finished_run import FinishedRun
-from batch_tokenizer.runs.token_stream import StoredStream, is_stream
+from batch_tokenizer.runs.source_parts import find_parts, token_files
+from batch_tokenizer.runs.token_stream import StoredStream
 from batch_tokenizer.runtime.ledger import RowStatus, read_ledger
-from batch_tokenizer.runtime.run_files import parse_shard_name
 from batch_tokenizer.sources.lines import lines_of
-from batch_tokenizer.sources.patterns import find_sources
 from batch_tokenizer.storage.files import open_file
 from batch_tokenizer.storage.json_lines import json_lines_reader, parse_json
-from batch_tokenizer.storage.jsonl_rows import holds_codes, numbered_lines
+from batch_tokenizer.storage.jsonl_rows import numbered_lines
 from batch_tokenizer.storage.names import (
     HIDDEN_STATES_ENDING,
     display_name,
@@ -40,7 +38,6 @@ from batch_tokenizer.storage.opening import open_location
 from batch_tokenizer.storage.parquet_rows import TokenParquet, find_row
 from batch_tokenizer.storage.row_info import join_info
 from batch_tokenizer.storage.tar import ByteStream, SeekableByteStream, TornTar, walk
-from batch_tokenizer.writers.token_streams import SPLIT_NAMES
 
 #: Bytes that one member of a row may have.
 _MOST_MEMBER = 1 << 32
@@ -230,11 +227,6 @@ def _parquet_row(parquet: TokenParquet, table: Any, number: int) -> StoredRow:
     return StoredRow(key, codes, info, stored.get("audio"), audio_format, stored, hidden)
 
 
-_SHARD_ENDINGS = (".tar", ".parquet")
-
-_FILE_ENDINGS = (".json", ".npy")
-
-
 def stored_rows(source: str, key: str | None = None) -> Iterator[StoredRow]:
     """The rows of a source, in its order: of a run folder, those that are done.
 
@@ -250,84 +242,6 @@ def stored_rows(source: str, key: str | None = None) -> Iterator[StoredRow]:
                 yield row
     except RowError as error:
         raise RunError(error.reason, exit_code=1) from error
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """Rows of a source that lie together.
-
-    Attributes:
-        kind: ``tar``, ``parquet`` and ``jsonl`` (lines with codes in them) are shards; ``lines`` is JSON lines whose
-            rows name their files; ``stream`` is a folder that ``convert --to flat`` or ``megatron`` wrote; ``files`` is
-            a folder of token files, or one such file; ``run`` is a run folder whose rows are in files.
-        ledger: of a run's shard, the ledger file that names its rows.
-    """
-
-    kind: Literal["tar", "parquet", "jsonl", "lines", "stream", "files", "run"]
-    location: str
-    ledger: Path | None = None
-
-
-def find_parts(source: str) -> Iterator[Part]:
-    """The parts of a source, in order.
-
-    Raises:
-        RunError: the source is none.
-    """
-    folder = Path(source)
-    if not folder.is_dir():
-        for found in find_sources(source):
-            if found.kind == "tar" or found.kind == "parquet":
-                yield Part(found.kind, found.location)
-            elif found.kind == "rows":
-                yield Part(_kind_of_lines(found.location), found.location)
-            elif found.kind == "folder":
-                yield from _folder_parts(Path(found.location))
-            else:
-                yield Part("files", found.location)
-    elif (folder / "run.json").exists():
-        run = FinishedRun.open(folder)
-        if not run.has_shards:
-            yield Part("run", source)
-            return
-        for shard in run.shards():
-            yield Part(_shard_kind(shard.location), shard.location, shard.ledger)
-    else:
-        yield from _folder_parts(folder)
-
-
-def _folder_parts(folder: Path) -> Iterator[Part]:
-    """A folder of shards, of what ``convert`` wrote, or of token files."""
-    names = sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith("."))
-    shards = [name for name in names if name.endswith(_SHARD_ENDINGS)]
-    shards += [name for name in names if name.endswith(".jsonl") and holds_codes(str(folder / name))]
-    if shards:
-        _refuse_mixture(folder, shards)
-        for name in shards:
-            yield Part(_shard_kind(name), str(folder / name))
-    elif streams := [place for place in (folder, *map(folder.joinpath, SPLIT_NAMES)) if is_stream(place)]:
-        for place in streams:
-            yield Part("stream", str(place))
-    elif "data.jsonl" in names:
-        yield Part("lines", str(folder / "data.jsonl"))
-    else:
-        yield Part("files", str(folder))
-
-
-def _kind_of_lines(location: str) -> Literal["jsonl", "lines", "files"]:
-    """Lines with codes in them, lines that name files, or a token file, whose one line has no key of its own."""
-    if not holds_codes(location):
-        return "lines"
-    if location.endswith(".json"):
-        for _, line in islice(numbered_lines(location), 1):
-            return "jsonl" if "key" in parse_json(line) else "files"
-    return "jsonl"
-
-
-def _shard_kind(name: str) -> Literal["tar", "parquet", "jsonl"]:
-    if name.endswith(".jsonl"):
-        return "jsonl"
-    return "parquet" if name.endswith(".parquet") else "tar"
 
 
 def _rows(source: str, key: str | None) -> Iterator[StoredRow]:
@@ -395,27 +309,6 @@ def token_file_row(location: str, path: str, *, with_audio: bool = True) -> Stor
     if isinstance(audio, str) and not os.path.exists(audio):  # of a folder that was moved
         audio = os.path.join(os.path.dirname(path), os.path.basename(audio))
     return _with_others(StoredRow(key, codes, info), path, audio, with_audio=with_audio)
-
-
-def _refuse_mixture(folder: Path, shards: list[str]) -> None:
-    """Several runs may share a folder of shards; their rows are not one source."""
-    tasks = {task for name in shards for task in TASKS if parse_shard_name(task, name) is not None}
-    if len(tasks) > 1:
-        raise RunError(
-            f"{folder}: has shards of several tasks: name those of one, such as '{folder}/{sorted(tasks)[0]}-*'"
-        )
-
-
-def token_files(location: str) -> Iterator[str]:
-    """The paths of the token files of a folder, in order; of one such file, its own. Run folders in it have none."""
-    if not os.path.isdir(location):
-        yield location
-        return
-    for place, folders, names in os.walk(location):
-        folders[:] = sorted(name for name in folders if not os.path.exists(os.path.join(place, name, "run.json")))
-        for name in sorted(names):
-            if name.endswith(_FILE_ENDINGS) and not name.endswith(HIDDEN_STATES_ENDING) and not name.startswith("."):
-                yield os.path.join(place, name)
 
 
 def _objects(location: str) -> Iterator[dict[str, Any]]:
