@@ -44,7 +44,7 @@ class FakeSpec(CodecSpec):
         return num_frames * self.info.samples_per_frame
 
 
-def make_row(line: int = 0, **fields: Any) -> ManifestRow:
+def make_row(line: int = 0, /, **fields: Any) -> ManifestRow:
     """A manifest row as the manifest would make it from ``fields``."""
     fields = {"key": f"utterance {line}", **fields}
     return ManifestRow(

@@ -35,7 +35,7 @@ from batch_tokenizer.writers.file_sink import FileSink
 from batch_tokenizer.writers.open import audio_encoder
 from batch_tokenizer.writers.row_encoding import RowEncoder, npy_bytes, row_info, tokens_as_npy
 from batch_tokenizer.writers.shard_sink import shard_form
-from tests.support.loading import INFO
+from tests.support.loading import INFO, make_row
 from tests.support.shards import RUN_INFO, tokenized
 
 WIDE = replace(INFO, codebook_sizes=(65536,) * 4)
@@ -376,6 +376,11 @@ JSON_VALUES = st.recursive(
 FIELDS = st.dictionaries(FIELD_NAMES, JSON_VALUES, max_size=5)
 
 
+def with_fields(line: int, codes: Any, fields: dict[str, Any]) -> Any:
+    """A row's results; its fields may have any names."""
+    return replace(tokenized(line, codes), row=make_row(line, **fields))
+
+
 @settings(max_examples=80, deadline=None)
 @given(rows=ROWS, fields=FIELDS)
 def test_a_line_has_the_rows_fields_as_they_were(
@@ -383,7 +388,7 @@ def test_a_line_has_the_rows_fields_as_they_were(
 ) -> None:
     """Fields that have one of our names and say something else are kept under ``manifest_row``; nothing is lost."""
     path = tmp_path_factory.mktemp("sink") / "x.jsonl"
-    results = [tokenized(line, codes, **{**fields, "key": key}) for line, (key, codes) in enumerate(rows)]
+    results = [with_fields(line, codes, {**fields, "key": key}) for line, (key, codes) in enumerate(rows)]
     write_shard(path, results)
     for line, result in zip(path.read_bytes().splitlines(), results, strict=True):
         row = json.loads(line)
@@ -405,7 +410,7 @@ def test_whatever_a_row_says_comes_out_of_every_sink(
     """Nested, null, of other kinds from row to row, integers of any size, and names that the run uses itself."""
     folder = tmp_path_factory.mktemp("sink")
     results = [
-        tokenized(line, codes, **{**fields, "key": key, "quantized_tokens": str(folder / f"{line}.tokens")})
+        with_fields(line, codes, {**fields, "key": key, "quantized_tokens": str(folder / f"{line}.tokens")})
         for line, (key, codes, fields) in enumerate(rows)
     ]
     if sink == "json" or sink == "npy":
