@@ -165,7 +165,7 @@ def _table(
         "rows",
         "failed",
         "audio",
-        "× time",
+        "× real time",
         "last heard",
     ]
     rows = [

@@ -98,7 +98,7 @@ def key_numbers(facts: RunFacts) -> dict[str, str]:
     }
     processed = sum(rank.audio_seconds for rank in facts.ranks)
     if processed and seconds:
-        numbers["speed"] = speed_text(processed, seconds)
+        numbers["× real time"] = speed_text(processed, seconds).split()[0]
     return numbers
 
 
@@ -139,16 +139,15 @@ def progress(facts: RunFacts) -> Section:
     if not facts.ranks:
         return Section("Progress", [Paragraph("No process has left a status file.")])
     shown = [rank for rank in facts.ranks if rank.rows_done or rank.rows_failed or rank.state == "running"]
-    rows = [
+    rows: list[tuple[Any, ...]] = [
         (
-            rank.attempt, rank.shard, rank.rank, rank.host, rank.device, rank.state, f"{rank.rows_done:,}",
-            f"{rank.rows_failed:,}", duration_text(rank.audio_seconds), tqdm.format_interval(rank.elapsed),
-            f"{rank.audio_seconds / rank.elapsed:.1f}" if rank.elapsed else "-",
+            rank.attempt, rank.shard, rank.rank, f"{rank.rows_done:,}", f"{rank.rows_failed:,}",
+            duration_text(rank.audio_seconds), speed_text(rank.audio_seconds, rank.elapsed).split()[0],
+            tqdm.format_interval(rank.elapsed), rank.state, rank.host, rank.device,
         )
         for rank in shown[-_RANKS_SHOWN:]
     ]  # fmt: skip
-    head = ["start", "shard", "rank", "host", "device", "state", "rows done", "failed", "audio", "time",
-            "× real time"]  # fmt: skip
+    head = ["start", "shard", "rank", "rows done", "failed", "audio", "× real time", "time", "state", "host", "device"]
     if len({(rank.attempt, rank.shard) for rank in shown}) == 1:  # nothing to tell apart
         head, rows = head[2:], [row[2:] for row in rows]
     caption = "Processes"
@@ -160,7 +159,7 @@ def progress(facts: RunFacts) -> Section:
     for rank in facts.ranks:
         for stage, seconds in rank.stage_seconds.items():
             stages[stage] = stages.get(stage, 0.0) + seconds
-    charts = {"Hours of audio over time": _over_time(shown or facts.ranks)}
+    charts = {"Audio over time": _over_time(shown or facts.ranks)}
     if stages:
         charts["Where time went"] = figures.bars(
             "Seconds spent a stage", stages, "seconds, summed over processes and their workers"
@@ -172,28 +171,34 @@ def progress(facts: RunFacts) -> Section:
     return Section("Progress", [*blocks, Table(caption, head, rows)])
 
 
+def _time_unit(seconds: float) -> tuple[float, str]:
+    """The unit of an axis up to so many seconds: its length in seconds, and its name."""
+    if seconds < 180:
+        return 1.0, "seconds"
+    return (3600.0, "hours") if seconds > 7200 else (60.0, "minutes")
+
+
 def _over_time(ranks: Sequence[RankStatus]) -> str:
     begin = min(rank.started for rank in ranks)
     points: list[tuple[float, float]] = [(0.0, 0.0)]
     moments = sorted({moment for rank in ranks for moment in (rank.started, rank.started + rank.elapsed)})
-    unit, name = (3600.0, "hours") if moments[-1] - begin > 7200 else (60.0, "minutes")
-    if moments[-1] - begin < 180:
-        unit, name = 1.0, "seconds"
+    unit, name = _time_unit(moments[-1] - begin)
+    audio_unit, audio_name = _time_unit(sum(rank.audio_seconds for rank in ranks))
     for moment in moments:
         done = sum(
             rank.audio_seconds * min(1.0, max(0.0, moment - rank.started) / max(rank.elapsed, 1e-9)) for rank in ranks
         )
-        points.append(((moment - begin) / unit, done / 3600))
+        points.append(((moment - begin) / unit, done / audio_unit))
     series = {"all processes": points}
     if 1 < len(ranks) <= 8:
         for rank in ranks:
             start = (rank.started - begin) / unit
             series[f"start {rank.attempt}, rank {rank.rank}"] = [
                 (start, 0.0),
-                (start + rank.elapsed / unit, rank.audio_seconds / 3600),
+                (start + rank.elapsed / unit, rank.audio_seconds / audio_unit),
             ]
     return figures.lines(
-        "Hours of audio done over time", series, f"{name} since the first process started", "hours of audio"
+        "Audio done over time", series, f"{name} since the first process started", f"{audio_name} of audio"
     )
 
 
@@ -222,7 +227,7 @@ def failures(facts: RunFacts) -> Section:
         if len(one.examples) < _EXAMPLES:
             one.examples.append(f"{entry.key or f'line {entry.line + 1}'}: {entry.reason}")
     ordered = sorted(reasons.items(), key=lambda item: -item[1].count)
-    rows = [
+    rows: list[tuple[Any, ...]] = [
         (f"{one.count:,}", stage, pattern, " · ".join(one.examples))
         for (stage, pattern), one in ordered[:_REASONS_SHOWN]
     ]
@@ -315,7 +320,7 @@ def codebooks(evaluation: Evaluation) -> Section:
         "Perplexity of each codebook", perplexities, "perplexity" + (" (grey: size)" if all_known else ""),
         limits=sizes if all_known else None,
     )  # fmt: skip
-    rows = [
+    rows: list[tuple[Any, ...]] = [
         (row["codebook"], row["size"] or "not known", row["used"], "not known" if row["dead"] is None else row["dead"],
          f"{row['entropy']:.2f}", f"{row['perplexity']:.1f}")
         for row in use
