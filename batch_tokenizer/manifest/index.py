@@ -170,7 +170,6 @@ def _index_lines(lines: Sequence[bytes], form: RowForm) -> tuple[dict[str, npt.N
             states[number] = LineState.BLANK
         else:
             # 1. The fast path: required fields are plain strings, and paths are normalised as they stand.
-            # 1. The fast path: required fields are plain strings, and paths are normalised as they stand.
             row: Any = None
             try:
                 row = orjson.loads(text)
@@ -187,7 +186,6 @@ def _index_lines(lines: Sequence[bytes], form: RowForm) -> tuple[dict[str, npt.N
             except (orjson.JSONDecodeError, KeyError, TypeError):
                 plain = False
             # 2. Everything else: the full check, whose reason is made again when the line is read.
-            # 2. Everything else: the full check, whose reason is made again when the line is read.
             if plain:
                 key = values[0]
                 hashes = [_hash_path(path) for path in values[first_output:]]
@@ -201,7 +199,6 @@ def _index_lines(lines: Sequence[bytes], form: RowForm) -> tuple[dict[str, npt.N
                 except RefusedLine as refused:
                     states[number] = LineState.MALFORMED
                     key = refused.key
-        # 3. The columns.
         # 3. The columns.
         key_digests.append(no_key if key is None else hash_bytes(key.encode()))
         durations.append(duration if type(duration) is float or type(duration) is int else math.nan)
@@ -275,7 +272,6 @@ def _find_duplicates(
     line named is always one that is worked on.
     """
     # 1. Candidates by hash: without any, which is the usual case, no line is read again.
-    # 1. Candidates by hash: without any, which is the usual case, no line is read again.
     repeated_keys = _repeated(key_hashes[rows])
     repeated_outputs = _repeated(output_hashes[rows].ravel())
     if not len(repeated_keys) and not len(repeated_outputs):
@@ -283,7 +279,6 @@ def _find_duplicates(
     key_positions = _positions(key_hashes, repeated_keys)
     output_positions = _positions(output_hashes.ravel(), repeated_outputs).reshape(output_hashes.shape)
     candidates = np.flatnonzero(rows & ((key_positions >= 0) | (output_positions >= 0).any(axis=1)))
-    # 2. Their names, read again line by line: equal hashes may be of different names.
     # 2. Their names, read again line by line: equal hashes may be of different names.
     keys = _Claims(len(repeated_keys), lambda line, name: names_of(line).key == name)
     outputs = _Claims(len(repeated_outputs), lambda line, name: name in names_of(line).outputs)
@@ -297,7 +292,6 @@ def _find_duplicates(
             if first is None:
                 first = outputs.owner(position, path)
                 shared = 1 + field
-        # 3. A line without an earlier owner of one of its names becomes their owner.
         # 3. A line without an earlier owner of one of its names becomes their owner.
         if first is not None:
             found.append(np.array((line, shared, first), np.int64))
@@ -356,7 +350,6 @@ def _write_columns(stream: IO[bytes], path: Path, form: RowForm, folder: Path, r
     start = len(_BYTE_ORDER_MARK) if stream.read(len(_BYTE_ORDER_MARK)) == _BYTE_ORDER_MARK else 0
     stream.seek(start)
     # 1. One pass over the lines. Hashes of output paths are needed for duplicates only and not kept.
-    # 1. One pass over the lines. Hashes of output paths are needed for duplicates only and not kept.
     columns = {name: _ColumnFile(folder, name, dtype) for name, dtype in _COLUMNS.items()}
     output_hashes = _ColumnFile(folder, "output_hashes", np.dtype(np.int64))
     report(0, size)
@@ -377,7 +370,6 @@ def _write_columns(stream: IO[bytes], path: Path, form: RowForm, folder: Path, r
     if not np.any(states != LineState.BLANK):
         raise RunError(f"manifest {path} is empty: it has blank lines only")
 
-    # 2. Duplicates, which only the hashes of all lines together show.
     # 2. Duplicates, which only the hashes of all lines together show.
     def names_of(line: int) -> RowNames:
         begin, end = map(int, finished["offsets"][line : line + 2])

@@ -109,13 +109,11 @@ def plan_units(
     weights = np.maximum(weights.astype(np.int64), -(-_WEIGHT_ONE // most_rows))
     number = (np.cumsum(weights) - weights) // _WEIGHT_ONE
     # 3. Cut also at long runs of finished lines, and where the next block belongs to another shard.
-    # 3. Cut also at long runs of finished lines, and where the next block belongs to another shard.
     cuts = (np.diff(number) != 0) | (np.diff(lines) > _UNIT_GAP)
     if blocks is not None:
         cuts |= np.diff(blocks) != 0
     first = np.concatenate(([0], np.flatnonzero(cuts) + 1))
     last = np.concatenate((first[1:], [len(lines)])) - 1
-    # 4. Longest first; a unit with a row of unknown duration sums to NaN and counts as longest.
     # 4. Longest first; a unit with a row of unknown duration sums to NaN and counts as longest.
     total = np.add.reduceat(seconds, first)
     order = np.argsort(-np.where(np.isnan(total), np.inf, total), kind="stable")
