@@ -204,10 +204,11 @@ def _summarize(
         "data_list": typed(config.data_list),
         "model_path": config.model_path,
     }
-    # 2. Once no job has anything left to do: a manifest of what all have made, beside the outputs.
+    # 2. Once no job has anything left to do: a manifest of what all have made, beside the outputs. Shards of JSON lines
+    #    are one themselves, and whoever reads all of the folder's would read it as rows.
     known = folder.read_summary().get("manifest")
-    in_folder = config.output_dir is not None and not is_url(config.output_dir)
-    if in_folder and not state.num_pending and (had_work or not known):
+    has_place = config.output_dir is not None and not is_url(config.output_dir) and config.sink != "jsonl"
+    if has_place and not state.num_pending and (had_work or not known):
         run = FinishedRun.open(folder.path)
         written = write_run_manifest(run, manifest, Path(str(config.output_dir)), known, context.stop.check)
         known = str(written) if written is not None else known

@@ -381,7 +381,7 @@ def with_fields(line: int, codes: Any, fields: dict[str, Any]) -> Any:
     return replace(tokenized(line, codes), row=make_row(line, **fields))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(rows=ROWS, fields=FIELDS)
 def test_a_line_has_the_rows_fields_as_they_were(
     tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, Any]], fields: dict[str, Any]
@@ -399,7 +399,7 @@ def test_a_line_has_the_rows_fields_as_they_were(
             assert row[name] == value or (ours and row["manifest_row"][name] == value)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     rows=st.lists(st.tuples(KEYS, CODES, FIELDS), min_size=1, max_size=5, unique_by=lambda row: row[0]),
     sink=st.sampled_from(["json", "npy", "jsonl", "tar", "parquet"]),
