@@ -12,6 +12,8 @@ from typing import Any
 
 from speech_manifests import PACKAGES
 
+from batch_tokenizer.quality.aggregates import ALL, Estimate, group
+
 #: Metric of ``batch_tokenizer evaluate``: its heading and digits.
 COLUMNS = {
     "stoi": ("STOI", 3),
@@ -69,25 +71,32 @@ def data_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def score_table(groups: list[dict[str, Any]]) -> str:
-    """A line for each voice and number of codebooks: means, with half of the 95 % interval where there is one."""
-    names = [name for name in COLUMNS if any(name in group["estimates"] for group in groups)]
+def score_table(folder: Path) -> str:
+    """A line for each voice, then each kind of voices, and number of codebooks, from what ``evaluate`` wrote.
+
+    Means with half of the 95 % interval where there is one.
+    """
+    records = [record for record in read_lines(folder / "utterances.jsonl") if "scores" in record]
+    last = {(record["key"], record["num_quantizers"]): record for record in records}
+    groups = [one for by in ("voice", "kind") for one in group(last.values(), by) if one.name != ALL]
+    names = [name for name in COLUMNS if any(name in one.estimates for one in groups)]
     headings = " | ".join(COLUMNS[name][0] for name in names)
     lines = [f"| voice | n | codebooks | {headings} |", "|---|---|---|" + "---|" * len(names)]
-    for group in groups:
-        cells = [cell(group["estimates"].get(name), COLUMNS[name][1]) for name in names]
-        voice = group["name"].removeprefix("voice=")
-        lines.append(f"| {voice} | {group['count']} | {group['num_quantizers']} | {' | '.join(cells)} |")
+    for one in groups:
+        by, voice = one.name.split("=", 1)
+        title = voice if by == "voice" else f"**all {voice}**"
+        cells = [cell(one.estimates.get(name), COLUMNS[name][1]) for name in names]
+        lines.append(f"| {title} | {one.count} | {one.num_quantizers} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def cell(estimate: dict[str, Any] | None, digits: int) -> str:
+def cell(estimate: Estimate | None, digits: int) -> str:
     """An estimate as text."""
     if estimate is None:
         return "–"
-    if estimate["low"] is None:
-        return f"{estimate['mean']:.{digits}f}"
-    return f"{estimate['mean']:.{digits}f} ±{(estimate['high'] - estimate['low']) / 2:.{digits}f}"
+    if estimate.low is None or estimate.high is None:
+        return f"{estimate.mean:.{digits}f}"
+    return f"{estimate.mean:.{digits}f} ±{(estimate.high - estimate.low) / 2:.{digits}f}"
 
 
 def licence(rows: list[dict[str, Any]]) -> str:
@@ -108,7 +117,6 @@ licence, CC BY 3.0 and the BSD terms allow them under any that keeps the notices
 def card(folder: Path, rows: list[dict[str, Any]]) -> str:
     """The model card: data, figures by voice, how it was trained."""
     steps = [line for line in read_lines(folder / "run" / "log.jsonl") if "hours" in line]
-    groups = json.loads((folder / "scores" / "summary.json").read_text(encoding="utf-8"))["groups"]
     trained = f"{steps[-1]['step']} steps, {steps[-1]['hours']} hours of audio" if steps else "less than one log line"
     hours = sum(row["duration"] for row in rows) / 3600
     return f"""# A tokenizer trained by `launch/train_default.sh`
@@ -121,7 +129,7 @@ and credits.
 Clips of 2 to 8 s, none used in training. "never heard": no recording of that voice was in training. ± is half the 95 %
 bootstrap interval of the mean.
 
-{score_table(groups)}
+{score_table(folder / "scores")}
 
 ## Data
 

@@ -166,16 +166,17 @@ def manifest_of(package: Package, number: int) -> str:
 
 
 def scored(manifests: dict[str, list[dict[str, object]]], clips: int) -> list[dict[str, object]]:
-    """Up to ``clips`` rows of each voice kept aside, evenly spread over its rows; field ``voice`` says which kind."""
+    """Up to ``clips`` rows of each voice kept aside, evenly spread, with the fields ``kind`` and ``voice``."""
     shortest, longest = SCORED_SECONDS
     chosen = []
     for kind, title in (("never_heard", "never heard"), ("heard", "heard")):
         voices: dict[str, list[dict[str, object]]] = {}
         for row in manifests[kind]:
             if shortest <= float(str(row["duration"])) <= longest:
-                voices.setdefault(f"{title}: {row['speaker']}", []).append(row)
+                voices.setdefault(str(row["speaker"]), []).append(row)
         for voice, rows in voices.items():
-            chosen += [{**row, "voice": voice} for row in rows[:: max(1, len(rows) // clips)][:clips]]
+            more = {"kind": title, "voice": f"{title}: {voice}"}
+            chosen += [{**row, **more} for row in rows[:: max(1, len(rows) // clips)][:clips]]
     return chosen
 
 

@@ -64,6 +64,7 @@ def test_manifests_training_scores_and_card(tmp_path: Path, monkeypatch: pytest.
     card = (tmp_path / "run" / "checkpoint" / "README.md").read_text()
     assert "| never heard: tuxpaint_ro | 1 | 20 |" in card
     assert "| heard: shmyrev | 1 | 20 |" in card
+    assert "| **all never heard** | 1 | 20 |" in card
     assert "| `festvox-ru` | 19 | 0.00 | BSD-like |" in card
     licence = (tmp_path / "run" / "checkpoint" / "LICENSE").read_text()
     assert "CC-BY-SA-4.0" in licence
