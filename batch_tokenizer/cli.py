@@ -86,6 +86,7 @@ def run_parser() -> argparse.ArgumentParser:
         usage=_USAGE,
         description="Turn a corpus of audio into the discrete tokens of a neural codec, and tokens back into audio.\n\n"
         f"{_EXAMPLES}\n\ncommands (batch_tokenizer help COMMAND):\n{commands}\n\n"
+        "python -m batch_tokenizer.training trains a small codec on your own audio (docs/training.md).\n"
         "Everything below is about a run; docs/flags.md has it as a page.",
         formatter_class=_HelpFormatter,
     )
