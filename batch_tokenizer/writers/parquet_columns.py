@@ -63,7 +63,7 @@ def _type_of(values: Iterable[Any]) -> ColumnType | None:
         return None if inner is None else {"list": inner}
     names = Counter(tuple(sorted(value)) for value in most).most_common(1)[0][0] if kind is dict else ()
     same = [value for value in most if tuple(sorted(value)) == names]
-    fields = {name: _type_of([value[name] for value in same]) for name in names}
+    fields = {name: _type_of([value[name] for value in same]) for name in (same[0] if names else ())}
     return None if not fields or None in fields.values() or "" in fields else {"struct": fields}
 
 

@@ -174,6 +174,17 @@ class TestOtherReaders:
         audio = read[0]["audio"]
         assert (audio["sampling_rate"], len(audio["array"])) == (24000, 1000)
 
+    def test_datasets_reads_json_lines(
+        self, tmp_path: Path, results: list[Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+        datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+        path = write_shard(tmp_path / "x.jsonl", results[:30])
+        read = datasets.load_dataset("json", data_files=str(path), split="train", streaming=True)
+        for row, result in zip(read, results[:30], strict=True):
+            assert (row["key"], row["text"]) == (result.row.key, result.row.fields["text"])
+            assert np.array_equal(row["audio_codes"], result.codes)
+
     def test_polars(self, tmp_path: Path, results: list[Any]) -> None:
         polars = pytest.importorskip("polars", reason="polars is not installed")
         frame = polars.read_parquet(write_shard(tmp_path / "x.parquet", results))
