@@ -2,18 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast, get_args
 
 from batch_tokenizer.manifest.manifest import Manifest
-from batch_tokenizer.records import SHARD_SINKS, TASKS, RunError, Sink, Task
+from batch_tokenizer.records import SHARD_SINKS, TASKS, RunError, Sink, Task, short_repr
 from batch_tokenizer.runs.source import find_manifest, read_record, recorded_source
 from batch_tokenizer.runtime.ledger_lines import read_shard_lines
 from batch_tokenizer.runtime.run_files import ledger_files, shard_name
 from batch_tokenizer.runtime.run_settings import read_settings
 from batch_tokenizer.writers.shard_folder import shard_folder
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1e9
+
+
+#: Settings that commands read, and what each must be where it is there.
+_SETTINGS: Mapping[str, Callable[[Any], bool]] = {
+    "task": lambda value: value in list(TASKS),
+    "num_quantizers": lambda value: _is_number(value) and isinstance(value, int),
+    "sink": lambda value: value in list(get_args(Sink)),
+    "output_dir": lambda value: value is None or isinstance(value, str),
+    "sample_rate": _is_number,
+    "frame_rate": _is_number,
+    "fingerprint": lambda value: isinstance(value, str),
+    "codebook_sizes": lambda value: isinstance(value, list) and all(map(_is_number, value)),
+    "audio_format": lambda value: isinstance(value, str),
+    "resampler": lambda value: isinstance(value, str),
+    "segment_samples": lambda value: value is None or (_is_number(value) and isinstance(value, int)),
+}
+
+_REQUIRED = ("task", "num_quantizers", "sample_rate", "frame_rate", "fingerprint")
 
 
 class PublishedShard(NamedTuple):
@@ -69,9 +91,14 @@ class FinishedRun:
         settings = read_settings(run_dir)
         if settings is None:
             raise RunError(f"{run_dir} is not a run folder: it has no run.json")
-        if settings.get("task") not in TASKS or not isinstance(settings.get("num_quantizers"), int):
-            raise RunError(f"{run_dir / 'run.json'} is damaged: it names no task or no num_quantizers")
-        return cls(run_dir, settings)
+        for name, is_right in _SETTINGS.items():
+            value = settings.get(name)
+            if (name in settings or name in _REQUIRED) and not is_right(value):
+                raise RunError(f"{run_dir / 'run.json'} is damaged: its {name} is {short_repr(value)}")
+        run = cls(run_dir, settings)
+        if run.has_shards and not isinstance(settings.get("output_dir"), str):
+            raise RunError(f"{run_dir / 'run.json'} is damaged: it names no folder of its shards (output_dir)")
+        return run
 
     @property
     def task(self) -> Task:

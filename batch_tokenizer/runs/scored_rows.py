@@ -145,7 +145,7 @@ def open_source(
         known = _info_if_here(model_path, settings["fingerprint"])
     return Source(
         manifest, lines, run, numbers, settings["sample_rate"], settings["frame_rate"],
-        settings["resampler"], codec, known, settings["fingerprint"],
+        settings.get("resampler", "reference"), codec, known, settings["fingerprint"],
     )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from batch_tokenizer.config import RunConfig
 from batch_tokenizer.manifest.manifest import Manifest
 from batch_tokenizer.records import ManifestRow, RunError, TokenizedRow
 from batch_tokenizer.runs.checks import CheckFailed, check_audio
+from batch_tokenizer.runs.finished_run import FinishedRun
 from batch_tokenizer.runs.stored_rows import stored_rows
 from batch_tokenizer.runtime.ledger import RowStatus, read_ledger
 from batch_tokenizer.runtime.ledger_lines import decode_entry, encode_shard, read_shard_lines
@@ -272,3 +273,19 @@ def test_a_wrong_shard_with_rows_that_the_manifest_lost_is_kept(
     run.attempt(range(NUM_ROWS))
     assert run.verify() == set()
     assert sorted(read_shards(run.folder / "out")) == ["r.0", "r.1", "r.3", "r.4", "r.5"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("task", ["wav2token"]), ("num_quantizers", True), ("num_quantizers", 1e30), ("sink", []), ("sample_rate", "x"),
+        ("frame_rate", None), ("fingerprint", 7), ("codebook_sizes", {}), ("output_dir", 3), ("output_dir", None),
+    ],
+)  # fmt: skip
+def test_a_run_json_of_another_shape_is_named(tmp_path: Path, checkpoint: Path, name: str, value: object) -> None:
+    run = ShardRun(tmp_path, checkpoint, "tar")
+    path = run.run_dir / "run.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "settings": {**content["settings"], name: value}}))
+    with pytest.raises(RunError, match=rf"run\.json is damaged: it.* {name}|output_dir"):
+        FinishedRun.open(run.run_dir)
