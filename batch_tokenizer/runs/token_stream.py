@@ -127,8 +127,10 @@ def is_stream(folder: Path) -> bool:
 
 def _flat_places(folder: Path) -> tuple[str, npt.NDArray[np.int64]]:
     """The tokens' type, and the byte at which each utterance begins, and the last one ends."""
-    tokens = np.load(folder / "tokens.npy", mmap_mode="r")
     offsets = np.load(folder / "offsets.npy").astype(np.int64)
+    if offsets.tolist() == [0]:  # an empty file cannot be mapped
+        return np.load(folder / "tokens.npy").dtype.str, np.array([(folder / "tokens.npy").stat().st_size])
+    tokens = np.load(folder / "tokens.npy", mmap_mode="r")
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu" or offsets.ndim != 1 or len(offsets) == 0:
         raise ValueError("its arrays are no tokens")
     if offsets[0] != 0 or (np.diff(offsets) < 0).any() or offsets[-1] != len(tokens):

@@ -123,6 +123,13 @@ def test_a_split_has_every_row_once_and_is_read_as_one_source(tmp_path: Path, so
     assert (again / "train" / "tokens.bin").read_bytes() == (out / "train" / "tokens.bin").read_bytes()
 
 
+@pytest.mark.parametrize("form", ["megatron", "flat"])
+def test_a_part_of_a_split_may_be_empty(tmp_path: Path, source: Path, form: str) -> None:
+    out = convert(source, tmp_path / "out", "--to", form, "--split", "1,0")
+    assert len(batch_tokenizer.open_token_stream(out / "valid")) == 0
+    assert len(list(stored_rows(str(out)))) == 40
+
+
 @given(st.text(), st.integers(0, 100))
 def test_a_rows_part_depends_on_its_key_and_the_seed_alone(key: str, seed: int) -> None:
     assert part_of(key, (1.0, 0.0), seed) == 0
