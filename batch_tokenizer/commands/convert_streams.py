@@ -106,6 +106,7 @@ class StreamTarget:
         shares = self._settings.split
         part = self._parts[part_of(row.key, shares, self._settings.seed) if shares else 0]
         about = {name: value for name, value in row.info.items() if name not in RUN_INFO_FIELDS and name != "key"}
+        pieces: list[list[npt.NDArray[np.uint16] | Sequence[int]]]
         pieces = [[codes]] if self._text is None else self._text.pieces(row, codes)
         for number, parts in enumerate(pieces):
             which = {"template": number} if len(pieces) > 1 else {}
