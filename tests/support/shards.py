@@ -44,7 +44,7 @@ def read_shard(path: Path) -> dict[str, dict[str, Any]]:
 def read_shards(folder: Path) -> dict[str, dict[str, Any]]:
     """All rows of all shards of a folder; a key in two of them is an error."""
     rows: dict[str, dict[str, Any]] = {}
-    for path in sorted(path for path in folder.glob("*-*") if path.is_file()):
+    for path in sorted(path for path in folder.glob("[!.]*-*") if path.is_file()):
         for key, row in read_shard(path).items():
             assert key not in rows, f"{key} is in two shards"
             rows[key] = row
