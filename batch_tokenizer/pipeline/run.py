@@ -204,8 +204,8 @@ def _summarize(
         "data_list": typed(config.data_list),
         "model_path": config.model_path,
     }
-    # 2. Once no job has anything left to do: a manifest of what all have made, beside the outputs. Shards of JSON lines
-    #    are one themselves, and whoever reads all of the folder's would read it as rows.
+    # 2. Once every job is finished: a manifest of all outputs, written beside them. Shards of JSON lines are a
+    #    manifest themselves, and a reader of all JSON-lines files in the folder would take a second one for rows.
     known = folder.read_summary().get("manifest")
     has_place = config.output_dir is not None and not is_url(config.output_dir) and config.sink != "jsonl"
     if has_place and not state.num_pending and (had_work or not known):
