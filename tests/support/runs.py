@@ -120,8 +120,9 @@ class Workspace:
     def arguments(self, *more: object) -> list[str]:
         """The command line after ``-m batch_tokenizer``. Loading is in the ranks unless ``more`` says otherwise: every
         interpreter costs seconds to start."""
+        source = [] if "--data_list" in more else ["--data_list", "data.jsonl"]
         fixed: list[object] = [
-            "--data_list", "data.jsonl", "--task", TASK, "--model_path", self.corpus.checkpoint, "--num_workers", 0,
+            *source, "--task", TASK, "--model_path", self.corpus.checkpoint, "--num_workers", 0,
             "--batch_size", 8, "--prefetch", 1,
         ]  # fmt: skip
         return [str(word) for word in (*fixed, *more)]

@@ -105,7 +105,7 @@ def test_groups_of_any_size_are_read_a_window_at_a_time(
     pq.write_table(pa.table(columns()), tmp_path / "x.parquet", row_group_size=row_group_size)
     check(rows_of(tmp_path / "x.parquet", tmp_path))
     with table_files._lock:
-        assert len(table_files._windows) <= table_files._KEPT_WINDOWS
+        assert len(table_files._windows) <= table_files._CACHED_WINDOWS
 
 
 def test_paths_and_bytes_in_columns_of_their_own(tmp_path: Path) -> None:
