@@ -215,7 +215,7 @@ def test_a_manifest_goes_through_the_codec(workplace, tmp_path, capsys):
 def test_what_cannot_be_scored_is_one_line(tmp_path, caplog):
     for words, message in (
         ([], "run folder or --data_list"),
-        ([str(tmp_path)], "run.json"),
+        ([str(tmp_path)], "is not a run folder"),
         ([str(tmp_path / "none")], "does not exist"),
         ([RUN_DIR, "--num_quantizers", "6"], "between 1 and 5"),
         ([RUN_DIR, "--sample", "0"], "at least 1"),
