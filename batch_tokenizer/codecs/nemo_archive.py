@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import lzma
 import re
 import tarfile
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,7 +73,7 @@ def _member(path: Path, name: str) -> Iterator[tuple[IO[bytes], int]]:
             if member is None or file is None:
                 raise RunError(f"{path}: has no file {name}, so it is no archive of NeMo's")
             yield file, member.size
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError, ValueError) as error:
         raise RunError(f"{path}: cannot be read as a tar ({first_line(error)}); download it again") from error
 
 
