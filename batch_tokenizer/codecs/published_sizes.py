@@ -50,7 +50,9 @@ def randomise(model: nn.Module) -> None:
     """Normal weights of a variance that keeps a signal's level, codebooks of variance 1, gains of 1, no biases."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         last = name.rpartition(".")[2]
-        if last in ("embed", "embed_sum") or "codebook" in name.split("."):
+        if last == "cluster_usage":
+            tensor.fill_(1.0)
+        elif last in ("embed", "embed_sum") or "codebook" in name.split("."):
             tensor.normal_()
         elif last == "bias" or last.startswith("bias_"):
             tensor.zero_()

@@ -111,31 +111,38 @@ class FiniteScalarQuantizer(Float32Buffers):
         size: number of codes, the product of ``levels``.
     """
 
+    levels: Tensor
+    places: Tensor
+
     def __init__(self, levels: Sequence[int]) -> None:
         super().__init__()
-        self.levels = tuple(levels)
-        self.size = math.prod(self.levels)
+        self.size = math.prod(levels)
+        self._levels = tuple(levels)
+        #: What a digit of each dimension counts.
+        self._places = tuple(math.prod(levels[:index]) for index in range(len(levels)))
+        self.register_buffer("levels", torch.tensor(self._levels, device="cpu"), persistent=False)
+        self.register_buffer("places", torch.tensor(self._places, device="cpu"), persistent=False)
+
+    def fold(self, device: torch.device) -> None:
+        """Puts the levels on the device of a model that was built without memory.
+
+        Tensors made of numbers in each call would be copied to the device, and waited for.
+        """
+        self.levels = torch.tensor(self._levels, device="cpu").to(device)
+        self.places = torch.tensor(self._places, device="cpu").to(device)
 
     def encode(self, vectors: Tensor) -> Tensor:
         """Vectors (…, D) to codes int64 (…)."""
-        levels = self._levels(vectors)
+        levels = self.levels
         half = levels // 2
         scale = (levels - 1).float() / 2 * (1 - 0.001)
         offset = torch.where(levels % 2 == 0, 0.5, 0.0)
         centred = torch.round(scale * torch.tanh(vectors.float() + torch.tan(offset / scale)) - offset)
-        return ((centred.long() + half) * self._places(vectors)).sum(dim=-1)
+        return ((centred.long() + half) * self.places).sum(dim=-1)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes (…) to float32 values (…, D) in [-1, 1]."""
-        levels = self._levels(codes)
+        levels = self.levels
         half = levels // 2
-        digits = codes[..., None] // self._places(codes) % levels
+        digits = codes[..., None] // self.places % levels
         return (digits - half).float() / half
-
-    def _levels(self, like: Tensor) -> Tensor:
-        return torch.tensor(self.levels, device=like.device)
-
-    def _places(self, like: Tensor) -> Tensor:
-        """What a digit of each dimension counts."""
-        places = [math.prod(self.levels[:index]) for index in range(len(self.levels))]
-        return torch.tensor(places, device=like.device)

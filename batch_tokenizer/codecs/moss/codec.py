@@ -113,6 +113,11 @@ def load_model(
     return part.freeze()
 
 
+def blank_model(config: Mapping[str, Any]) -> MossAudioTokenizer:
+    """The whole model of a configuration, whose tensors have no trained values."""
+    return MossAudioTokenizer(MossConfig.from_json(config))
+
+
 def load_codec(request: LoadRequest[MossSpec]) -> MossCodec:
     """The codec with the weights that the task needs.
 

@@ -158,6 +158,7 @@ class NanoCodec(nn.Module):
     def fold(self) -> None:
         """Once, after the published tensors are in place, in float32."""
         fold_weight_norms(self)
+        self.quantizer.fold(next(self.parameters()).device)
 
     def hidden(self, samples: PaddedBatch) -> PaddedBatch:
         """Samples (B, 1, S), S a whole number of frames, to float32 (B, latent_dim, T) before quantization."""

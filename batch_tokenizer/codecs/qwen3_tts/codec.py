@@ -84,6 +84,12 @@ def open_spec(checkpoint: Checkpoint) -> Qwen3TtsSpec:
     return Qwen3TtsSpec(info=info, config=config)
 
 
+def blank_model(config: Mapping[str, Any]) -> Qwen3TtsTokenizer:
+    """The whole model of a configuration, whose tensors have no trained values."""
+    checked = Qwen3TtsConfig.from_json(config)
+    return Qwen3TtsTokenizer(checked, codebooks=checked.encoder.num_quantizers)
+
+
 def load_codec(request: LoadRequest[Qwen3TtsSpec]) -> PaddedCodec:
     """The codec with the weights that the task needs; the encoder and the codebooks are float32 whatever the dtype.
 

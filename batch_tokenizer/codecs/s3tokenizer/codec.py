@@ -80,6 +80,11 @@ def open_spec(checkpoint: Checkpoint) -> S3Spec:
     return S3Spec(info=info, config=config)
 
 
+def blank_model(config: Mapping[str, Any]) -> S3Tokenizer:
+    """The whole model of a configuration, whose tensors have no trained values."""
+    return S3Tokenizer(S3Config.from_json(config))
+
+
 def load_codec(request: LoadRequest[S3Spec]) -> S3Codec:
     """The encoder.
 

@@ -22,6 +22,7 @@ from batch_tokenizer.codecs.loading import LoadRequest
 from batch_tokenizer.codecs.padded_codec import Codes, PaddedCodec, Samples
 from batch_tokenizer.codecs.snac.config import SnacConfig, column_levels
 from batch_tokenizer.codecs.snac.model import Snac
+from batch_tokenizer.kernels.segments import to_device
 
 
 def recognises(config: Mapping[str, Any]) -> bool:
@@ -118,9 +119,12 @@ class SnacCodec(PaddedCodec):
         strides = spec.config.vq_strides
         self._per_frame = [strides[0] // stride for stride in strides]
         columns = column_levels(strides)
-        #: For each level its columns, in the order of time.
+        #: For each level its columns, in the order of time: on the device, as indexing by a list would copy it there.
         self._columns = [
-            sorted((column for column, (found, _) in enumerate(columns) if found == level), key=lambda c: columns[c][1])
+            torch.tensor(
+                sorted((column for column, (of, _) in enumerate(columns) if of == level), key=lambda c: columns[c][1]),
+                device="cpu",
+            ).to(device)
             for level in range(len(strides))
         ]
 
@@ -128,7 +132,7 @@ class SnacCodec(PaddedCodec):
         levels = self.model.encode(batch)
         rows = levels[0].new_empty((*levels[0].shape, self.info.num_codebooks))
         for codes, columns, count in zip(levels, self._columns, self._per_frame, strict=True):
-            rows[..., columns] = codes.unflatten(1, (-1, count))
+            rows.index_copy_(2, columns, codes.unflatten(1, (-1, count)))
         return rows[..., :num_quantizers]
 
     def decode_padded(self, codes: PaddedBatch, utterances: Sequence[Codes]) -> Tensor:
@@ -137,8 +141,8 @@ class SnacCodec(PaddedCodec):
         rows = torch.nn.functional.pad(codes.values.mT, (0, missing))  # (B, T, K)
         levels, absent = [], []
         for columns in self._columns:
-            levels.append(rows[..., columns].flatten(1))
-            lacking = torch.tensor([column >= width for column in columns], device=rows.device)
+            levels.append(rows.index_select(2, columns).flatten(1))
+            lacking = columns >= width
             absent.append(lacking.expand(rows.shape[0], rows.shape[1], -1).flatten(1) if missing else None)
         latent = None if codes.lengths is None else codes.lengths * self.spec.config.vq_strides[0]
         noise = None if self.noise_seed is None else self._noise(utterances, rows.shape[0], rows.shape[1])
@@ -155,4 +159,4 @@ class SnacCodec(PaddedCodec):
             for block, step in zip(noise, steps, strict=True):
                 count = codes.shape[1] * step
                 block[row, 0, :count] = torch.randn(count, generator=generator)
-        return [block.to(self.device) for block in noise]
+        return [to_device(block, self.device) for block in noise]
