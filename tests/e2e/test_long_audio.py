@@ -25,7 +25,7 @@ from batch_tokenizer.cli import main
 from batch_tokenizer.pipeline.long_audio import LongRows
 from batch_tokenizer.quality.evaluation import recordings
 from batch_tokenizer.records import ManifestRow, TokenizedRow
-from batch_tokenizer.runs.scored_rows import open_source
+from batch_tokenizer.runs.scored_rows import open_source, rows_with_outputs
 from tests.support.checkpoints import write_mimo_checkpoint
 from tests.support.long_audio import anonymous_bytes, write_recording
 from tests.support.moss import write_moss_checkpoint
@@ -162,7 +162,7 @@ def test_evaluate_decodes_segments_as_the_run_does(place: Path, sink: str) -> No
     run_dir = Path("shards" if where else ".", "data.wav2token.run")
     source = open_source(run_dir=run_dir, data_list=None, model_path="mimo", num_quantizers=(), index_dir=place)
     keys = set()
-    for found, known in source.rows([0, 1]):
+    for found, known in rows_with_outputs(source.run, source.manifest, [0, 1]):
         assert isinstance(found, ManifestRow)
         _, made = recordings(source, found, known)
         np.testing.assert_allclose(made.samples, samples(found.key)[: len(made.samples)] / 32768, atol=1e-4)
