@@ -12,5 +12,6 @@ source "$(dirname "$(realpath "$0")")/environment.sh"
 "$VENV/bin/ruff" check .
 "$VENV/bin/ruff" format --check .
 "$VENV/bin/mypy"
-# A file at a time on each core: files share what is dear to set up.
-"$VENV/bin/python" -m pytest -n "$(nproc)" --dist loadfile "$@"
+# A file at a time on each core: files share what is dear to set up. In their order, so that the long end-to-end tests
+# come first and no core waits for another one's last file.
+"$VENV/bin/python" -m pytest -n "$(nproc)" --dist loadfile --no-loadscope-reorder "$@"
