@@ -35,7 +35,8 @@ from batch_tokenizer.records import ManifestRow, RowError, RunError, Sink, first
 from batch_tokenizer.runtime.row_counter import RowCounter
 from batch_tokenizer.sources.finishing import SourceSettings
 from batch_tokenizer.sources.lines import lines_of
-from batch_tokenizer.sources.listing import local_manifest, ordered
+from batch_tokenizer.sources.listing import local_manifest
+from batch_tokenizer.sources.ordered_map import ordered
 from batch_tokenizer.sources.patterns import find_sources
 from batch_tokenizer.storage.json_lines import dump_json, parse_json
 from batch_tokenizer.storage.streams import ALLOW_PIPE

@@ -17,16 +17,16 @@ import os
 import tempfile
 import time
 from array import array
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, replace
 from functools import partial
 from hashlib import blake2b
 from itertools import chain, islice
 from pathlib import Path
 from threading import Lock
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
 import numpy as np
 
@@ -39,6 +39,7 @@ from batch_tokenizer.sources.foreign_rows import AUDIO_FIELDS, Refused, complete
 from batch_tokenizer.sources.lines import lines_of
 from batch_tokenizer.sources.list_rows import path_rows, scp_rows, table_rows
 from batch_tokenizer.sources.made_keys import SeenKeys, hash_of
+from batch_tokenizer.sources.ordered_map import ordered
 from batch_tokenizer.sources.parquet_rows import parquet_rows
 from batch_tokenizer.sources.patterns import DESCRIPTIONS, Source, find_sources, stored_sources
 from batch_tokenizer.sources.shar_rows import companions, shar_rows
@@ -425,39 +426,3 @@ def _base_of(location: str, rows: Iterable[dict[str, Any]], settings: SourceSett
         if path is not None and is_relative(path):
             return folder if not os.path.exists(path) and os.path.exists(os.path.join(folder, path)) else ""
     return ""
-
-
-Item = TypeVar("Item")
-
-Result = TypeVar("Result")
-
-
-def ordered(
-    function: Callable[[Item], Result],
-    items: Iterable[Item],
-    threads: int,
-    idle: Callable[[], None] = lambda: None,
-) -> Iterator[Result]:
-    """As ``map``, with several items in work at once, and few ahead of the results that were taken.
-
-    Args:
-        idle: called while waiting; an exception of its ends the work.
-    """
-    waiting: deque[Future[Result]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) >= 2 * threads:
-                    yield _result(waiting.popleft(), idle)
-            while waiting:
-                yield _result(waiting.popleft(), idle)
-        finally:
-            for future in waiting:
-                future.cancel()
-
-
-def _result(future: Future[Result], idle: Callable[[], None]) -> Result:
-    while not wait([future], timeout=0.5).done:
-        idle()
-    return future.result()

@@ -13,35 +13,12 @@ import batch_tokenizer
 from batch_tokenizer.codecs.base import Codec
 from batch_tokenizer.codecs.mimo.config import MiMoConfig
 from batch_tokenizer.codecs.mimo.model import MiMoAudioTokenizer
-from tests.support import hf, padded_codecs
-from tests.support.checkpoints import TINY, random_mimo, write_mimo_checkpoint
-from tests.support.moss import tiny as tiny_moss
-from tests.support.moss import write_moss_checkpoint
-from tests.support.qwen3_tts import write_qwen3_tts_checkpoint
-from tests.support.s3tokenizer import write_s3_checkpoint
+from tests.support import hf
+from tests.support.checkpoints import TINY, random_mimo
+from tests.support.families import write
 
 FAMILIES = ("mimo", "moss", "moss stereo", "qwen3_tts", "s3tokenizer", "snac", "nanocodec", "wavtokenizer", "dac",
             "encodec_chunks")  # fmt: skip
-
-STEREO = {"downsample_rate": 320, "number_channels": 2, "enable_channel_interleave": True}
-
-
-def write(name: str, folder: Path) -> Path:
-    """A small checkpoint of a family."""
-    if name in hf.CONFIGS:
-        hf.save_checkpoint(folder, name)
-        return folder
-    if name in padded_codecs.CONFIGS:
-        return padded_codecs.write_checkpoint(folder, name)
-    match name:
-        case "mimo":
-            return write_mimo_checkpoint(folder)
-        case "s3tokenizer":
-            return write_s3_checkpoint(folder, "v1")
-        case "qwen3_tts":
-            return write_qwen3_tts_checkpoint(folder)
-        case _:
-            return write_moss_checkpoint(folder, tiny_moss(**STEREO) if "stereo" in name else tiny_moss())
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -20,31 +20,12 @@ from batch_tokenizer.codecs.checkpoint import Checkpoint
 from batch_tokenizer.codecs.nemo_archive import open_archive_weights, read_archive_config
 from batch_tokenizer.codecs.opening import CodecSetup
 from batch_tokenizer.records import RunError
-from tests.support import hf, padded_codecs
+from tests.support import padded_codecs
 from tests.support.checkpoints import write_mimo_checkpoint
+from tests.support.families import write
 from tests.support.hostile_checkpoints import copied, faults, tensor_faults
-from tests.support.moss import write_moss_checkpoint
-from tests.support.qwen3_tts import write_qwen3_tts_checkpoint
-from tests.support.s3tokenizer import write_s3_checkpoint
 
 FAULTS_OF_A_FAMILY = 16
-
-
-def write(name: str, folder: Path) -> Path:
-    """A good checkpoint of a family."""
-    if name in hf.CONFIGS:
-        hf.save_checkpoint(folder, name)
-        return folder
-    if name in padded_codecs.CONFIGS:
-        return padded_codecs.write_checkpoint(folder, name)
-    if name == "s3tokenizer":
-        return write_s3_checkpoint(folder, "v1")
-    writers: Any = {
-        "mimo": write_mimo_checkpoint,
-        "moss": write_moss_checkpoint,
-        "qwen3_tts": write_qwen3_tts_checkpoint,
-    }
-    return writers[name](folder)
 
 
 def load(folder: Path) -> None:
