@@ -2,10 +2,11 @@
 
 ``log_mel`` is torchaudio's ``MelSpectrogram`` (magnitudes, Hann window, reflected ends, HTK filters without
 normalisation), then ``log(max(mel, 1e-7))``; L = 1 + S // ``hop_length``. ``whisper_log_mel`` is Whisper's, of power
-spectra with Slaney's filters; L = S // 160. Reflection needs more than half a window of the transform, so shorter audio
-is padded with zeros at its end to ``n_fft // 2 + 1`` samples, and counts as that long.
+spectra with Slaney's filters; L = S // 160. ``kaldi_log_mel`` is Kaldi's. Reflection needs more than half a window of
+the transform, so audio that is shorter is padded with zeros at its end to ``n_fft // 2 + 1`` samples, and counts as
+that long.
 
-Spectra are made a block of frames at a time, since those of a long recording would take ten times its memory.
+All but Kaldi's are made a block of frames at a time, since spectra of a long recording take ten times its memory.
 """
 
 from __future__ import annotations
@@ -42,12 +43,16 @@ def import_transforms() -> ModuleType:
 
 
 transforms = import_transforms()
+kaldi = importlib.import_module("torchaudio.compliance.kaldi")
 
 #: The least mel that a logarithm is taken of.
 FLOOR = 1e-7
 
 #: Whisper's front end: Hz, samples of a transform, and samples from one frame to the next.
 WHISPER_RATE, WHISPER_N_FFT, WHISPER_HOP = 16000, 400, 160
+
+#: Samples of a frame of ``kaldi_log_mel``, and from one to the next.
+KALDI_WINDOW_AND_SHIFT = (400, 160)
 
 _BLOCK_FRAMES = 512
 
@@ -122,6 +127,33 @@ def whisper_log_mel(samples: npt.NDArray[np.float32], n_mels: int) -> npt.NDArra
         mel[:, first : first + magnitudes.shape[1]] = filters @ magnitudes.square_()
     mel.clamp_(min=1e-10).log10_()
     return torch.maximum(mel, mel.max() - 8.0).add_(4.0).div_(4.0).numpy()
+
+
+@torch.no_grad()
+def kaldi_log_mel(samples: torch.Tensor, sample_rate: int, n_mels: int) -> torch.Tensor:
+    """Kaldi's log-mel spectrogram (L, ``n_mels``) of samples (S,), as wav2vec2-BERT takes it; L by ``kaldi_frames``.
+
+    Natural logarithm of power spectra of 16-bit values, with torchaudio's defaults: frames are not centred, each loses
+    its mean and has a pre-emphasis of 0.97 and Povey's window; the lowest filter begins at 20 Hz.
+    """
+    window, shift = (length / sample_rate * 1000 for length in KALDI_WINDOW_AND_SHIFT)
+    mel: torch.Tensor = kaldi.fbank(
+        samples[None] * 2**15,
+        num_mel_bins=n_mels,
+        frame_length=window,
+        frame_shift=shift,
+        sample_frequency=sample_rate,
+        low_freq=20,
+        high_freq=sample_rate // 2,
+    )
+    return mel
+
+
+def kaldi_frames(num_samples: int, sample_rate: int) -> int:
+    """L of ``kaldi_log_mel``; below 1 where there are too few samples."""
+    # torchaudio takes milliseconds, and rounds what becomes of them.
+    window, shift = (int(sample_rate * (length / sample_rate * 1000) * 0.001) for length in KALDI_WINDOW_AND_SHIFT)
+    return (num_samples - window) // shift + 1
 
 
 @lru_cache(maxsize=4)

@@ -21,7 +21,8 @@ transformers = pytest.importorskip("transformers")
 
 from batch_tokenizer.codecs.checkpoint import Checkpoint  # noqa: E402
 from batch_tokenizer.codecs.hf import codec as hf  # noqa: E402
-from batch_tokenizer.codecs.hf.lengths import Chunks, Conv, SpectrumAndWaveform  # noqa: E402
+from batch_tokenizer.codecs.hf import spectrum  # noqa: E402
+from batch_tokenizer.codecs.hf.lengths import Chunks, Conv  # noqa: E402
 from batch_tokenizer.codecs.loading import LoadRequest  # noqa: E402
 from batch_tokenizer.codecs.registry import FAMILIES, find_family  # noqa: E402
 from batch_tokenizer.records import RowError, RunError  # noqa: E402
@@ -159,8 +160,9 @@ def test_lengths_are_the_models(opened: Opened) -> None:
     for length in (1, 2, hop - 1, hop, hop + 1, 2 * hop + 79, 401, 1153, 1200, 1201, 2353):
         samples = noise(length)
         features = opened.spec.features(samples)
-        np.testing.assert_array_equal(features[0, :length], samples)
-        assert not features[0, length:].any()
+        given = opened.spec.lengths.inputs(torch.from_numpy(features[None]))[0].flatten().numpy()
+        np.testing.assert_array_equal(given[:length], samples)
+        assert not given[length:].any()
         [codes] = opened.codec.encode([features], 1)  # raises if the number of frames is not as computed
         assert len(codes) == opened.spec.num_frames(length)
         [decoded] = opened.codec.decode([codes])
@@ -249,7 +251,7 @@ def test_published_sizes(
 
 def test_short_inputs_of_neucodec() -> None:
     strides = [Conv(2 * stride, stride, -(-stride // 2)) for stride in (2, 2, 4, 4, 5)]
-    lengths = SpectrumAndWaveform(320, 320, tuple(strides), 0, 400, 160, trims=True, output_hop=480)
+    lengths = spectrum.SpectrumAndWaveform(320, 320, 16000, tuple(strides), 0, trims=True, output_hop=480)
     assert [lengths.input_length(samples) for samples in (1, 319, 320, 16000)] == [320, 320, 320, 16000]
     assert [lengths.frames(samples) for samples in (319, 320, 639, 640, 16000)] == [0, 1, 1, 2, 50]
     assert lengths.output_samples(50) == 24000
@@ -379,3 +381,30 @@ def test_half_a_mimi_does_half_the_tasks(tmp_path: Path) -> None:
     half = open_codec(tmp_path, task="wav2token")
     [codes] = half.codec.encode([half.spec.features(noise(500))], 5)
     assert codes.shape == (11, 5)
+
+
+@pytest.mark.parametrize("name", ["Xcodec2", "NeuCodec"])
+def test_spectra_of_loader_workers_are_the_feature_extractors_to_the_bit(name: str) -> None:
+    extractor = getattr(transformers, f"{name}FeatureExtractor")()
+    config = getattr(transformers, f"{name}Model").config_class()
+    lengths = hf.KINDS[name.lower()].lengths(config, {})
+    for num_samples in (1, 319, 320, 639, 640, 641, 1000, 16000, 48123):
+        samples = noise(num_samples)
+        features = lengths.features(samples)
+        given = lengths.input_length(num_samples)
+        theirs = extractor(np.pad(samples, (0, given - num_samples)), sampling_rate=16000, return_tensors="pt")
+        ours = lengths.inputs(torch.from_numpy(features[None]))
+        for key, value in zip(("input_values", "input_features", "input_features_mask"), ours, strict=True):
+            np.testing.assert_array_equal(value, theirs[key], err_msg=f"{key} of {num_samples} samples")
+        assert lengths.takes(features.shape[1])
+        assert not lengths.takes(features.shape[1] - 1)
+        assert lengths.feature_frames(features.shape[1]) == lengths.frames(given)
+
+
+def test_a_feature_extractor_that_is_not_known_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_checkpoint(tmp_path, "xcodec2")
+    transformers.Xcodec2FeatureExtractor().save_pretrained(tmp_path)
+    open_codec(tmp_path)
+    ours = spectrum.kaldi_log_mel
+    monkeypatch.setattr(spectrum, "kaldi_log_mel", lambda *arguments: ours(*arguments).square())
+    assert "makes other input_features than are known here" in refusal(tmp_path)

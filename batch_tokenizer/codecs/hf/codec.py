@@ -58,7 +58,7 @@ def _is_audio_tokenizer(kind: str) -> bool:
 
 @dataclass(frozen=True)
 class HfSpec(CodecSpec):
-    """A checkpoint of transformers without its weights. Features are samples (1, L), L as ``lengths`` says.
+    """A checkpoint of transformers without its weights. Features are (1, L), as ``lengths`` makes them.
 
     Attributes:
         kind: its ``model_type``.
@@ -76,8 +76,7 @@ class HfSpec(CodecSpec):
     batching: Batching
 
     def features(self, samples: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        length = self.lengths.input_length(len(samples))
-        return np.pad(samples, (0, length - len(samples)))[None]
+        return self.lengths.features(samples)
 
     def is_feature_length(self, length: int) -> bool:
         return length >= 1 and self.lengths.takes(length)
@@ -186,13 +185,8 @@ def load_codec(request: LoadRequest[HfSpec]) -> HfCodec:
     if missing:
         names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise RunError(f"{checkpoint.folder}: lacks {names}, which config.json implies; download it again")
-    front_end = None
     if kind.front_end is not None:
-        extractor = _class(library, kind.front_end, checkpoint)
-        if checkpoint.preprocessor():
-            front_end = extractor.from_pretrained(checkpoint.folder, local_files_only=True)
-        else:
-            front_end = extractor(sampling_rate=spec.info.sample_rate, hop_length=spec.info.samples_per_frame)
+        _check_front_end(checkpoint, spec, _class(library, kind.front_end, checkpoint))
     how = spec.batching if request.device.type != "cpu" else "one by one"
     log.info("transformers %s: %s, encoder and decoder loaded; batches: %s", library.__version__, kind.model_class, how)
     if spec.channels > 1:
@@ -207,7 +201,7 @@ def load_codec(request: LoadRequest[HfSpec]) -> HfCodec:
             str(request.dtype).removeprefix("torch."),
         )
     model = model.to(request.device).eval().requires_grad_(False)
-    return HfCodec(spec, model, front_end, request.threads)
+    return HfCodec(spec, model, request.threads)
 
 
 class HfCodec(PaddedCodec):
@@ -219,20 +213,20 @@ class HfCodec(PaddedCodec):
 
     spec: HfSpec
 
-    def __init__(self, spec: HfSpec, model: Any, front_end: Any = None, threads: int = 1) -> None:
+    def __init__(self, spec: HfSpec, model: Any, threads: int = 1) -> None:
         super().__init__(spec, model, model.device, threads, equal_lengths=spec.batching != "padded")
         self._kind: ModelKind = KINDS[spec.kind]
-        self._front_end = () if front_end is None else (front_end,)
         parts = [getattr(model, name) for name in self._kind.exact(model.config)]
         self._lengths = exchange_convolutions([part for part in parts if part is not None])
 
     def frames_of(self, length: int) -> int:
-        return self.spec.lengths.frames(length)
+        return self.spec.lengths.feature_frames(length)
 
     def encode_padded(self, batch: PaddedBatch, num_quantizers: int) -> Tensor:
-        spread = batch.values.to(self.model.dtype).expand(-1, self.spec.channels, -1)
+        samples, *others = self.spec.lengths.inputs(batch.values)
+        spread = samples.to(self.model.dtype).expand(-1, self.spec.channels, -1)
         with self._lengths.of(batch), self._failures():
-            codes = self._kind.encode(self.model, spread, num_quantizers, *self._front_end)
+            codes = self._kind.encode(self.model, spread, num_quantizers, *others)
         self._expect("frames", codes.shape[1], self.frames_of(batch.size))
         return codes
 
@@ -260,6 +254,27 @@ class HfCodec(PaddedCodec):
             raise RunError(
                 f"{self.spec.info.name}: the model made {found} {what} where its configuration implies {expected}; "
                 f"this version of transformers computes {self.spec.kind} in another way than is known here"
+            )
+
+
+def _check_front_end(checkpoint: Checkpoint, spec: HfSpec, extractor_class: Any) -> None:
+    """Compares the features of loader workers with those of the library's own extractor, on a short noise.
+
+    Raises:
+        RunError: they are others, as of a version or with settings that are not known here.
+    """
+    if checkpoint.preprocessor():
+        extractor = extractor_class.from_pretrained(checkpoint.folder, local_files_only=True)
+    else:
+        extractor = extractor_class(sampling_rate=spec.info.sample_rate, hop_length=spec.info.samples_per_frame)
+    samples = np.random.default_rng(0).normal(0, 0.1, spec.lengths.input_length(1000)).astype(np.float32)
+    theirs = extractor(samples, sampling_rate=spec.info.sample_rate, return_tensors="pt")
+    ours = spec.lengths.inputs(torch.from_numpy(spec.features(samples)[None]))
+    for name, tensor in zip(("input_values", "input_features", "input_features_mask"), ours, strict=True):
+        if theirs[name].shape != tensor.shape or not torch.allclose(theirs[name].to(tensor), tensor, atol=1e-4):
+            raise RunError(
+                f"{checkpoint.folder}: its feature extractor (preprocessor_config.json, in this version of "
+                f"transformers) makes other {name} than are known here"
             )
 
 

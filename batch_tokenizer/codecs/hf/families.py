@@ -21,9 +21,9 @@ from batch_tokenizer.codecs.hf.lengths import (
     Lengths,
     PaddedConvs,
     PlainConvs,
-    SpectrumAndWaveform,
     TwoEncoders,
 )
+from batch_tokenizer.codecs.hf.spectrum import SpectrumAndWaveform
 from batch_tokenizer.records import RunError
 
 #: Longest input of Mimi and of EnCodec in one piece, in samples. They compute their padding in float32, which stops
@@ -41,9 +41,10 @@ class ModelKind:
         model_class: its name in transformers.
         lengths: from its configuration, and from ``preprocessor_config.json`` (empty where the checkpoint has none).
         codebook_sizes: from its configuration.
-        encode: (model, samples (B, channels, length), number of codebooks) to codes (B, T, K).
+        encode: (model, samples (B, channels, length), number of codebooks, what else ``Lengths.inputs`` has) to codes
+            (B, T, K).
         decode: (model, codes (B, T, K)) to samples (B, channels, S) or (B, S).
-        front_end: the class that makes ``encode``'s further arguments out of samples, or None if there are none.
+        front_end: the class that makes ``encode``'s inputs out of samples, where ``Lengths`` does in its place.
         sample_rates: of its input and of its output, in Hz, from its configuration.
         limited: whether one utterance may have ``MOST_SAMPLES`` at most.
         exact: names of the model's parts whose convolutions can be exchanged for exact ones (``hf/exact.py``), from its
@@ -217,17 +218,15 @@ def _spectrum_lengths(config: Any, settings: Settings, *, rate: int, own_margin:
     hop = math.prod(config.downsampling_ratios)
     multiple = _front_end(settings).size("hop_length", hop)
     _front_end(settings).count("num_mel_bins", 80)
-    # As the library converts samples to milliseconds and back.
-    window, shift = (int(rate * (length / rate * 1000) * 0.001) for length in (400, 160))
     return SpectrumAndWaveform(
         hop=hop,
         multiple=multiple,
+        sample_rate=rate,
         acoustic=_dac_encoder(config),
         margin=multiple // 2 if own_margin else 0,
-        window=window,
-        shift=shift,
         trims=trims,
         output_hop=config.hop_length,
+        padding_value=_front_end(settings).number("padding_value", 1.0),
     )
 
 
@@ -243,14 +242,9 @@ def _scalar_codebook(config: Any) -> tuple[int, ...]:
     return (math.prod(config.quantization_levels),)
 
 
-def _spectrum_encode(model: Any, samples: Tensor, num_quantizers: int, front_end: Any) -> Tensor:
-    rate = front_end.sampling_rate
-    utterances = list(samples[:, 0].float().cpu().numpy())
-    inputs = front_end(utterances, sampling_rate=rate, return_tensors="pt")
+def _spectrum_encode(model: Any, samples: Tensor, num_quantizers: int, spectrum: Tensor, mask: Tensor) -> Tensor:
     codes: Tensor = model.encode(
-        input_values=inputs["input_values"].to(samples),
-        input_features=inputs["input_features"].to(samples),
-        input_features_mask=inputs["input_features_mask"].to(samples.device),
+        input_values=samples, input_features=spectrum.to(samples), input_features_mask=mask
     ).audio_codes
     return codes[:, :num_quantizers].mT
 

@@ -2,7 +2,8 @@
 
 What enters are layer sizes from a model's configuration. What leaves are picklable objects of plain integers, which
 loader workers use and which never import transformers. ``input_length`` says how many samples go into the model: those
-of the utterance, and zeros after them where the model or its feature extractor needs more.
+of the utterance, and zeros after them where the model or its feature extractor needs more. Those samples are the
+features, but where a model needs a spectrum beside them (``hf/spectrum.py``).
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
+from torch import Tensor
 
 from batch_tokenizer.records import RowError, RunError
 
@@ -63,8 +66,20 @@ class Lengths(ABC):
         """Token frames of an input of ``length`` samples; 0 where the model cannot take that length."""
 
     def takes(self, length: int) -> bool:
-        """Whether an input of ``length`` >= 1 samples is padded as ``input_length`` has it."""
+        """Whether features of ``length`` >= 1 are as ``features`` makes them."""
         return length % self.multiple == 0 and self.frames(length) > 0
+
+    def features(self, samples: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Samples (S,), S >= 1, to the features (1, length) of a model: here its input alone."""
+        return np.pad(samples, (0, self.input_length(len(samples)) - len(samples)))[None]
+
+    def feature_frames(self, length: int) -> int:
+        """Token frames of features of ``length``."""
+        return self.frames(length)
+
+    def inputs(self, features: Tensor) -> tuple[Tensor, ...]:
+        """Features (B, 1, length) to the model's samples (B, 1, S), and what it takes besides them."""
+        return (features,)
 
     @abstractmethod
     def output_samples(self, num_frames: int) -> int:
@@ -75,11 +90,11 @@ class Lengths(ABC):
         """
 
 
-def _round_up(length: int, multiple: int) -> int:
+def round_up(length: int, multiple: int) -> int:
     return -(-length // multiple) * multiple
 
 
-def _lengthened(lengths: Lengths, length: int, step: int, most: int) -> int:
+def lengthened(lengths: Lengths, length: int, step: int, most: int) -> int:
     """The first of ``length``, ``length + step``, ... that the model can take.
 
     Raises:
@@ -165,7 +180,7 @@ class PlainConvs(Lengths):
     multiple: int = 1
 
     def input_length(self, num_samples: int) -> int:
-        return _lengthened(self, _round_up(num_samples, self.multiple), self.multiple, 2 * self.hop + self.multiple)
+        return lengthened(self, round_up(num_samples, self.multiple), self.multiple, 2 * self.hop + self.multiple)
 
     def frames(self, length: int) -> int:
         return through(self.encoder, length)
@@ -206,7 +221,7 @@ class TwoEncoders(Lengths):
     multiple: int = 1
 
     def input_length(self, num_samples: int) -> int:
-        return _lengthened(self, _round_up(num_samples, self.multiple), self.multiple, 8 * self.hop + self.multiple)
+        return lengthened(self, round_up(num_samples, self.multiple), self.multiple, 8 * self.hop + self.multiple)
 
     def frames(self, length: int) -> int:
         frames = self._semantic_frames(length)
@@ -228,50 +243,3 @@ class TwoEncoders(Lengths):
         for conv in self.decoder:
             length = conv.transposed(length)
         return length
-
-
-@dataclass(frozen=True, slots=True)
-class SpectrumAndWaveform(Lengths):
-    """X-Codec 2 and NeuCodec: samples for the acoustic encoder, a mel spectrum for the semantic one.
-
-    Their feature extractor appends one zero, then zeros up to a multiple.
-
-    Attributes:
-        acoustic: the acoustic encoder's strided convolutions.
-        margin: zeros on both sides of what the spectrum is made of.
-        window, shift: samples of a spectrum's frame, and between two.
-        trims: whether the model cuts the longer of its two encoders' outputs; else they must be of one length.
-        output_hop: samples per frame of decoded audio.
-    """
-
-    hop: int
-    multiple: int
-    acoustic: tuple[Conv, ...]
-    margin: int
-    window: int
-    shift: int
-    trims: bool
-    output_hop: int
-
-    def input_length(self, num_samples: int) -> int:
-        if self.frames(num_samples):
-            return num_samples
-        return _lengthened(self, _round_up(num_samples, self.multiple), self.multiple, 8 * self.multiple)
-
-    def takes(self, length: int) -> bool:
-        return self.frames(length) > 0  # the feature extractor pads
-
-    def frames(self, length: int) -> int:
-        padded = _round_up(length + 1, self.multiple)
-        acoustic = through(self.acoustic, padded)
-        spectra = (padded + 2 * self.margin - self.window) // self.shift + 1
-        if spectra < 2:  # its variance is divided by one less than their number
-            return 0
-        semantic = -(-spectra // 2)
-        if self.trims:
-            return min(acoustic, semantic)
-        return acoustic if acoustic == semantic else 0
-
-    def output_samples(self, num_frames: int) -> int:
-        window = 4 * self.output_hop
-        return (num_frames - 1) * self.output_hop + window - 2 * ((window - self.output_hop) // 2)
