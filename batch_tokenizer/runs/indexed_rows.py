@@ -31,9 +31,10 @@ from batch_tokenizer.runs.token_stream import StoredStream
 from batch_tokenizer.runtime.ledger import RowStatus, read_ledger
 from batch_tokenizer.storage.files import close_archives, open_file, read_bytes
 from batch_tokenizer.storage.names import display_name, split_member_name
-from batch_tokenizer.storage.parquet_rows import TokenParquet, close_parquet_files
+from batch_tokenizer.storage.parquet_rows import TokenParquet
 from batch_tokenizer.storage.remote import StorageError
 from batch_tokenizer.storage.streams import GZIP_MAGIC
+from batch_tokenizer.storage.table_files import close_table_files
 from batch_tokenizer.storage.tar import HEADER, SeekableByteStream, TornTar, walk
 
 #: Rows that are best read one after the other, where the file does not say.
@@ -84,7 +85,7 @@ class IndexedRows:
         """
         # A file that was replaced since this process read it must not be read through what was opened then.
         close_archives()
-        close_parquet_files()
+        close_table_files()
         try:
             files = tuple(file for file in map(_open_part, find_parts(source)) if len(file))
         except RowError as error:
@@ -208,7 +209,7 @@ class ParquetFile:
         Raises:
             RowError: it cannot be read, or has no tokens.
         """
-        parquet = TokenParquet.open(path)
+        parquet = TokenParquet.open(path, must_have_codes=True)
         try:
             return cls(path, parquet.first_rows)
         finally:

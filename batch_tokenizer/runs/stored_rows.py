@@ -35,7 +35,7 @@ from batch_tokenizer.storage.names import (
     split_member_name,
 )
 from batch_tokenizer.storage.opening import open_location
-from batch_tokenizer.storage.parquet_rows import TokenParquet, find_row
+from batch_tokenizer.storage.parquet_rows import AUDIO_COLUMNS, TokenParquet, find_tokens
 from batch_tokenizer.storage.row_info import join_info
 from batch_tokenizer.storage.tar import ByteStream, SeekableByteStream, TornTar, walk
 
@@ -178,10 +178,9 @@ def _tar_row(name: str, group: _Group) -> StoredRow:
 
 
 def _parquet_rows(path: str) -> Iterator[StoredRow]:
-    parquet = TokenParquet.open(path, must_have_codes=False)
+    parquet = TokenParquet.open(path)
     try:
-        for group in range(parquet.num_groups):
-            table = parquet.read_group(group, [*parquet.token_columns, "audio", "hidden_states"])
+        for _, table in parquet.all_windows(parquet.there([*parquet.token_columns, *AUDIO_COLUMNS])):
             for number in range(len(table)):
                 yield _parquet_row(parquet, table, number)
     finally:
@@ -194,7 +193,7 @@ def parquet_row_at(path: str, number: int, *, with_audio: bool = True) -> Stored
     Raises:
         RowError: it cannot be read, or is no row.
     """
-    return _parquet_row(*find_row(path, number, with_audio=with_audio))
+    return _parquet_row(*find_tokens(path, number, with_audio=with_audio))
 
 
 def _parquet_row(parquet: TokenParquet, table: Any, number: int) -> StoredRow:

@@ -15,17 +15,14 @@ from batch_tokenizer.storage.parquet_rows import TokenParquet
 def parquet_rows(location: str) -> Iterator[dict[str, Any]]:
     """Rows with ``key`` and ``quantized_tokens``; a refused one for a shard that cannot be read, or not to its end."""
     try:
-        parquet = TokenParquet.open(location)
+        parquet = TokenParquet.open(location, must_have_codes=True)
     except RowError as error:
         yield {"key": location, REFUSED: error.reason}
         return
     try:
-        first = 0
-        for group in range(parquet.num_groups):
-            table = parquet.read_group(group, ["key", "info", *parquet.fields])
+        for first, table in parquet.all_windows(parquet.there(["key", "info", *parquet.fields])):
             for number in range(len(table)):
                 yield _row(parquet, location, table, number, first + number)
-            first += len(table)
     except RowError as error:
         yield {"key": location, REFUSED: error.reason}
     finally:

@@ -1,107 +1,86 @@
-"""Rows of parquet files by their number: the codes and info of a row, or its audio.
-
-Rows are asked for one by one but lie in groups, so each process caches the last few groups that it has read.
-"""
+"""Rows of parquet files by their number: the codes and info of a row, or its audio."""
 
 from __future__ import annotations
 
-import os
-import threading
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import orjson
 
-from batch_tokenizer.records import CODES_FIELD, RowError, first_line
-from batch_tokenizer.storage.files import open_file
+from batch_tokenizer.records import CODES_FIELD, RowError
 from batch_tokenizer.storage.json_lines import parse_json
-from batch_tokenizer.storage.names import display_name
 from batch_tokenizer.storage.row_info import join_info, split_info
+from batch_tokenizer.storage.table_files import TableFile, find_row
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 #: Columns in which codes are looked for where the metadata does not name one, in this order.
 CODES_COLUMNS = (CODES_FIELD, "codes")
 
-#: Files, and groups of rows, that a process caches.
-_CACHED_FILES, _CACHED_GROUPS = 8, 4
+#: Columns of what is stored beside codes.
+AUDIO_COLUMNS = ("audio", "hidden_states")
 
-#: Codes of one group, unpacked.
-_MOST_GROUP_BYTES = 1 << 30
+#: Groups up to this size are read as a whole, as rows of a group are asked for in any order.
+_WINDOW_BYTES = 1 << 30
 
 
-@dataclass(slots=True)
-class TokenParquet:
-    """An open parquet file.
+@dataclass
+class TokenParquet(TableFile):
+    """An open parquet file of tokens.
 
     Attributes:
-        name: for messages.
-        first_rows: int64 (G + 1,), the first row of each group, then the number of rows.
         run_info: what the metadata says of all rows.
         num_quantizers: K by the metadata; None where it does not say.
         codes_column: the column of codes; None where there is none.
         fields: the columns that are fields of rows.
     """
 
-    name: str
-    file: Any
-    first_rows: npt.NDArray[np.int64]
-    run_info: Mapping[str, Any]
-    num_quantizers: int | None
-    codes_column: str | None
-    fields: tuple[str, ...]
-    _closing: ExitStack
+    run_info: Mapping[str, Any] = field(init=False)
+    num_quantizers: int | None = field(init=False)
+    codes_column: str | None = field(init=False)
+    fields: tuple[str, ...] = field(init=False)
 
     @classmethod
-    def open(cls, path: str, *, must_have_codes: bool = True) -> TokenParquet:
+    def open(cls, path: str, *, must_have_codes: bool = False) -> Self:
         """
         Raises:
             RowError: it cannot be read, has no column of codes although it must, or one that is none of lists of
                 integers; or pyarrow is not installed.
         """
+        parquet = super().open(path)
         try:
-            import pyarrow as pa
-            import pyarrow.parquet as pq
-        except ImportError as error:
-            raise RowError("load", "parquet needs pyarrow: pip install 'batch_tokenizer[parquet]'") from error
-        name = display_name(path)
-        with ExitStack() as stack:
-            stream, _ = stack.enter_context(open_file(path, "a parquet file"))
-            try:
-                file = pq.ParquetFile(stream, page_checksum_verification=True)
-                about = file.metadata
-                sizes = [about.row_group(group).num_rows for group in range(about.num_row_groups)]
-                schema = file.schema_arrow
-            except (pa.ArrowException, OSError, ValueError) as error:
-                raise RowError("load", f"{name}: not a parquet file that can be read: {first_line(error)}") from error
-            metadata = schema.metadata or {}
-            named = metadata.get(b"codes_field", b"").decode("utf-8", "replace")
-            codes = next((column for column in (named, *CODES_COLUMNS) if column in schema.names), None)
-            if (codes is None and must_have_codes) or (codes is not None and not _holds_codes(schema.field(codes))):
-                raise RowError("load", f"{name}: has no column {codes or CODES_FIELD} of lists of integers")
-            try:
-                run_info = orjson.loads(metadata.get(b"batch_tokenizer", b"{}"))
-                width = metadata.get(b"num_quantizers")
-                num_quantizers = None if width is None else int(width)
-                fields = _field_columns(schema, codes)
-            except ValueError as error:
-                raise RowError("load", f"{name}: its schema's metadata is damaged") from error
-            if not isinstance(run_info, dict) or (num_quantizers is not None and num_quantizers < 1):
-                raise RowError("load", f"{name}: its schema's metadata is damaged")
-            first_rows = np.cumsum([0, *sizes], dtype=np.int64)
-            return cls(name, file, first_rows, run_info, num_quantizers, codes, fields, stack.pop_all())
+            parquet._read_metadata(must_have_codes)
+        except BaseException:
+            parquet.close()
+            raise
+        return parquet
 
-    def __len__(self) -> int:
-        """Rows."""
-        return int(self.first_rows[-1])
+    def _read_metadata(self, must_have_codes: bool) -> None:
+        schema = self.schema
+        metadata = schema.metadata or {}
+        named = metadata.get(b"codes_field", b"").decode("utf-8", "replace")
+        codes = next((column for column in (named, *CODES_COLUMNS) if column in schema.names), None)
+        if (codes is None and must_have_codes) or (codes is not None and not _holds_codes(schema.field(codes))):
+            raise RowError("load", f"{self.name}: has no column {codes or CODES_FIELD} of lists of integers")
+        try:
+            run_info = orjson.loads(metadata.get(b"batch_tokenizer", b"{}"))
+            width = metadata.get(b"num_quantizers")
+            self.num_quantizers = None if width is None else int(width)
+            self.fields = _field_columns(schema, codes)
+        except ValueError as error:
+            raise RowError("load", f"{self.name}: its schema's metadata is damaged") from error
+        if not isinstance(run_info, dict) or (self.num_quantizers is not None and self.num_quantizers < 1):
+            raise RowError("load", f"{self.name}: its schema's metadata is damaged")
+        self.run_info, self.codes_column = run_info, codes
 
     @property
-    def num_groups(self) -> int:
-        """Groups of rows."""
-        return len(self.first_rows) - 1
+    def window_bytes(self) -> int:
+        """As in ``TableFile``."""
+        return _WINDOW_BYTES
 
     @property
     def token_columns(self) -> tuple[str, ...]:
@@ -109,26 +88,9 @@ class TokenParquet:
         codes = () if self.codes_column is None else (self.codes_column,)
         return ("key", *codes, "num_frames", "num_samples", "info", *self.fields)
 
-    def read_group(self, group: int, columns: Sequence[str]) -> Any:
-        """Columns of a group of rows, as a table; those that the file does not have are left out.
-
-        Raises:
-            RowError: they cannot be read.
-        """
-        import pyarrow as pa
-
-        about = self.file.metadata.row_group(group)
-        paths = [about.column(number) for number in range(about.num_columns)]
-        size = sum(column.total_uncompressed_size for column in paths if _is_of(column.path_in_schema, columns))
-        if size > _MOST_GROUP_BYTES:
-            raise RowError("load", f"{self.name}: a group of rows of {size:,} bytes is too large")
-        there = [name for name in columns if name in self.file.schema_arrow.names]
-        try:
-            table = self.file.read_row_group(group, columns=there, use_threads=False)
-            table.validate(full=True)
-        except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
-            raise RowError("load", f"{self.name}: rows cannot be read: {first_line(error)}") from error
-        return table
+    def there(self, columns: Sequence[str]) -> list[str]:
+        """Those of some columns that the file has."""
+        return [name for name in columns if name in self.schema.names]
 
     def codes_of(self, table: Any, number: int) -> npt.NDArray[Any]:
         """Integers (T, K) of a row of a table; checked for nothing but their count.
@@ -172,11 +134,6 @@ class TokenParquet:
         more, more_about = split_info(row_info(table, number))
         return {name: value for name, value in fields.items() if value is not None} | more, about | more_about
 
-    def close(self) -> None:
-        """Close the file."""
-        self.file.close()
-        self._closing.close()
-
 
 def _is_list(type_: Any) -> bool:
     import pyarrow as pa
@@ -218,41 +175,13 @@ def _is_plain(type_: Any) -> bool:
     return bool(is_text or types.is_integer(type_) or types.is_floating(type_) or types.is_boolean(type_))
 
 
-def _is_of(path: str, columns: Sequence[str]) -> bool:
-    """Whether values of this path in the file belong to one of the columns."""
-    return any(path == column or path.startswith(f"{column}.") for column in columns)
-
-
-_lock = threading.Lock()
-_files: OrderedDict[str, TokenParquet] = OrderedDict()
-_groups: OrderedDict[tuple[str, int, tuple[str, ...]], Any] = OrderedDict()
-
-
-def _forget_in_child() -> None:
-    global _lock
-    _lock = threading.Lock()
-    _files.clear()  # a forked child shares its parent's place in a file
-    _groups.clear()
-
-
-os.register_at_fork(after_in_child=_forget_in_child)
-
-
-def close_parquet_files() -> None:
-    """Closes what ``find_row`` keeps open, so that files that were replaced are read anew."""
-    with _lock:
-        while _files:
-            _files.popitem()[1].close()
-        _groups.clear()
-
-
 def read_row(path: str, row: int) -> tuple[npt.NDArray[Any], Mapping[str, Any]]:
     """Integers (T, K) of a row, and what is known of it.
 
     Raises:
         RowError: it cannot be read.
     """
-    parquet, table, number = find_row(path, row)
+    parquet, table, number = find_tokens(path, row)
     if parquet.codes_column is None:
         raise RowError("load", f"{parquet.name}: has no column {CODES_FIELD} of lists of integers")
     return parquet.codes_of(table, number), join_info(*parquet.parts_of(table, number))
@@ -264,41 +193,30 @@ def read_audio(path: str, row: int) -> bytes:
     Raises:
         RowError: it cannot be read, or there is none.
     """
-    parquet, table, number = find_row(path, row, with_tokens=False, with_audio=True)
+    parquet, table, number = find_tokens(path, row, with_tokens=False, with_audio=True)
     audio = table.column("audio")[number].as_py() if table.column_names else None
     if not isinstance(audio, dict) or not isinstance(audio.get("bytes"), bytes):
         raise RowError("load", f"{parquet.name}: row {row} has no audio")
     return audio["bytes"]
 
 
-def find_row(
+def find_tokens(
     path: str, row: int, *, with_tokens: bool = True, with_audio: bool = False
 ) -> tuple[TokenParquet, Any, int]:
-    """The file, a table of the row's group, and the row's number in it.
+    """The file, a table of some of its rows, and the place of a row in it.
 
     Args:
         with_tokens: whether the table has codes and what is known of them.
-        with_audio: whether it has audio, where the file does.
+        with_audio: whether it has audio and hidden states, where the file does.
 
     Raises:
         RowError: they cannot be read, or there is no such row.
     """
-    with _lock:
-        parquet = _files.pop(path, None) or TokenParquet.open(path, must_have_codes=False)
-        _files[path] = parquet
-        while len(_files) > _CACHED_FILES:
-            _files.popitem(last=False)[1].close()
-        if row >= len(parquet):
-            raise RowError("load", f"{parquet.name}: has {len(parquet):,} rows, and no row {row}")
-        columns = (parquet.token_columns if with_tokens else ()) + (("audio",) if with_audio else ())
-        group = int(np.searchsorted(parquet.first_rows, row, side="right")) - 1
-        table = _groups.pop((path, group, columns), None)
-        if table is None:
-            table = parquet.read_group(group, list(columns))
-        _groups[path, group, columns] = table
-        while len(_groups) > _CACHED_GROUPS:
-            _groups.popitem(last=False)
-        return parquet, table, row - int(parquet.first_rows[group])
+
+    def columns(parquet: TokenParquet) -> list[str]:
+        return parquet.there((parquet.token_columns if with_tokens else ()) + (AUDIO_COLUMNS if with_audio else ()))
+
+    return find_row(TokenParquet, path, row, columns)
 
 
 def row_info(table: Any, number: int) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Parquet and Arrow files with audio in them: rows a window at a time, and single values by their row and column.
+"""Parquet and Arrow files: rows a window at a time, and rows by their number.
 
 Rows are asked for one by one but lie in groups: parquet's row groups, Arrow's record batches. A group of parquet may
-have gigabytes, so it is read a window of some megabytes after the other, from its beginning; a process keeps the last
+have gigabytes, so it is read a window of limited size after the other, from its beginning; a process keeps the last
 few windows, and its place behind them. Arrow files are mapped, and nothing of them is read that is not asked for.
 """
 
@@ -10,10 +10,10 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,10 +23,13 @@ from batch_tokenizer.storage.files import open_file
 from batch_tokenizer.storage.names import display_name, is_url
 from batch_tokenizer.storage.remote import RangeFile, StorageError
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 #: Files, and windows of rows, that a process keeps.
 _CACHED_FILES, _CACHED_WINDOWS = 8, 4
 
-#: Bytes of a window's columns as they are in memory, which one large row may pass.
+#: Bytes of a window that is read for single values.
 _WINDOW_BYTES = 32 * 2**20
 
 #: Bytes that are read of a column at once.
@@ -44,7 +47,7 @@ class Window(NamedTuple):
         return self.first_row <= row < self.first_row + len(self.table)
 
 
-@dataclass(slots=True)
+@dataclass
 class TableFile:
     """An open parquet or Arrow file.
 
@@ -64,7 +67,7 @@ class TableFile:
     _closing: ExitStack
 
     @classmethod
-    def open(cls, path: str) -> TableFile:
+    def open(cls, path: str) -> Self:
         """Opens a file, of which only the description is read. A name that ends in ``.arrow`` is an Arrow file.
 
         Raises:
@@ -99,6 +102,11 @@ class TableFile:
         """Groups of rows."""
         return len(self.first_rows) - 1
 
+    @property
+    def window_bytes(self) -> int:
+        """Bytes of a window's columns as they are in memory, which one large row may pass."""
+        return _WINDOW_BYTES
+
     def windows(self, group: int, columns: Sequence[str]) -> Iterator[Window]:
         """The rows of a group, in order.
 
@@ -116,12 +124,17 @@ class TableFile:
         leaves = [about.column(number) for number in range(about.num_columns)]
         wanted = [leaf for leaf in leaves if any(_is_part(leaf.path_in_schema, name) for name in columns)]
         row_bytes = sum(leaf.total_uncompressed_size for leaf in wanted) / max(1, about.num_rows)
-        rows = max(1, min(about.num_rows, int(_WINDOW_BYTES // max(1.0, row_bytes))))
+        rows = max(1, min(about.num_rows, int(self.window_bytes // max(1.0, row_bytes))))
         with _reasons(self.name, "rows cannot be read"):
             for batch in self._parquet.iter_batches(rows, row_groups=[group], columns=list(columns), use_threads=False):
                 batch.validate(full=True)
                 yield Window(first, batch)
                 first += len(batch)
+
+    def all_windows(self, columns: Sequence[str]) -> Iterator[Window]:
+        """The rows of all groups, in order; as ``windows``."""
+        for group in range(self.num_groups):
+            yield from self.windows(group, columns)
 
     def close(self) -> None:
         """Close the file."""
@@ -171,11 +184,13 @@ class _Place(NamedTuple):
 
     path: str
     group: int
-    column: str
+    columns: tuple[str, ...]
 
+
+File = TypeVar("File", bound=TableFile)
 
 _lock = threading.Lock()
-_files: OrderedDict[str, TableFile] = OrderedDict()
+_files: OrderedDict[tuple[type[TableFile], str], TableFile] = OrderedDict()
 _readers: OrderedDict[_Place, Iterator[Window]] = OrderedDict()
 _windows: OrderedDict[tuple[_Place, int], Window] = OrderedDict()
 
@@ -195,27 +210,52 @@ def _forget() -> None:
 os.register_at_fork(after_in_child=_forget_in_child)
 
 
+def close_table_files() -> None:
+    """Closes what ``find_row`` keeps open, so that files that were replaced are read anew."""
+    with _lock:
+        _forget()
+
+
+def find_row(kind: type[File], path: str, row: int, columns: Callable[[File], Sequence[str]]) -> tuple[File, Any, int]:
+    """The file, a table with columns of some of its rows, and the place of a row in it.
+
+    Args:
+        kind: opens the file.
+        columns: the names of the columns, which must be there.
+
+    Raises:
+        RowError: they cannot be read, or there is no such row.
+    """
+    with _lock:
+        file = _files.pop((kind, path), None) or kind.open(path)
+        assert isinstance(file, kind)
+        _files[kind, path] = file
+        while len(_files) > _CACHED_FILES:
+            (_, old), _ = _files.popitem(last=False)
+            for place in [place for place in _readers if place.path == old]:
+                del _readers[place]
+        if row >= len(file):
+            raise RowError("load", file.torn or f"{file.name}: has {len(file):,} rows, and no row {row}")
+        group = int(np.searchsorted(file.first_rows, row, side="right")) - 1
+        window = _find_window(file, _Place(path, group, tuple(columns(file))), row)
+        return file, window.table, row - window.first_row
+
+
 def read_cell(path: str, row: int, column: str) -> bytes | str:
     """The audio of a row: the bytes of the file that it holds, or the path of one.
 
     Raises:
         RowError: it cannot be read, or there is none.
     """
-    with _lock:
-        file = _files.pop(path, None) or TableFile.open(path)
-        _files[path] = file
-        while len(_files) > _CACHED_FILES:
-            old, _ = _files.popitem(last=False)
-            for place in [place for place in _readers if place.path == old]:
-                del _readers[place]
-        if row >= len(file):
-            raise RowError("load", file.torn or f"{file.name}: has {len(file):,} rows, and no row {row}")
+
+    def columns(file: TableFile) -> tuple[str]:
         if column not in file.schema.names:
             raise RowError("load", f"{file.name}: has no column {column}: it has changed")
-        group = int(np.searchsorted(file.first_rows, row, side="right")) - 1
-        window = _find_window(file, _Place(path, group, column), row)
+        return (column,)
+
+    file, table, number = find_row(TableFile, path, row, columns)
     with _reasons(file.name, f"row {row} cannot be read"):
-        cell = window.table.column(column).slice(row - window.first_row, 1)
+        cell = table.column(column).slice(number, 1)
         cell.validate(full=True)
         value = cell[0].as_py()
     if isinstance(value, dict):
@@ -244,5 +284,5 @@ def _find_window(file: TableFile, place: _Place, row: int) -> Window:
                 while len(_readers) > _CACHED_WINDOWS:
                     _readers.popitem(last=False)
                 return window
-        reader = file.windows(place.group, [place.column])
+        reader = file.windows(place.group, place.columns)
     raise RowError("load", f"{file.name}: row {row} is not in its group of rows: it is damaged")

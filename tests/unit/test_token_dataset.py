@@ -419,7 +419,7 @@ class TestTrouble:
             ("nowhere", "nowhere"),
             ("empty", "empty: has no rows"),
             ("bad.tar", "bad.tar: it is no tar"),
-            ("bad.parquet", "bad.parquet: not a parquet file"),
+            ("bad.parquet", "bad.parquet: cannot be read: Parquet magic bytes not found"),
         ):
             with pytest.raises(ValueError, match=words) as raised:
                 TokenDataset(tmp_path / name)
