@@ -4,7 +4,7 @@
     batch_tokenizer convert RUN_OR_SHARDS --to megatron|flat --pattern interleaved|delayed --out DIR
     batch_tokenizer convert RUN_OR_SHARDS --to shar|energon --out DIR
 
-It reads whatever ``runs/stored_rows.py`` reads, and writes a new folder, which appears whole or not at all: token files
+It reads whatever ``stored_rows`` reads, and writes a new folder, which appears whole or not at all: token files
 with a manifest of them (``data.jsonl``), shards, streams for a language model with ``tokens.json``, which says how
 their numbers are made (``writers/token_streams.py``), a Lhotse Shar folder, or tars with Megatron-Energon's index.
 """
@@ -29,7 +29,8 @@ from batch_tokenizer.commands.convert_targets import FileTarget, ShardTarget, Ta
 from batch_tokenizer.config import add_options, check_codes_field
 from batch_tokenizer.records import RowError, RunError
 from batch_tokenizer.runs.finished_run import FinishedRun
-from batch_tokenizer.runs.stored_rows import StoredRow, stored_rows
+from batch_tokenizer.runs.indexed_rows import stored_rows
+from batch_tokenizer.runs.stored_rows import StoredRow
 from batch_tokenizer.runtime.row_counter import RowCounter
 from batch_tokenizer.writers.row_encoding import tokens_as_json, tokens_as_npy
 from batch_tokenizer.writers.token_streams import Pattern

@@ -163,8 +163,8 @@ def _describe_manifest(manifest: Manifest, source: str) -> Iterator[str]:
         lines = np.flatnonzero(manifest.states == state)
         counts[name] = len(lines)
         for line in lines[:_EXAMPLES].tolist():
-            for item in manifest.read(line, line + 1):
-                yield f"line {line + 1}, {item.key or 'without key'}: {getattr(item, 'reason', name)}"
+            item = manifest.row(line)
+            yield f"line {line + 1}, {item.key or 'without key'}: {getattr(item, 'reason', name)}"
         if len(lines) > _EXAMPLES:
             yield f"{len(lines) - _EXAMPLES:,} more {name} lines"
     _print(
@@ -226,9 +226,7 @@ def _open_sample(
     context: RunContext, load: RowLoader, manifest: Manifest, rows: npt.NDArray[np.int64], trouble: list[str]
 ) -> tuple[list[ManifestRow], list[Sampled]]:
     """Rows spread evenly over those to do, and those of them whose input opens."""
-    spread = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), SAMPLE_ROWS)).round().astype(np.int64))
-    sample = [item for line in rows[spread].tolist() for item in manifest.read(line, line + 1)]
-    sampled = [item for item in sample if isinstance(item, ManifestRow)]
+    sampled = [item for item in manifest.sample(rows, SAMPLE_ROWS) if isinstance(item, ManifestRow)]
     opened = []
     for row in sampled:
         context.stop.check()

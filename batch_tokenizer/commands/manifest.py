@@ -292,9 +292,8 @@ class _Sample:
 def _sample(manifest: Manifest, rows: npt.NDArray[np.int64]) -> _Sample:
     """Rows spread over the manifest, by what they say of their files, or by the files' headers."""
     sample = _Sample()
-    spread = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), _SAMPLE_ROWS)).round().astype(np.int64))
-    picked = [item for line in rows[spread].tolist() for item in manifest.read(line, line + 1)]
-    for facts in ordered(_facts, (row for row in picked if isinstance(row, ManifestRow)), 8):
+    picked = (row for row in manifest.sample(rows, _SAMPLE_ROWS) if isinstance(row, ManifestRow))
+    for facts in ordered(_facts, picked, 8):
         if isinstance(facts, str):
             sample.troubles[facts] += 1
             continue

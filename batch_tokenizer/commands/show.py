@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from batch_tokenizer.records import RunError, printable
-from batch_tokenizer.runs.stored_rows import StoredRow, stored_rows
+from batch_tokenizer.runs.indexed_rows import stored_rows
+from batch_tokenizer.runs.stored_rows import StoredRow
 
 #: Frames that are printed at each end.
 _FRAMES = 4

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 import jsonlines
+import numpy as np
 import orjson
 
 from batch_tokenizer.codecs.base import CodecSpec
@@ -48,11 +49,11 @@ from batch_tokenizer.commands.verify_rows import (
     find_strays,
 )
 from batch_tokenizer.commands.verify_shards import (
-    RowLines,
     Shard,
     ShardChecker,
     ShardReport,
     orphans,
+    repeated_entries,
     shards_to_check,
     take_back,
 )
@@ -329,14 +330,14 @@ class Verification:
     def _check_shards(self, map_items: Map, wrong_lines: set[int], findings: Findings) -> None:
         """Checks the shards, and with ``--repair`` takes those back that are wrong or have a row that is."""
         folder = shard_folder(str(self.run.settings["output_dir"]))
-        rows = RowLines(self.manifest)
+        seen = np.zeros(self.manifest.num_lines, np.bool_)
         wrong: list[Shard] = []
         reports: Iterator[ShardReport]
-        reports = map_items(check_shard, shards_to_check(self.run, folder, self._lengths, rows))
+        reports = map_items(check_shard, shards_to_check(self.run, folder, self._lengths, self.manifest))
         for report in reports:
             shard = report.shard
             self.num_checked += 1
-            repeated = rows.repeated(shard)
+            repeated = repeated_entries(shard, seen)
             for entry in repeated:
                 findings.add(entry.problem("twice", shard.path, "is in an earlier shard as well"))
             for problem in report.problems:

@@ -86,47 +86,38 @@ class ShardReport:
     problems: list[Problem] = field(default_factory=list)
 
 
-class RowLines:
-    """The manifest's rows by their digest, and which of them a shard was seen to have."""
+def repeated_entries(shard: Shard, seen: npt.NDArray[np.bool_]) -> list[Entry]:
+    """The shard's rows that an earlier shard, or an earlier place in this one, has as well.
 
-    def __init__(self, manifest: Manifest) -> None:
-        self._order = np.argsort(manifest.digests, kind="stable")
-        self._ordered = manifest.digests[self._order]
-        self._seen: npt.NDArray[np.bool_] = np.zeros(manifest.num_lines, np.bool_)
-
-    def line_of(self, digest: str) -> int | None:
-        """The first line with this digest, from 0; None where there is none."""
-        value = np.uint64(int(digest, 16))
-        place = int(np.searchsorted(self._ordered, value))
-        found = place < len(self._ordered) and self._ordered[place] == value
-        return int(self._order[place]) if found else None
-
-    def repeated(self, shard: Shard) -> list[Entry]:
-        """The shard's rows that an earlier shard, or an earlier place in this one, has as well."""
-        again = []
-        for entry in shard.entries:
-            if entry.line is not None:
-                if self._seen[entry.line]:
-                    again.append(entry)
-                self._seen[entry.line] = True
-        return again
+    Args:
+        seen: bool (num_lines,), lines of the manifest that shards were seen to have; the shard's are added.
+    """
+    again = []
+    for entry in shard.entries:
+        if entry.line is not None:
+            if seen[entry.line]:
+                again.append(entry)
+            seen[entry.line] = True
+    return again
 
 
-def shards_to_check(run: FinishedRun, folder: ShardFolder, lengths: ExpectedLengths, rows: RowLines) -> Iterator[Shard]:
+def shards_to_check(
+    run: FinishedRun, folder: ShardFolder, lengths: ExpectedLengths, manifest: Manifest
+) -> Iterator[Shard]:
     """The shards that the ledger names, earliest first.
 
     Raises:
         RunError: a ledger file cannot be read, or is damaged (exit code 1).
     """
     for shard in run.shards():
-        entries = tuple(_entry(item, lengths, rows) for item in shard_entries(shard.ledger))
+        entries = tuple(_entry(item, lengths, manifest) for item in shard_entries(shard.ledger))
         yield Shard(shard.location, folder.exists(shard.name), shard.ledger, entries)
 
 
-def _entry(item: Mapping[str, Any], lengths: ExpectedLengths, rows: RowLines) -> Entry:
+def _entry(item: Mapping[str, Any], lengths: ExpectedLengths, manifest: Manifest) -> Entry:
     frames, output_samples = lengths(item["num_samples"], item["frames"])
     return Entry(
-        rows.line_of(item["digest"]), item["key"], item["num_samples"], frames, output_samples,
+        manifest.line_of(item["digest"]), item["key"], item["num_samples"], frames, output_samples,
         item.get("checksums", {}),
     )  # fmt: skip
 

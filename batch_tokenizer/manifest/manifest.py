@@ -16,6 +16,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
@@ -167,6 +168,33 @@ class Manifest:
             if state != LineState.BLANK:
                 items.append(self._item(line, text, f"{digest:016x}", state == LineState.DUPLICATE))
         return items
+
+    def row(self, line: int) -> ManifestRow | RowFailure:
+        """The row of a line that is not blank; errors as in ``read``."""
+        (row,) = self.read(line, line + 1)
+        return row
+
+    def sample(self, lines: npt.NDArray[np.int64], count: int) -> list[ManifestRow | RowFailure]:
+        """At most ``count`` rows, spread evenly over some lines that are not blank; errors as in ``read``."""
+        places = np.linspace(0, len(lines) - 1, min(len(lines), count)).round().astype(np.int64)
+        return [self.row(line) for line in lines[np.unique(places)].tolist()]
+
+    @cached_property
+    def _lines_by_digest(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint64]]:
+        order = np.argsort(self.digests, kind="stable")
+        return order, self.digests[order]
+
+    def find_lines(self, digests: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+        """int64: the first line that has each digest, -1 where none has."""
+        order, ordered = self._lines_by_digest
+        places = np.searchsorted(ordered, digests)
+        places[places == len(ordered)] = 0
+        return np.where(ordered[places] == digests, order[places], -1)
+
+    def line_of(self, digest: str) -> int | None:
+        """The first line that has a digest, as ``digest`` writes it; None where none has."""
+        line = int(self.find_lines(np.array([int(digest, 16)], np.uint64))[0])
+        return None if line < 0 else line
 
     def _item(self, line: int, text: bytes, digest: str, duplicate: bool) -> ManifestRow | RowFailure:
         # The reason is made here and not when the index is built, so that the index holds no text.

@@ -90,7 +90,7 @@ def _outputs(config: RunConfig, manifest: Manifest, state: LedgerState) -> str:
     done = np.flatnonzero(state.status == RowStatus.DONE)
     paths = []
     for line in (int(done[0]), int(done[-1])):
-        (row,) = manifest.read(line, line + 1)
+        row = manifest.row(line)
         paths.append([str(row.fields[name]) for name in manifest.form.outputs] if isinstance(row, ManifestRow) else [])
     first, all_paths = paths[0], paths[0] + paths[1]
     if len(done) == 1 or any(map(is_url, all_paths)):

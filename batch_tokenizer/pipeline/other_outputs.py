@@ -33,9 +33,7 @@ def warn_of_other_outputs(manifest: Manifest, status: npt.NDArray[np.uint8], run
     """
     pending = np.flatnonzero((status == RowStatus.PENDING) & manifest.is_row)
     num_read = 0
-    for place in np.unique(np.linspace(0, len(pending) - 1, min(len(pending), _ROWS_SAMPLED)).astype(int)):
-        line = int(pending[place])
-        (row,) = manifest.read(line, line + 1)
+    for row in manifest.sample(pending, _ROWS_SAMPLED):
         if not isinstance(row, ManifestRow) or "quantized_tokens" not in manifest.form.outputs:
             continue
         path = str(row.quantized_tokens)

@@ -1,4 +1,4 @@
-"""``IndexedRows``: the rows of a source by their number, each read from its place without those before it.
+"""The rows of a source: in order (``stored_rows``), or by their number (``IndexedRows``), each read from its place.
 
 Tars and JSON lines are read once from the front, to see where each row begins. Parquet says how many rows it has; of
 token files the names are listed.
@@ -6,12 +6,14 @@ token files the names are listed.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+import orjson
 
 from batch_tokenizer.manifest.manifest import Manifest
 from batch_tokenizer.records import ManifestRow, RowError, RunError
@@ -21,9 +23,10 @@ from batch_tokenizer.runs.stored_rows import (
     StoredRow,
     jsonl_row,
     line_row,
+    line_rows,
     manifest_row,
     parquet_row_at,
-    stream_row,
+    shard_rows,
     tar_stream_rows,
     token_file_row,
 )
@@ -46,15 +49,24 @@ _TAR_END = 2 * HEADER
 _PIECE_BYTES = 1 << 24
 
 
-class RowFile(Protocol):
+class RowFile(ABC):
     """A part of a source. Picklable: it holds no open file."""
 
+    @abstractmethod
     def __len__(self) -> int:
         """Rows."""
 
     def block_starts(self) -> npt.NDArray[np.int64]:
         """The first row of each block of rows that are best read one after the other; the first is 0."""
+        return np.arange(0, len(self), BLOCK_ROWS, dtype=np.int64)
 
+    def rows(self, key: str | None) -> Iterator[StoredRow]:
+        """All rows in order, or those of a key and perhaps others; errors as in ``read``."""
+        del key
+        for number in range(len(self)):
+            yield self.read(number, with_audio=True)
+
+    @abstractmethod
     def read(self, number: int, *, with_audio: bool) -> StoredRow:
         """Row ``number``, counted from 0.
 
@@ -136,12 +148,40 @@ def _open_part(part: Part) -> RowFile:
     return TokenFiles(part.location, tuple(token_files(part.location)))
 
 
-def _even_blocks(num_rows: int) -> npt.NDArray[np.int64]:
-    return np.arange(0, num_rows, BLOCK_ROWS, dtype=np.int64)
+def stored_rows(source: str, key: str | None = None) -> Iterator[StoredRow]:
+    """The rows of a source, in its order, each part read from its beginning: of a run folder, those that are done.
+
+    Args:
+        key: only rows of this key; the others' tokens are not read where that can be avoided.
+
+    Raises:
+        RunError: the source is none, or a row of it cannot be read.
+    """
+    try:
+        for row in _rows(source, key):
+            if key is None or row.key == key:
+                yield row
+    except RowError as error:
+        raise RunError(error.reason, exit_code=1) from error
+
+
+def _rows(source: str, key: str | None) -> Iterator[StoredRow]:
+    wanted = None if key is None else orjson.dumps(key)
+    for part in find_parts(source):
+        if part.kind in ("tar", "parquet", "jsonl"):
+            if wanted is None or part.ledger is None or wanted in part.ledger.read_bytes():
+                yield from shard_rows(part.location, part.kind)
+        elif part.kind == "lines":  # which may be compressed, and then have no places
+            yield from line_rows(part.location, key)
+        else:
+            file = _open_part(part)
+            if part.kind == "files" and not len(file):
+                raise RunError(f"{part.location}: has neither shards (.tar, .parquet) nor token files (.json, .npy)")
+            yield from file.rows(key)
 
 
 @dataclass(frozen=True, slots=True)
-class TarFile:
+class TarFile(RowFile):
     """Rows of a tar.
 
     Attributes:
@@ -176,9 +216,6 @@ class TarFile:
     def __len__(self) -> int:
         return len(self.starts) - 1
 
-    def block_starts(self) -> npt.NDArray[np.int64]:
-        return _even_blocks(len(self))
-
     def read(self, number: int, *, with_audio: bool) -> StoredRow:
         begin, stop = self.starts[number : number + 2].tolist()
 
@@ -193,7 +230,7 @@ class TarFile:
 
 
 @dataclass(frozen=True, slots=True)
-class ParquetFile:
+class ParquetFile(RowFile):
     """Rows of a parquet file; its row groups are the blocks.
 
     Attributes:
@@ -226,7 +263,7 @@ class ParquetFile:
 
 
 @dataclass(frozen=True, slots=True)
-class LinesFile:
+class LinesFile(RowFile):
     """Rows of a file of JSON lines; blank lines are none.
 
     Attributes:
@@ -266,9 +303,6 @@ class LinesFile:
     def __len__(self) -> int:
         return len(self.starts)
 
-    def block_starts(self) -> npt.NDArray[np.int64]:
-        return _even_blocks(len(self))
-
     def read(self, number: int, *, with_audio: bool) -> StoredRow:
         begin, stop = int(self.starts[number]), int(self.stops[number])
         name = f"{display_name(self.path)}: the line at byte {begin:,}"
@@ -277,7 +311,7 @@ class LinesFile:
 
 
 @dataclass(frozen=True, slots=True)
-class StreamFile:
+class StreamFile(RowFile):
     """Rows of a stream of tokens."""
 
     stream: StoredStream
@@ -285,16 +319,19 @@ class StreamFile:
     def __len__(self) -> int:
         return len(self.stream)
 
-    def block_starts(self) -> npt.NDArray[np.int64]:
-        return _even_blocks(len(self))
+    def rows(self, key: str | None) -> Iterator[StoredRow]:
+        for number in range(len(self)):
+            if key is None or self.stream.key(number) == key:
+                yield self.read(number, with_audio=True)
 
     def read(self, number: int, *, with_audio: bool) -> StoredRow:
         del with_audio  # a stream has none
-        return stream_row(self.stream, number)
+        key, codes, info = self.stream.read(number)
+        return StoredRow(key, codes, {**info, "num_frames": codes.shape[0], "num_quantizers": codes.shape[1]})
 
 
 @dataclass(frozen=True, slots=True)
-class TokenFiles:
+class TokenFiles(RowFile):
     """Token files below a folder, a row each."""
 
     folder: str
@@ -303,15 +340,12 @@ class TokenFiles:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def block_starts(self) -> npt.NDArray[np.int64]:
-        return _even_blocks(len(self))
-
     def read(self, number: int, *, with_audio: bool) -> StoredRow:
         return token_file_row(self.folder, self.paths[number], with_audio=with_audio)
 
 
 @dataclass(frozen=True, slots=True)
-class RunFiles:
+class RunFiles(RowFile):
     """Rows that a run folder has as done, and whose outputs are files.
 
     Attributes:
@@ -333,12 +367,15 @@ class RunFiles:
     def __len__(self) -> int:
         return len(self.lines)
 
-    def block_starts(self) -> npt.NDArray[np.int64]:
-        return _even_blocks(len(self))
+    def rows(self, key: str | None) -> Iterator[StoredRow]:
+        has_key = self.manifest.key_hashes[self.lines] == (0 if key is None else self.manifest.hash_key(key))
+        for number in range(len(self)):
+            if key is None or has_key[number]:
+                yield self.read(number, with_audio=True)
 
     def read(self, number: int, *, with_audio: bool) -> StoredRow:
         line = int(self.lines[number])
-        for item in self.manifest.read(line, line + 1):
-            if isinstance(item, ManifestRow):
-                return manifest_row(item.fields, with_audio=with_audio)
+        row = self.manifest.row(line)
+        if isinstance(row, ManifestRow):
+            return manifest_row(row.fields, with_audio=with_audio)
         raise RunError(f"manifest {self.manifest.path}: line {line + 1} is no row")

@@ -10,11 +10,8 @@ import filecmp
 import logging
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from batch_tokenizer.manifest.manifest import Manifest
 from batch_tokenizer.records import OUTPUT_FIELDS, ManifestRow, RowError, RunError
@@ -45,40 +42,18 @@ def output_rows(run: FinishedRun, manifest: Manifest) -> Iterator[dict[str, Any]
                 if isinstance(row, ManifestRow) and done[row.line]:
                     yield dict(row.fields)
         return
-    lines = _LinesByDigest(manifest)
-    for digest, place in find_places(run, lines):
+    for digest, place in find_places(run, lambda digest: manifest.line_of(digest) is not None):
         if isinstance(place, RowError):
             raise RunError(place.reason, exit_code=1)
-        line = lines.line_of(digest)
+        line = manifest.line_of(digest)
         assert line is not None
         outputs = {"quantized_tokens": place.tokens, "reconstructed_wav": place.audio}
         # Tokens in a tar do not say what made them: the member beside them does, and here the row.
         _, about = split_info(place.info)
-        for row in manifest.read(line, line + 1):
-            if isinstance(row, ManifestRow):
-                fields = join_info(row.fields, about) if about else row.fields
-                yield {**fields, **{name: place for name, place in outputs.items() if place is not None}}
-
-
-@dataclass(frozen=True, slots=True, init=False)
-class _LinesByDigest:
-    """The lines of a manifest by digest, in 16 bytes a line."""
-
-    _order: Any
-    _digests: Any
-
-    def __init__(self, manifest: Manifest) -> None:
-        object.__setattr__(self, "_order", np.argsort(manifest.digests, kind="stable"))
-        object.__setattr__(self, "_digests", manifest.digests[self._order])
-
-    def line_of(self, digest: str) -> int | None:
-        value = np.uint64(int(digest, 16))
-        place = int(np.searchsorted(self._digests, value))
-        found = place < len(self._digests) and self._digests[place] == value
-        return int(self._order[place]) if found else None
-
-    def __contains__(self, digest: object) -> bool:
-        return isinstance(digest, str) and self.line_of(digest) is not None
+        row = manifest.row(line)
+        if isinstance(row, ManifestRow):
+            fields = join_info(row.fields, about) if about else row.fields
+            yield {**fields, **{name: place for name, place in outputs.items() if place is not None}}
 
 
 def write_output_rows(

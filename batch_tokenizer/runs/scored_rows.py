@@ -67,14 +67,14 @@ def rows_with_outputs(
     """
     if run is None or not run.has_shards:
         for line in lines:
-            row = _row(manifest, line)
+            row = manifest.row(line)
             yield row, row.fields if isinstance(row, ManifestRow) else {}
         return
     left = {manifest.digest(line): line for line in lines}
-    for digest, place in find_places(run, left):
+    for digest, place in find_places(run, left.__contains__):
         if digest not in left:  # a second place, which ``verify`` reports
             continue
-        row = _row(manifest, left.pop(digest))
+        row = manifest.row(left.pop(digest))
         if isinstance(row, RowFailure):
             yield row, {}
         elif isinstance(place, RowError):
@@ -85,11 +85,6 @@ def rows_with_outputs(
             yield replace(row, quantized_tokens=tokens, reconstructed_wav=audio), known
     for digest, line in left.items():
         yield RowFailure(line, digest, None, "load", "no shard of the run has this row any more"), {}
-
-
-def _row(manifest: Manifest, line: int) -> ManifestRow | RowFailure:
-    (row,) = manifest.read(line, line + 1)
-    return row
 
 
 def open_source(

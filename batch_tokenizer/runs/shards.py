@@ -6,7 +6,7 @@ row are touched: of a tar the headers up to the last row wanted, of a parquet fi
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,8 +56,8 @@ def shard_entries(ledger: Path) -> list[dict[str, Any]]:
     return [orjson.loads(line) for line in lines]
 
 
-def find_places(run: FinishedRun, digests: Container[str]) -> Iterator[tuple[str, StoredPlace | RowError]]:
-    """The place of each row that is done and whose digest is among ``digests``, shard by shard, or why it has none.
+def find_places(run: FinishedRun, is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, StoredPlace | RowError]]:
+    """The place of each row that is done and whose digest is wanted, shard by shard, or why it has none.
 
     Raises:
         RunError: a ledger file cannot be read, or a shard's storage does not answer (exit code 1).
@@ -65,7 +65,7 @@ def find_places(run: FinishedRun, digests: Container[str]) -> Iterator[tuple[str
     outputs = OUTPUT_FIELDS[run.task]
     for shard in run.shards():
         entries = enumerate(shard_entries(shard.ledger))
-        wanted = {number: entry for number, entry in entries if entry["digest"] in digests}
+        wanted = {number: entry for number, entry in entries if is_wanted(entry["digest"])}
         if not wanted:
             continue
         if run.sink == "tar":

@@ -63,7 +63,7 @@ def find_parts(source: str) -> Iterator[Part]:
             yield Part("run", source)
             return
         for shard in run.shards():
-            yield Part(_shard_kind(shard.location), shard.location, shard.ledger)
+            yield Part(shard_kind(shard.location), shard.location, shard.ledger)
     else:
         yield from _folder_parts(folder)
 
@@ -76,7 +76,7 @@ def _folder_parts(folder: Path) -> Iterator[Part]:
     if shards:
         _refuse_mixture(folder, shards)
         for name in shards:
-            yield Part(_shard_kind(name), str(folder / name))
+            yield Part(shard_kind(name), str(folder / name))
     elif streams := [place for place in (folder, *map(folder.joinpath, SPLIT_NAMES)) if is_stream(place)]:
         for place in streams:
             yield Part("stream", str(place))
@@ -96,7 +96,8 @@ def _kind_of_lines(location: str) -> Literal["jsonl", "lines", "files"]:
     return "jsonl"
 
 
-def _shard_kind(name: str) -> Literal["tar", "parquet", "jsonl"]:
+def shard_kind(name: str) -> Literal["tar", "parquet", "jsonl"]:
+    """By the ending of its name."""
     if name.endswith(".jsonl"):
         return "jsonl"
     return "parquet" if name.endswith(".parquet") else "tar"

@@ -1,27 +1,19 @@
-"""Rows that earlier runs stored, read back one after the other with their codes and audio.
-
-The source may be a run folder, shards, a manifest of token files, or a folder of shards or token files.
-"""
+"""``StoredRow``: what earlier runs stored of a row, read from a shard, a line, a manifest's files or a token file."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import jsonlines
 import numpy as np
 import numpy.typing as npt
-import orjson
 
 from batch_tokenizer.data.token_files import parse_codes_line, parse_hidden_states, parse_tokens, read_any_tokens
-from batch_tokenizer.records import ManifestRow, RowError, RunError, first_line
-from batch_tokenizer.runs.finished_run import FinishedRun
-from batch_tokenizer.runs.source_parts import find_parts, token_files
-from batch_tokenizer.runs.token_stream import StoredStream
-from batch_tokenizer.runtime.ledger import RowStatus, read_ledger
+from batch_tokenizer.records import RowError, RunError, first_line
+from batch_tokenizer.runs.source_parts import shard_kind
 from batch_tokenizer.sources.lines import lines_of
 from batch_tokenizer.storage.files import open_file
 from batch_tokenizer.storage.json_lines import json_lines_reader, parse_json
@@ -71,15 +63,19 @@ class StoredRow:
     hidden_states: npt.NDArray[np.float16] | None = None
 
 
-def shard_rows(path: str) -> Iterator[StoredRow]:
-    """The rows of ``x.tar``, ``x.parquet`` or ``x.jsonl``, in order.
+def shard_rows(path: str, kind: str | None = None) -> Iterator[StoredRow]:
+    """The rows of a shard, in order.
+
+    Args:
+        kind: ``tar``, ``parquet`` or ``jsonl``; None for what the name ends in.
 
     Raises:
         RowError: it cannot be read to its end, or has what is no row.
     """
-    if path.endswith(".jsonl"):
+    kind = kind or shard_kind(path)
+    if kind == "jsonl":
         return _jsonl_rows(path)
-    return _parquet_rows(path) if path.endswith(".parquet") else _tar_rows(path)
+    return _parquet_rows(path) if kind == "parquet" else _tar_rows(path)
 
 
 def _jsonl_rows(path: str) -> Iterator[StoredRow]:
@@ -226,73 +222,6 @@ def _parquet_row(parquet: TokenParquet, table: Any, number: int) -> StoredRow:
     return StoredRow(key, codes, info, stored.get("audio"), audio_format, stored, hidden)
 
 
-def stored_rows(source: str, key: str | None = None) -> Iterator[StoredRow]:
-    """The rows of a source, in its order: of a run folder, those that are done.
-
-    Args:
-        key: only rows of this key; the others' tokens are not read where that can be avoided.
-
-    Raises:
-        RunError: the source is none, or a row of it cannot be read.
-    """
-    try:
-        for row in _rows(source, key):
-            if key is None or row.key == key:
-                yield row
-    except RowError as error:
-        raise RunError(error.reason, exit_code=1) from error
-
-
-def _rows(source: str, key: str | None) -> Iterator[StoredRow]:
-    wanted = None if key is None else orjson.dumps(key)
-    for part in find_parts(source):
-        if part.kind in ("tar", "parquet", "jsonl"):
-            if wanted is None or part.ledger is None or wanted in part.ledger.read_bytes():
-                yield from _jsonl_rows(part.location) if part.kind == "jsonl" else shard_rows(part.location)
-        elif part.kind == "lines":
-            yield from _manifest_rows(_objects(part.location), key)
-        elif part.kind == "stream":
-            stream = StoredStream.open(Path(part.location))
-            for number in range(len(stream)):
-                if key is None or stream.key(number) == key:
-                    yield stream_row(stream, number)
-        elif part.kind == "run":
-            yield from _run_rows(FinishedRun.open(Path(part.location)), key)
-        else:
-            yield from _token_file_rows(part.location)
-
-
-def _run_rows(run: FinishedRun, key: str | None) -> Iterator[StoredRow]:
-    """Rows of a run whose outputs are files."""
-    manifest = run.manifest()
-    done = read_ledger(run.path, manifest).status == RowStatus.DONE
-    if key is not None:
-        done &= manifest.key_hashes == manifest.hash_key(key)
-    for line in done.nonzero()[0].tolist():
-        for item in manifest.read(line, line + 1):
-            if isinstance(item, ManifestRow):
-                yield from _manifest_rows(iter([dict(item.fields)]), key)
-
-
-def stream_row(stream: StoredStream, number: int) -> StoredRow:
-    """Utterance ``number`` of a stream.
-
-    Raises:
-        RowError: it is damaged.
-    """
-    key, codes, info = stream.read(number)
-    return StoredRow(key, codes, {**info, "num_frames": codes.shape[0], "num_quantizers": codes.shape[1]})
-
-
-def _token_file_rows(location: str) -> Iterator[StoredRow]:
-    found = False
-    for path in token_files(location):
-        found = True
-        yield token_file_row(location, path)
-    if not found:
-        raise RunError(f"{location}: has neither shards (.tar, .parquet) nor token files (.json, .npy)")
-
-
 def token_file_row(location: str, path: str, *, with_audio: bool = True) -> StoredRow:
     """The row of a token file that was found at ``location``; its key is the file's, or its path there without ending.
     Its audio is what the file names as ``reconstructed_wav``, there or beside the file.
@@ -310,24 +239,24 @@ def token_file_row(location: str, path: str, *, with_audio: bool = True) -> Stor
     return _with_others(StoredRow(key, codes, info), path, audio, with_audio=with_audio)
 
 
-def _objects(location: str) -> Iterator[dict[str, Any]]:
-    """The rows of a manifest, which may be of any origin."""
+def line_rows(location: str, key: str | None) -> Iterator[StoredRow]:
+    """The rows of a manifest of token files, which may be of any origin; of a key, if one is given.
+
+    Raises:
+        RunError: a line is no row, or the manifest cannot be read.
+        RowError: a file that it names cannot be read.
+    """
     with json_lines_reader(lines_of(location)) as reader:
         try:
             for number, row in enumerate(reader.iter(skip_empty=True)):
                 if not isinstance(row, dict) or not isinstance(row.get("key"), str):
                     raise RunError(f"{location}: row {number + 1} is no object with a key")
-                yield row
+                if key is None or row["key"] == key:
+                    yield manifest_row(row)
         except jsonlines.InvalidLineError as error:
             raise RunError(
                 f"{location}: line {error.lineno} is not JSON: {first_line(error.__cause__ or error)}"
             ) from error
-
-
-def _manifest_rows(rows: Iterator[dict[str, Any]], key: str | None) -> Iterator[StoredRow]:
-    for row in rows:
-        if key is None or row["key"] == key:
-            yield manifest_row(row)
 
 
 def line_row(line: bytes, name: str, *, with_audio: bool = True) -> StoredRow:

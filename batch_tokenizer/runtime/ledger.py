@@ -87,8 +87,6 @@ class _Matcher:
     def __init__(self, manifest: Manifest) -> None:
         self._manifest = manifest
         self._is_row = manifest.is_row
-        self._order: npt.NDArray[np.int64] | None = None
-        self._ordered = manifest.digests
 
     def match(self, entries: Entries) -> npt.NDArray[np.int64]:
         """int64 (entries,): the line; -1 where no line has the digest, -2 where the entry no longer applies to it.
@@ -101,18 +99,10 @@ class _Matcher:
         lines = np.where((entries.lines >= 0) & (entries.lines < num_lines), entries.lines, 0)
         moved = np.flatnonzero((lines != entries.lines) | (self._manifest.digests[lines] != entries.digests))
         if len(moved):
-            lines[moved] = self._search(entries.digests[moved])
+            lines[moved] = self._manifest.find_lines(entries.digests[moved])
         applies = self._is_row[lines] != entries.at_manifest
         lines[(lines >= 0) & ~applies] = -2
         return lines
-
-    def _search(self, digests: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
-        if self._order is None:
-            self._order = np.argsort(self._manifest.digests, kind="stable")
-            self._ordered = self._manifest.digests[self._order]
-        found = np.searchsorted(self._ordered, digests)
-        found[found == len(self._ordered)] = 0
-        return np.where(self._ordered[found] == digests, self._order[found], -1)
 
 
 class _UnknownRows:

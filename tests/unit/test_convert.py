@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from batch_tokenizer.cli import main
-from batch_tokenizer.runs.stored_rows import stored_rows
+from batch_tokenizer.runs.indexed_rows import stored_rows
 from batch_tokenizer.writers.file_sink import FileSink
 from batch_tokenizer.writers.token_streams import Layout
 from tests.support.shards import RUN_INFO, tokenized

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import batch_tokenizer
 from batch_tokenizer.cli import main
 from batch_tokenizer.commands.convert_streams import part_of
-from batch_tokenizer.runs.stored_rows import stored_rows
+from batch_tokenizer.runs.indexed_rows import stored_rows
 from batch_tokenizer.writers.token_streams import Layout
 from tests.support.shards import RUN_INFO, tokenized
 from tests.unit.test_sinks_round_trip import write_shard

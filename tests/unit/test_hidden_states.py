@@ -16,7 +16,7 @@ from batch_tokenizer.codecs.base import Codec
 from batch_tokenizer.codecs.mimo.codec import MiMoCodec
 from batch_tokenizer.codecs.opening import open_codec
 from batch_tokenizer.records import RowError
-from batch_tokenizer.runs.stored_rows import stored_rows
+from batch_tokenizer.runs.indexed_rows import stored_rows
 from batch_tokenizer.sources.folder_rows import walk_folder
 from batch_tokenizer.sources.tar_rows import tar_rows
 from batch_tokenizer.writers.row_encoding import RowEncoder

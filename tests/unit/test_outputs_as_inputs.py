@@ -13,7 +13,7 @@ import pytest
 
 from batch_tokenizer.cli import main
 from batch_tokenizer.records import Sink
-from batch_tokenizer.runs.stored_rows import stored_rows
+from batch_tokenizer.runs.indexed_rows import stored_rows
 from batch_tokenizer.storage.row_info import split_info
 from tests.support.checkpoints import write_mimo_checkpoint
 

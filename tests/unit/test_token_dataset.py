@@ -24,8 +24,8 @@ import batch_tokenizer
 from batch_tokenizer import TokenDataset, collate_tokens
 from batch_tokenizer.cli import main
 from batch_tokenizer.dataset import token_dataset
-from batch_tokenizer.runs.indexed_rows import IndexedRows
-from batch_tokenizer.runs.stored_rows import StoredRow, stored_rows
+from batch_tokenizer.runs.indexed_rows import IndexedRows, stored_rows
+from batch_tokenizer.runs.stored_rows import StoredRow
 from batch_tokenizer.writers.file_sink import FileSink
 from tests.support.runs import make_corpus
 from tests.support.shards import RUN_INFO, tokenized

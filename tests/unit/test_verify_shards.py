@@ -19,7 +19,7 @@ from batch_tokenizer.manifest.manifest import Manifest
 from batch_tokenizer.records import ManifestRow, RunError, TokenizedRow
 from batch_tokenizer.runs.checks import CheckFailed, check_audio
 from batch_tokenizer.runs.finished_run import FinishedRun
-from batch_tokenizer.runs.stored_rows import stored_rows
+from batch_tokenizer.runs.indexed_rows import stored_rows
 from batch_tokenizer.runtime.ledger import RowStatus, read_ledger
 from batch_tokenizer.runtime.ledger_lines import decode_entry, encode_shard, read_shard_lines
 from batch_tokenizer.runtime.processes import ProcessGroup
