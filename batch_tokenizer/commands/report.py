@@ -20,7 +20,7 @@ from batch_tokenizer.report.sections import RunFacts
 from batch_tokenizer.runs.finished_run import FinishedRun
 from batch_tokenizer.runs.scored_rows import Source
 from batch_tokenizer.runtime.ledger import read_ledger
-from batch_tokenizer.storage.atomic import atomic_write
+from batch_tokenizer.storage.atomic import os_error_ends_run, replace_file
 
 log = logging.getLogger(__name__)
 
@@ -76,12 +76,9 @@ def main(arguments: argparse.Namespace) -> int:
     # 3. The page.
     content = run_page(facts, evaluation, source, trouble, arguments.listen).encode()
     path: Path = arguments.out or run.path / "report.html"
-    try:
+    with os_error_ends_run(f"{path} cannot be written"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as file:
-            file.write(content)
-    except OSError as error:
-        raise RunError(f"{path} cannot be written: {error.strerror}", exit_code=1) from error
+        replace_file(path, content)
     if evaluation is not None:
         print(evaluation.table(get_terminal_size().columns))
     print(f"report: {path} ({len(content) / 1e6:.1f} MB)")

@@ -67,7 +67,7 @@ from batch_tokenizer.runtime.ledger_writer import LedgerWriter
 from batch_tokenizer.runtime.processes import ProcessGroup
 from batch_tokenizer.runtime.row_counter import RowCounter
 from batch_tokenizer.runtime.run_folder import RunFolder
-from batch_tokenizer.storage.atomic import atomic_write
+from batch_tokenizer.storage.atomic import atomic_write, os_error_ends_run
 from batch_tokenizer.storage.json_lines import json_lines_writer
 from batch_tokenizer.writers.shard_folder import shard_folder
 from batch_tokenizer.writers.shard_recovery import recover
@@ -258,26 +258,24 @@ class Verification:
         path = self.run.path / "verify.jsonl"
         form = OutputForm.of(self.spec.info, self.run.settings)
         checkers = Checkers(RowChecker(self.manifest, form), ShardChecker(self.run.task, form, self.content))
-        try:
-            with (
-                atomic_write(path) as file,
-                json_lines_writer(file) as writer,
-                checking_processes(checkers, self.manifest, workers) as map_items,
-            ):
-                findings = Findings(writer, show)
-                # 2. Each row's entries, and the files that it names.
-                wrong_lines = self._check_rows(map_items, state, audit, findings)
-                # 3. The shards.
-                if self.run.has_shards:
-                    self._check_shards(map_items, wrong_lines, findings)
-                # 4. Rows tokenized again.
-                if self.recomputation is not None:
-                    for comparison in self.recomputation.compare(self.run, self.manifest, state):
-                        if comparison.held_against:
-                            for problem in comparison.problems:
-                                findings.add(problem)
-        except OSError as error:
-            raise RunError(f"{path} cannot be written: {error.strerror}", exit_code=1) from error
+        with (
+            os_error_ends_run(f"{path} cannot be written"),
+            atomic_write(path) as file,
+            json_lines_writer(file) as writer,
+            checking_processes(checkers, self.manifest, workers) as map_items,
+        ):
+            findings = Findings(writer, show)
+            # 2. Each row's entries, and the files that it names.
+            wrong_lines = self._check_rows(map_items, state, audit, findings)
+            # 3. The shards.
+            if self.run.has_shards:
+                self._check_shards(map_items, wrong_lines, findings)
+            # 4. Rows tokenized again.
+            if self.recomputation is not None:
+                for comparison in self.recomputation.compare(self.run, self.manifest, state):
+                    if comparison.held_against:
+                        for problem in comparison.problems:
+                            findings.add(problem)
 
         seconds = time.monotonic() - began
         _print_findings(findings)

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from batch_tokenizer.commands.verify_rows import ExpectedLengths, Problem
 from batch_tokenizer.manifest.manifest import Manifest
-from batch_tokenizer.records import OUTPUT_FIELDS, RowError, RunError, Task
+from batch_tokenizer.records import OUTPUT_FIELDS, RowError, Task
 from batch_tokenizer.runs.checks import (
     AUDIO_HEADER_BYTES,
     CheckFailed,
@@ -34,6 +34,7 @@ from batch_tokenizer.runs.shards import shard_entries
 from batch_tokenizer.runs.stored_rows import StoredRow, shard_rows
 from batch_tokenizer.runtime.ledger_lines import read_shard_lines
 from batch_tokenizer.runtime.run_files import parse_shard_name, shard_ledger_file
+from batch_tokenizer.storage.atomic import os_error_ends_run
 from batch_tokenizer.writers.shard_folder import ShardFolder
 
 #: Rows of one shard that are named, before the rest is only counted.
@@ -199,8 +200,8 @@ def orphans(run_dir: Path, folder: ShardFolder, task: Task) -> list[Problem]:
     Raises:
         RunError: the folder cannot be read (exit code 1).
     """
-    try:
-        found = []
+    found = []
+    with os_error_ends_run(f"{folder.place} cannot be read"):
         for name in folder.names():
             place = parse_shard_name(task, name)
             if place is not None and read_shard_lines(shard_ledger_file(run_dir, *place)) is None:
@@ -210,9 +211,7 @@ def orphans(run_dir: Path, folder: ShardFolder, task: Task) -> list[Problem]:
             if parse_shard_name(task, name) is not None:
                 what = "left by a killed process, unless a run is writing there: the next start removes it"
                 found.append(Problem(None, None, "orphan", folder.location(f".{name}.part"), what))
-        return found
-    except OSError as error:
-        raise RunError(f"{folder.place} cannot be read: {error.strerror}", exit_code=1) from error
+    return found
 
 
 def take_back(wrong: Sequence[Shard]) -> int:
@@ -222,8 +221,6 @@ def take_back(wrong: Sequence[Shard]) -> int:
         RunError: a ledger file cannot be removed (exit code 1).
     """
     for shard in wrong:
-        try:
+        with os_error_ends_run(f"{shard.ledger} cannot be removed"):
             shard.ledger.unlink(missing_ok=True)
-        except OSError as error:
-            raise RunError(f"{shard.ledger} cannot be removed: {error.strerror}", exit_code=1) from error
     return sum(len(shard.entries) for shard in wrong)

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from batch_tokenizer.quality.metrics import METRICS
 from batch_tokenizer.records import RunError
-from batch_tokenizer.storage.atomic import atomic_write
+from batch_tokenizer.storage.atomic import os_error_ends_run, replace_file, replace_json
 from batch_tokenizer.storage.json_lines import json_lines_reader, json_lines_writer
 
 
@@ -56,7 +56,7 @@ class ResultsFolder:
             if names:
                 self._utterances.unlink(missing_ok=True)
                 self._tokens.unlink(missing_ok=True)
-            _replace(path, json.dumps(settings, indent=2) + "\n")
+            replace_json(path, settings)
         except (OSError, ValueError, AttributeError) as error:
             raise RunError(f"{path} cannot be used: {error}; choose another --out", exit_code=1) from error
 
@@ -97,33 +97,23 @@ class ResultsFolder:
         Raises:
             RunError: they cannot be written (exit code 1).
         """
-        try:
-            _replace(self.path / "table.md", table)
+        with os_error_ends_run(f"{self.path} cannot be written"):
+            replace_file(self.path / "table.md", table.encode())
             text = json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False)
-            _replace(self.path / "summary.json", text + "\n")
+            replace_file(self.path / "summary.json", f"{text}\n".encode())
             _write_parquet(self.path / "utterances.parquet", utterances)
-        except OSError as error:
-            raise RunError(f"{self.path} cannot be written: {error.strerror}", exit_code=1) from error
-
-
-def _replace(path: Path, text: str) -> None:
-    with atomic_write(path) as file:
-        file.write(text.encode())
 
 
 def _append(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Whole lines at the end of a file, which may end in half of one. All of them in one write."""
-    try:
-        with path.open("ab+") as file:
-            data = io.BytesIO()
-            if file.tell():
-                file.seek(-1, os.SEEK_END)
-                data.write(b"" if file.read(1) == b"\n" else b"\n")
-            with json_lines_writer(data) as writer:
-                writer.write_all(records)
-            file.write(data.getvalue())
-    except OSError as error:
-        raise RunError(f"{path} cannot be written: {error.strerror}", exit_code=1) from error
+    with os_error_ends_run(f"{path} cannot be written"), path.open("ab+") as file:
+        data = io.BytesIO()
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            data.write(b"" if file.read(1) == b"\n" else b"\n")
+        with json_lines_writer(data) as writer:
+            writer.write_all(records)
+        file.write(data.getvalue())
 
 
 def _read_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from batch_tokenizer.quality.codebooks import bit_rate
-from batch_tokenizer.quality.metrics import METRICS, Scores, mel_db
+from batch_tokenizer.quality.metrics import METRICS, Scores, level_db, mel_db
 from batch_tokenizer.quality.recordings import Recording
-from batch_tokenizer.records import RunError
 from batch_tokenizer.report.figures import draw_codes, draw_mel, draw_waveform
+from batch_tokenizer.storage.atomic import os_error_ends_run
 
 #: Codebooks that are drawn large: the codes of later ones follow nothing that an eye could see.
 _LARGE_CODEBOOKS = 3
@@ -80,16 +80,13 @@ def draw_comparison(
         axes.tick_params(labelsize=8)
     panels[-1].set_xlim(0, original.seconds)
     panels[-1].set_xlabel("seconds", fontsize=9)
-    try:
+    with os_error_ends_run(f"{path} cannot be written"):
         drawing.savefig(path, dpi=100)
-    except OSError as error:
-        raise RunError(f"{path} cannot be written: {error.strerror}", exit_code=1) from error
     return True
 
 
 def _level(side: Recording) -> str:
-    mean_square = float(np.mean(np.square(side.samples, dtype=np.float64))) if len(side.samples) else 0.0
-    return f"{10 * np.log10(mean_square):.1f} dB" if mean_square > 0 else "silent"
+    return f"{level_db(side.samples):.1f} dB" if side.samples.any() else "silent"
 
 
 def _scores_text(scores: Scores) -> str:

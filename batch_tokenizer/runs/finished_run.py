@@ -13,6 +13,7 @@ from batch_tokenizer.runs.source import find_manifest, read_record, recorded_sou
 from batch_tokenizer.runtime.ledger_lines import read_shard_lines
 from batch_tokenizer.runtime.run_files import ledger_files, shard_name
 from batch_tokenizer.runtime.run_settings import read_settings
+from batch_tokenizer.storage.atomic import os_error_ends_run
 from batch_tokenizer.writers.shard_folder import shard_folder
 
 
@@ -148,10 +149,8 @@ class FinishedRun:
             RunError: a ledger file cannot be read (exit code 1).
         """
         folder = shard_folder(str(self.settings.get("output_dir")))
-        try:
+        with os_error_ends_run(f"ledger in {self.path} cannot be read"):
             for file in ledger_files(self.path):
                 if file.shard is not None and read_shard_lines(file.path) is not None:
                     name = f"{shard_name(self.task, file.attempt, file.rank, file.shard)}.{self.sink}"
                     yield PublishedShard(name, folder.location(name), file.path)
-        except OSError as error:
-            raise RunError(f"ledger in {self.path} cannot be read: {error.strerror}", exit_code=1) from error

@@ -18,7 +18,7 @@ from batch_tokenizer.records import OUTPUT_FIELDS, ManifestRow, RowError, RunErr
 from batch_tokenizer.runs.finished_run import FinishedRun
 from batch_tokenizer.runs.shards import find_places
 from batch_tokenizer.runtime.ledger import RowStatus, read_ledger
-from batch_tokenizer.storage.atomic import atomic_write
+from batch_tokenizer.storage.atomic import atomic_write, os_error_ends_run
 from batch_tokenizer.storage.json_lines import dump_json
 from batch_tokenizer.storage.row_info import join_info, split_info
 
@@ -74,14 +74,11 @@ def write_output_rows(
         RunError: the run cannot be read, or the file not be written.
     """
     count = 0
-    try:
-        with atomic_write(path) as stream:
-            for count, row in enumerate(output_rows(run, manifest), 1):
-                stream.write(dump_json({name: value for name, value in row.items() if name != left_out}) + b"\n")
-                if count % _ROWS_PER_CALL == 0:
-                    idle()
-    except OSError as error:
-        raise RunError(f"{path} cannot be written: {error.strerror}", exit_code=1) from error
+    with os_error_ends_run(f"{path} cannot be written"), atomic_write(path) as stream:
+        for count, row in enumerate(output_rows(run, manifest), 1):
+            stream.write(dump_json({name: value for name, value in row.items() if name != left_out}) + b"\n")
+            if count % _ROWS_PER_CALL == 0:
+                idle()
     return count
 
 

@@ -18,6 +18,7 @@ from batch_tokenizer.records import OUTPUT_FIELDS, RowError, RunError
 from batch_tokenizer.runs.finished_run import FinishedRun
 from batch_tokenizer.runtime.ledger_lines import read_shard_lines
 from batch_tokenizer.sources.tar_rows import tar_rows
+from batch_tokenizer.storage.atomic import os_error_ends_run
 from batch_tokenizer.storage.jsonl_rows import numbered_lines
 from batch_tokenizer.storage.names import display_name, line_location, row_location
 
@@ -47,10 +48,8 @@ def shard_entries(ledger: Path) -> list[dict[str, Any]]:
     Raises:
         RunError: the file cannot be read, or is damaged (exit code 1).
     """
-    try:
+    with os_error_ends_run(f"{ledger} cannot be read"):
         lines = read_shard_lines(ledger)
-    except OSError as error:
-        raise RunError(f"{ledger} cannot be read: {error.strerror}", exit_code=1) from error
     if lines is None:
         raise RunError(f"{ledger} is damaged: the next start of the run does its rows again", exit_code=1)
     return [orjson.loads(line) for line in lines]

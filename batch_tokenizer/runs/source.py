@@ -19,7 +19,7 @@ from batch_tokenizer.records import RunError
 from batch_tokenizer.sources.finishing import SourceSettings
 from batch_tokenizer.sources.listing import local_manifest, names_of_outputs
 from batch_tokenizer.sources.patterns import find_sources
-from batch_tokenizer.storage.atomic import atomic_write
+from batch_tokenizer.storage.atomic import os_error_ends_run, replace_json
 from batch_tokenizer.storage.names import display_source
 from batch_tokenizer.storage.streams import ALLOW_PIPE
 
@@ -62,11 +62,8 @@ def prepare(config: RunConfig, run_dir: Path, source: str, idle: Callable[[], No
         "manifest": manifest.name if listed else str(manifest.resolve()),
         "settings": asdict(settings),
     }
-    try:
-        with atomic_write(run_dir / "source.json") as file:
-            file.write((json.dumps(record, indent=2) + "\n").encode())
-    except OSError as error:
-        raise RunError(f"run folder {run_dir}: source.json cannot be written: {error.strerror}", exit_code=1) from error
+    with os_error_ends_run(f"run folder {run_dir}: source.json cannot be written"):
+        replace_json(run_dir / "source.json", record)
     return manifest
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from batch_tokenizer.records import RunError
 from batch_tokenizer.runtime.run_folder import RunFolder
-from batch_tokenizer.storage.atomic import atomic_write
+from batch_tokenizer.storage.atomic import os_error_ends_run, replace_json
 
 logger = logging.getLogger(__name__)
 
@@ -70,10 +70,5 @@ def agree_on_environment(
                     exit_code=1,
                 )
             logger.warning("%s", reason)
-        try:
-            with atomic_write(folder.path / "environments.json") as file:
-                file.write((json.dumps([*known, environment], indent=2) + "\n").encode())
-        except OSError as error:
-            raise RunError(
-                f"run folder {folder.path}: environments.json cannot be written: {error.strerror}", exit_code=1
-            ) from error
+        with os_error_ends_run(f"run folder {folder.path}: environments.json cannot be written"):
+            replace_json(folder.path / "environments.json", [*known, environment])

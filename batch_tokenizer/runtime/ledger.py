@@ -23,9 +23,9 @@ import numpy as np
 import numpy.typing as npt
 
 from batch_tokenizer.manifest.manifest import Manifest
-from batch_tokenizer.records import LedgerEntry, RunError
+from batch_tokenizer.records import LedgerEntry
 from batch_tokenizer.runtime.ledger_lines import PRIORITY, Entries, decode_entry, parse_lines, read_blocks
-from batch_tokenizer.storage.atomic import atomic_write
+from batch_tokenizer.storage.atomic import atomic_write, os_error_ends_run
 from batch_tokenizer.storage.json_lines import json_lines_writer
 
 logger = logging.getLogger(__name__)
@@ -277,11 +277,8 @@ def iter_failures(run_dir: Path, manifest: Manifest, state: LedgerState) -> Iter
     table = np.concatenate(places)
     _, first = np.unique(table[:, 0], return_index=True)
     for line, number, start, length in table[first].tolist():
-        try:
-            with paths[number].open("rb") as stream:
-                entry = decode_entry(os.pread(stream.fileno(), length, start))
-        except OSError as error:
-            raise RunError(f"ledger in {run_dir} cannot be read: {error.strerror}", exit_code=1) from error
+        with os_error_ends_run(f"ledger in {run_dir} cannot be read"), paths[number].open("rb") as stream:
+            entry = decode_entry(os.pread(stream.fileno(), length, start))
         yield replace(entry, line=line)
 
 
@@ -292,10 +289,9 @@ def write_failures(run_dir: Path, manifest: Manifest, state: LedgerState) -> Pat
         RunError: the file cannot be written, or the ledger not be read (exit code 1).
     """
     path = run_dir / "failures.jsonl"
-    try:
-        with atomic_write(path) as file, json_lines_writer(file) as writer:
-            for entry in iter_failures(run_dir, manifest, state):
-                writer.write({"line": entry.line + 1, "key": entry.key, "stage": entry.stage, "reason": entry.reason})
-    except OSError as error:
-        raise RunError(f"cannot write {path} ({error.strerror})", exit_code=1) from error
+    with (
+        os_error_ends_run(f"{path} cannot be written"), atomic_write(path) as file, json_lines_writer(file) as writer
+    ):  # fmt: skip
+        for entry in iter_failures(run_dir, manifest, state):
+            writer.write({"line": entry.line + 1, "key": entry.key, "stage": entry.stage, "reason": entry.reason})
     return path

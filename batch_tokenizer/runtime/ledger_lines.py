@@ -19,8 +19,9 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from batch_tokenizer.records import LedgerEntry, RunError
+from batch_tokenizer.records import LedgerEntry
 from batch_tokenizer.runtime.run_files import LEDGER_PATTERNS, LedgerFile, ledger_files
+from batch_tokenizer.storage.atomic import os_error_ends_run
 
 logger = logging.getLogger(__name__)
 
@@ -164,11 +165,9 @@ def read_blocks(run_dir: Path) -> Iterator[LineBlock]:
     Raises:
         RunError: a ledger file cannot be read (exit code 1).
     """
-    try:
+    with os_error_ends_run(f"ledger in {run_dir} cannot be read"):
         for file in ledger_files(run_dir):
             yield from _blocks_of_file(file)
-    except OSError as error:
-        raise RunError(f"ledger in {run_dir} cannot be read: {error.strerror}", exit_code=1) from error
 
 
 def has_done_rows(run_dir: Path) -> bool:

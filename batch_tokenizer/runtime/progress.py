@@ -24,7 +24,7 @@ from tqdm import tqdm
 from batch_tokenizer.records import Stage
 from batch_tokenizer.runtime.run_files import status_file, status_files
 from batch_tokenizer.runtime.run_folder import RunFolder
-from batch_tokenizer.storage.atomic import atomic_write
+from batch_tokenizer.storage.atomic import replace_file
 
 logger = logging.getLogger(__name__)
 
@@ -277,8 +277,7 @@ class ProgressReporter:
 
     def _publish(self) -> None:
         try:
-            with atomic_write(self._path) as file:
-                file.write(json.dumps(asdict(self.status())).encode())
+            replace_file(self._path, json.dumps(asdict(self.status())).encode())
         except OSError as error:
             if not self._warned:
                 logger.warning("cannot write %s (%s): the progress shown will be wrong", self._path, error.strerror)

@@ -17,7 +17,7 @@ from pathlib import Path
 from batch_tokenizer.records import RunError
 from batch_tokenizer.runtime.processes import ProcessGroup
 from batch_tokenizer.runtime.work_queue import Store, poll
-from batch_tokenizer.storage.atomic import atomic_write
+from batch_tokenizer.storage.atomic import replace_file
 
 #: The name of a job's first message. Names of later ones hold the attempt's id, so that they are new.
 FIRST = "attempt"
@@ -121,8 +121,7 @@ class FolderChannel(RankChannel):
 
     def broadcast(self, name: str, message: bytes) -> None:
         """Writes the message's file."""
-        with atomic_write(self._path(name)) as file:
-            file.write(message)
+        replace_file(self._path(name), message)
 
     def receive(self, name: str, timeout: float, idle: Callable[[], None]) -> bytes | None:
         """Waits for the message's file."""

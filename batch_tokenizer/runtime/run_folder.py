@@ -37,7 +37,7 @@ from batch_tokenizer.runtime.run_files import (
 )
 from batch_tokenizer.runtime.run_settings import other_version, read_run, read_settings, setting_differences, write_run
 from batch_tokenizer.runtime.work_queue import no_idle
-from batch_tokenizer.storage.atomic import atomic_write
+from batch_tokenizer.storage.atomic import replace_file
 from batch_tokenizer.storage.file_lock import FileLock, exclusive_lock
 
 logger = logging.getLogger(__name__)
@@ -258,8 +258,7 @@ class RunFolder:
                 path.unlink(missing_ok=True)
             data = io.BytesIO()
             np.save(data, status)
-            with atomic_write(self._resume_path) as file:
-                file.write(data.getvalue())
+            replace_file(self._resume_path, data.getvalue())
             self._broadcast(self._resume_message, manifest=None if manifest is None else str(manifest))
         except OSError as error:
             raise _failure(self.path, error) from error
@@ -372,8 +371,7 @@ class RunFolder:
         """
         path = self.path / "summary.json"
         try:
-            with atomic_write(path) as file:
-                file.write((json.dumps(summary, indent=2, ensure_ascii=False) + "\n").encode())
+            replace_file(path, (json.dumps(summary, indent=2, ensure_ascii=False) + "\n").encode())
         except OSError as error:
             raise _failure(self.path, error) from error
         return path

@@ -10,7 +10,7 @@ from typing import Any
 
 from batch_tokenizer.config import RunConfig, beside
 from batch_tokenizer.records import RunError
-from batch_tokenizer.storage.atomic import atomic_write
+from batch_tokenizer.storage.atomic import replace_json
 
 #: Of the ledger's lines. Those of batch_tokenizer 0.1, which wrote no format, had no check values.
 FORMAT = 2
@@ -23,8 +23,7 @@ def write_run(run_dir: Path, settings: Mapping[str, Any], run_id: str = "") -> N
         OSError: it cannot be written.
     """
     content = {"settings": settings, "id": run_id or uuid.uuid4().hex[:16], "format": FORMAT}
-    with atomic_write(run_dir / "run.json") as file:
-        file.write((json.dumps(content, indent=2) + "\n").encode())
+    replace_json(run_dir / "run.json", content)
 
 
 def read_run(run_dir: Path) -> dict[str, Any] | None:

@@ -1,14 +1,18 @@
-"""Files that are replaced as a whole by a rename, so that a reader sees the old one or the new one."""
+"""Files that are replaced as a whole by a rename, so that a reader sees the old one or the new one; and what becomes of
+an error of the file system."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+from batch_tokenizer.records import RunError
 
 
 @contextmanager
@@ -32,6 +36,29 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
         with contextlib.suppress(OSError):
             unfinished.unlink()
         raise
+
+
+def replace_file(path: str | Path, content: bytes) -> None:
+    """Makes ``content`` the file at ``path``; errors as in ``atomic_write``."""
+    with atomic_write(path) as file:
+        file.write(content)
+
+
+def replace_json(path: str | Path, value: Any) -> None:
+    """Makes a JSON value, indented, the file at ``path``; errors as in ``atomic_write``."""
+    replace_file(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+@contextmanager
+def os_error_ends_run(message: str) -> Iterator[None]:
+    """
+    Raises:
+        RunError: the body raised an ``OSError``: ``message`` and the system's reason (exit code 1).
+    """
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{message}: {error.strerror or error}", exit_code=1) from error
 
 
 def sync_folder(folder: str | Path) -> None:
