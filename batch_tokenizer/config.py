@@ -379,6 +379,17 @@ def add_options(parser: argparse.ArgumentParser, *names: str, **defaults: Any) -
                 declared.add_to(heading)
 
 
+def check_least(arguments: argparse.Namespace, **least: float) -> None:
+    """
+    Raises:
+        RunError: an argument of a command is below the least value given under its name; None passes.
+    """
+    for name, minimum in least.items():
+        value = getattr(arguments, name)
+        if value is not None and value < minimum:
+            raise RunError(f"--{name} {value:g}: must be at least {minimum:g}")
+
+
 def beside(data_list: str | Path, ending: str) -> Path:
     """A name beside a source: ``a/data.jsonl`` and ``.x`` give ``a/data.x``, the shards ``a/tars/{0..9}.tar`` and the
     folder ``a/tars`` give ``a/tars.x``. What is elsewhere (a URL) has it in the working directory. Of several sources,

@@ -49,7 +49,7 @@ from batch_tokenizer.commands.bench_workload import (
     write_manifest,
     write_utterances,
 )
-from batch_tokenizer.config import RunConfig, add_options
+from batch_tokenizer.config import RunConfig, add_options, check_least
 from batch_tokenizer.pipeline.setup import RunContext
 from batch_tokenizer.records import RunError
 from batch_tokenizer.runtime.processes import ProcessGroup
@@ -95,10 +95,7 @@ def main(arguments: argparse.Namespace) -> int:
     Raises:
         RunError: what was asked for cannot be run.
     """
-    if arguments.repeats < 1:
-        raise RunError(f"--repeats {arguments.repeats}: must be at least 1")
-    if arguments.num_utterances is not None and arguments.num_utterances < 1:
-        raise RunError(f"--num_utterances {arguments.num_utterances}: must be at least 1")
+    check_least(arguments, repeats=1, num_utterances=1)
     with _work_dir(arguments.work_dir) as folder:
         bench = prepare(arguments, folder)
         report = bench.measure(arguments.parts, arguments.baseline)

@@ -26,7 +26,7 @@ from batch_tokenizer.commands.convert_energon import EnergonTarget
 from batch_tokenizer.commands.convert_shar import SharTarget
 from batch_tokenizer.commands.convert_streams import StreamTarget, settings_of
 from batch_tokenizer.commands.convert_targets import FileTarget, ShardTarget, Target
-from batch_tokenizer.config import add_options, check_codes_field
+from batch_tokenizer.config import add_options, check_codes_field, check_least
 from batch_tokenizer.records import RowError, RunError
 from batch_tokenizer.runs.finished_run import FinishedRun
 from batch_tokenizer.runs.indexed_rows import stored_rows
@@ -66,12 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     stream("--seed", type=int, default=0, metavar="N", help="of --split and --order shuffle (%(default)s)")
     add("--tokens_only", action="store_true", help="leave audio and hidden states behind")
     add_options(parser, "codes_field")
-    add(
-        "--shard_megabytes",
-        type=int,
-        default=256,
-        help="jsonl, tar, parquet: size at which a shard is closed (%(default)s)",
-    )
+    add("--shard_megabytes", type=int, default=256, help="size at which a shard is closed (%(default)s)")
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -80,8 +75,7 @@ def main(arguments: argparse.Namespace) -> int:
     Raises:
         RunError: there is nothing to convert, a row cannot be, or the folder cannot be written.
     """
-    if arguments.shard_megabytes < 1:
-        raise RunError(f"--shard_megabytes {arguments.shard_megabytes}: must be at least 1")
+    check_least(arguments, shard_megabytes=1)
     check_codes_field(arguments.codes_field)
     rows = stored_rows(arguments.source)
     with _new_folder(arguments.out) as folder:

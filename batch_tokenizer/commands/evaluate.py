@@ -46,22 +46,12 @@ def main(arguments: argparse.Namespace) -> int:
     Raises:
         RunError: there is nothing to score, or it cannot be scored this way; the message names flag and remedy.
     """
-    request = Request(
-        run_dir=None if arguments.run_dir is None else find_run_folder(arguments.run_dir),
-        data_list=arguments.data_list,
-        model_path=arguments.model_path,
-        sample=arguments.sample,
-        by=arguments.by,
-        num_quantizers=tuple(arguments.num_quantizers),
-        metrics=tuple(name for name in METRICS if name in arguments.metrics),
-        speaker_model=arguments.speaker_model,
-        workers=arguments.workers,
-        device=arguments.device,
-        dtype=arguments.dtype,
-        out=arguments.out,
-        overwrite=arguments.overwrite,
-    )
-    evaluation = evaluate(request)
+    values = vars(arguments) | {
+        "run_dir": None if arguments.run_dir is None else find_run_folder(arguments.run_dir),
+        "num_quantizers": tuple(arguments.num_quantizers),
+        "metrics": tuple(name for name in METRICS if name in arguments.metrics),
+    }
+    evaluation = evaluate(Request(**values))
     print(printable_lines(evaluation.table(get_terminal_size().columns)))
     for line in evaluation.notes():
         print(printable(line))

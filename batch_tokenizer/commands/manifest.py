@@ -28,7 +28,7 @@ import numpy.typing as npt
 
 from batch_tokenizer.audio.decoding import probe_audio
 from batch_tokenizer.commands.status import format_size
-from batch_tokenizer.config import add_options
+from batch_tokenizer.config import add_options, check_least
 from batch_tokenizer.manifest.manifest import Manifest
 from batch_tokenizer.manifest.row import REFUSED, LineState, cut_of
 from batch_tokenizer.records import ManifestRow, RowError, RunError, Sink, first_line, printable
@@ -85,8 +85,7 @@ def main(arguments: argparse.Namespace) -> int:
     """
     if arguments.action == "stats":
         return _stats(arguments.source, arguments.model_path, arguments.num_quantizers, arguments.rtf)
-    if arguments.workers < 1:
-        raise RunError(f"--workers {arguments.workers}: must be at least 1")
+    check_least(arguments, workers=1)
     if arguments.allow_pipe:
         os.environ[ALLOW_PIPE] = "1"
     # Rows of a sink that makes shards need no outputs, and neither do rows that get them later.
@@ -146,10 +145,8 @@ def make_manifest(source: str, out: Path, settings: SourceSettings, workers: int
                         bad_stream.write(dump_json(row) + b"\n")
                     num_rows, num_refused = num_rows + len(part.lines), num_refused + len(part.refused)
                     total.refused += part.refused[: _EXAMPLES - len(total.refused)]
-                    total.seconds, total.num_unknown = (
-                        total.seconds + part.seconds,
-                        total.num_unknown + part.num_unknown,
-                    )
+                    total.seconds += part.seconds
+                    total.num_unknown += part.num_unknown
                     counter.update(len(part.lines) + len(part.refused))
             # 3. Only a complete manifest takes the place of an earlier one.
             made.replace(out)
@@ -217,10 +214,7 @@ def _with_header(row: dict[str, Any], text: bytes) -> tuple[bytes, float | None]
     if not isinstance(wav, str) or not wav:
         raise ValueError('field "wav" is missing')
     header = probe_audio(wav)
-    added: dict[str, Any] = {
-        "original_sample_rate": header.sample_rate,
-        "original_channels": header.channels,
-    }
+    added: dict[str, Any] = {"original_sample_rate": header.sample_rate, "original_channels": header.channels}
     cut = cut_of(row)
     seconds = header.seconds(cut)
     if cut is None or (cut.start == 0 and cut.end is None):

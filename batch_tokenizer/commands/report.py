@@ -13,6 +13,7 @@ from pathlib import Path
 from shutil import get_terminal_size
 
 from batch_tokenizer import __version__
+from batch_tokenizer.config import check_least
 from batch_tokenizer.quality.evaluation import Evaluation, Request, evaluate, num_scored
 from batch_tokenizer.records import RunError
 from batch_tokenizer.report import page, sections
@@ -48,8 +49,7 @@ def main(arguments: argparse.Namespace) -> int:
     Raises:
         RunError: there is no such run folder, its manifest is not to be found, or the page cannot be written.
     """
-    if arguments.listen < 0:
-        raise RunError(f"--listen {arguments.listen}: must be at least 0")
+    check_least(arguments, listen=0)
     # 1. The run's own records.
     run = FinishedRun.open(arguments.run_dir)
     manifest = run.manifest(arguments.data_list)

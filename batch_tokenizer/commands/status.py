@@ -29,9 +29,7 @@ _CLEAR_SCREEN = "\x1b[H\x1b[J"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.add_argument("run_dir", type=Path, help="the run folder, by default named MANIFEST.TASK.run")
-    parser.add_argument(
-        "--json", action="store_true", help="as one line of JSON: sums, and what each rank last reported"
-    )
+    parser.add_argument("--json", action="store_true", help="one line of JSON: sums, and what each rank last reported")
     parser.add_argument("--watch", type=float, metavar="SECONDS", help="show it again and again, until the run is over")
 
 
@@ -156,34 +154,17 @@ def _table(
     job: JobStatus, states: Sequence[str], unheard: Sequence[tuple[int, int]], now: float, *, with_shards: bool
 ) -> list[str]:
     head = [
-        "shard",
-        "rank",
-        "attempt",
-        "host",
-        "device",
-        "state",
-        "rows",
-        "failed",
-        "audio",
-        "× real time",
-        "last heard",
-    ]
+        "shard", "rank", "attempt", "host", "device", "state", "rows", "failed", "audio", "× real time", "last heard",
+    ]  # fmt: skip
     rows = [
         [
-            str(rank.shard),
-            str(rank.rank),
-            str(rank.attempt),
-            rank.host,
-            rank.device,
-            state,
-            f"{rank.rows_done:,}",
-            f"{rank.rows_failed:,}",
-            duration_text(rank.audio_seconds),
+            str(rank.shard), str(rank.rank), str(rank.attempt), rank.host, rank.device, state,
+            f"{rank.rows_done:,}", f"{rank.rows_failed:,}", duration_text(rank.audio_seconds),
             speed_text(rank.audio_seconds, rank.elapsed).split()[0] if rank.elapsed > 0 else "-",
             f"{format_duration(max(0.0, now - rank.updated))} ago",
         ]
         for rank, state in zip(job.ranks, states, strict=True)
-    ]
+    ]  # fmt: skip
     rows += [[str(shard), str(rank), *["-"] * 3, "not heard of", *["-"] * 5] for shard, rank in unheard]
     first = 0 if with_shards else 1
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]

@@ -57,7 +57,7 @@ from batch_tokenizer.commands.verify_shards import (
     shards_to_check,
     take_back,
 )
-from batch_tokenizer.config import Dtype, RunConfig, add_options
+from batch_tokenizer.config import Dtype, RunConfig, add_options, check_least
 from batch_tokenizer.manifest.manifest import Manifest
 from batch_tokenizer.records import TASKS, LedgerEntry, RunError, Task, printable
 from batch_tokenizer.runs.checks import OutputForm
@@ -107,11 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--run_dir", type=Path, help="the run folder itself")
     add("--workers", type=int, help="processes that check files; one a core when absent, more help on network disks")
     add("--repair", action="store_true", help="take rows with wrong outputs back, for the next run to do again")
-    add(
-        "--content",
-        action="store_true",
-        help="read all bytes of all outputs and compare their checksums",
-    )
+    add("--content", action="store_true", help="read all bytes of all outputs and compare their checksums")
     add("--recompute", type=int, metavar="N", help="tokenize N rows again, alone and in another order, and compare")
     add_options(parser, "device")
     add("--dtype", choices=get_args(Dtype), help="with --recompute: also compare with this number format")
@@ -124,10 +120,7 @@ def main(arguments: argparse.Namespace) -> int:
     Raises:
         RunError: there is nothing that could be verified, or not with these arguments.
     """
-    for flag, least in (("workers", 1), ("show", 0), ("recompute", 1)):
-        value = getattr(arguments, flag)
-        if value is not None and value < least:
-            raise RunError(f"--{flag} {value}: must be at least {least}")
+    check_least(arguments, workers=1, show=0, recompute=1)
     if arguments.dtype is not None and arguments.recompute is None:
         raise RunError("--dtype needs --recompute N, the number of rows to tokenize again")
     run = FinishedRun.open(find_run_dir(arguments.data_list, arguments.task, arguments.run_dir, arguments.output_dir))

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from batch_tokenizer.commands.verify_shards import Shard, ShardChecker, ShardRep
 from batch_tokenizer.manifest.manifest import Manifest
 from batch_tokenizer.records import RunError
 from batch_tokenizer.runtime.processes import num_cores
+from batch_tokenizer.sources.ordered_map import ordered_in
 
 #: A manifest of fewer lines is checked by this process alone.
 _LEAST_LINES_FOR_PROCESSES = 4 * CHUNK_LINES
@@ -54,19 +54,13 @@ def check_shard(shard: Shard) -> ShardReport:
 def _map_ahead(
     pool: ProcessPoolExecutor, ahead: int, function: Callable[[Any], Any], items: Iterator[Any]
 ) -> Iterator[Any]:
-    """As ``map``, in the pool's processes; takes at most ``ahead`` items beyond the results that were taken.
+    """As ``ordered_in``.
 
     Raises:
         RunError: a process died.
     """
-    waiting: deque[Future[Any]] = deque()
     try:
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) >= ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        yield from ordered_in(pool, function, items, ahead)
     except BrokenProcessPool as error:
         raise RunError(
             "a process that checked files died (out of memory?): try fewer --workers", exit_code=1

@@ -16,7 +16,6 @@ import threading
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import replace
-from types import TracebackType
 
 import numpy as np
 
@@ -106,9 +105,7 @@ class LiveQuality:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close(0.0)
 
     def _work(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 #: Ctrl-C under torchrun reaches a rank twice, from the terminal and from the agent, and a batch system may signal both.
@@ -82,9 +82,7 @@ class StopRequest:
         self._previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
