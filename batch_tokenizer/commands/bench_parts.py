@@ -21,8 +21,15 @@ from batch_tokenizer.audio.loading import load_samples
 from batch_tokenizer.codecs.base import Codec
 from batch_tokenizer.codecs.mimo.codec import MiMoCodec, MiMoSpec
 from batch_tokenizer.codecs.mimo.operations import decoder_operations, encoder_operations
-from batch_tokenizer.commands.bench_profile import profile_kinds
-from batch_tokenizer.commands.bench_timing import InMemory, Spread, TimedCodec, WarmContext, in_turns, peak_rate
+from batch_tokenizer.commands.bench_timing import (
+    InMemory,
+    Spread,
+    TimedCodec,
+    WarmContext,
+    in_turns,
+    peak_rate,
+    profile_kinds,
+)
 from batch_tokenizer.commands.bench_workload import manifest_rows, write_manifest
 from batch_tokenizer.commands.published_loop import PublishedLoop, load_bare
 from batch_tokenizer.data.batching import Packer

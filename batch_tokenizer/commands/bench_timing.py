@@ -1,12 +1,13 @@
 """What the benchmark times with: a codec that notes how long its device worked, batches in memory, a run whose loader
-processes and codec are there already, and the largest rate of products that the device reaches.
+processes and codec are there already, the largest rate of products that the device reaches, and torch's profiler.
 """
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -14,11 +15,23 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from batch_tokenizer.codecs.base import Codec, Computation, Computed
 from batch_tokenizer.data.loader import Loader
 from batch_tokenizer.pipeline.setup import RunContext
 from batch_tokenizer.records import Batch, Task, TokenizedRow
+
+#: Kinds of work, and the names of kernels and operators that do it; the first that fits counts.
+_KINDS = (
+    ("attention", r"flash|fmha|attention|varlen"),
+    ("matrix products", r"gemm|gemv|matmul|addmm|::mm$|::bmm|nvjet|xmma|cutlass|linear"),
+    ("spectra", r"fft"),
+    ("copies", r"memcpy|memset|copy_|::to$|_to_copy|::cat|index_select|index_copy|gather|scatter"),
+    ("fused by the compiler", r"triton"),
+    ("norms and sums", r"norm|reduce|sum|mean|softmax|argmax"),
+    ("element by element", r"elementwise|vectorized|gelu|add|mul|clamp|exp|cos|sin|log"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,3 +220,39 @@ def peak_rate(device: torch.device, dtype: torch.dtype, threads: int) -> float:
             best = max(best, 2 * size**3 / elapsed)
     torch.set_num_threads(before)
     return best
+
+
+def profile_kinds(compute: Callable[[], Any], device: torch.device) -> dict[str, Any]:
+    """Milliseconds of one call of ``compute`` by kind of work, largest first, and how many operators it took.
+
+    On CUDA the device's own kernels are counted, elsewhere the processor's operators without those that they call.
+    """
+    on_cuda = device.type == "cuda"
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_cuda
+    with profile(activities=activities, acc_events=True) as profiler:
+        compute()
+        if on_cuda:
+            torch.cuda.synchronize(device)
+    spent = []
+    for event in profiler.key_averages():
+        is_kernel = event.device_type == torch.autograd.DeviceType.CUDA
+        if is_kernel == on_cuda:
+            microseconds = event.self_device_time_total if on_cuda else event.self_cpu_time_total
+            spent.append((event.key, microseconds / 1e3, event.count))
+    return by_kind(spent)
+
+
+def by_kind(spent: Iterable[tuple[str, float, int]]) -> dict[str, Any]:
+    """(name, milliseconds, count) of operators, summed by kind."""
+    milliseconds: dict[str, float] = {}
+    operators = 0
+    for name, duration, count in spent:
+        kind = next((kind for kind, pattern in _KINDS if re.search(pattern, name, re.IGNORECASE)), "other")
+        milliseconds[kind] = milliseconds.get(kind, 0.0) + duration
+        operators += count
+    ordered = sorted(milliseconds.items(), key=lambda item: -item[1])
+    return {
+        "milliseconds": {kind: round(duration, 3) for kind, duration in ordered},
+        "all_milliseconds": round(sum(milliseconds.values()), 3),
+        "operators": operators,
+    }

@@ -17,7 +17,6 @@ from __future__ import annotations
 import io
 import math
 import re
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from batch_tokenizer.codecs.base import CodecInfo
-from batch_tokenizer.records import CODES_FIELD, RowError, first_line
+from batch_tokenizer.records import CODES_FIELD, RowError
 from batch_tokenizer.storage.files import open_file
 from batch_tokenizer.storage.json_lines import dump_json, parse_json
 from batch_tokenizer.storage.jsonl_rows import (
@@ -40,13 +39,11 @@ from batch_tokenizer.storage.jsonl_rows import (
     read_line,
 )
 from batch_tokenizer.storage.names import display_name, parse_line_location, parse_member, parse_row_location
+from batch_tokenizer.storage.npy import read_header
 from batch_tokenizer.storage.parquet_rows import read_row
 
 #: Largest token file that is read; a day of audio at 20 codebooks takes about 200 MB.
 _MOST_BYTES = 1 << 30
-
-#: An array's header is text of some hundred bytes.
-_MOST_HEADER = 4096
 
 #: Largest ``info`` of a large JSON file.
 _MOST_INFO_BYTES = 16 << 20
@@ -55,9 +52,6 @@ _MOST_INFO_BYTES = 16 << 20
 _PIECE_BYTES = 1 << 20
 
 _NPY = b"\x93NUMPY"
-
-#: What reads the header of each version of the format.
-_NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 #: In a large JSON file: what stands before the list of frames, between two of them, and where that list ends.
 _FRAMES_BEGIN = re.compile(rb'"quantized_tokens"\s*:\s*(?=\[)|\A\s*(?=\[)')
@@ -263,15 +257,9 @@ def _parse_npy(content: bytes, name: str, kinds: str = "iu", wanted: str = "inte
     """The array, whose dtype must be one of ``kinds``, and the JSON behind it."""
     stream = io.BytesIO(content)
     try:
-        version = np.lib.format.read_magic(stream)
-        read_header = _NPY_HEADERS[version]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of old or odd headers
-            shape, fortran, dtype = read_header(stream, max_header_size=_MOST_HEADER)
-    except KeyError as error:
-        raise RowError("load", f"{name}: an npy file of version {error.args[0]}, which is not known") from error
-    except Exception as error:  # numpy evaluates the header as Python, which may fail in any way
-        raise RowError("load", f"{name}: a damaged npy header: {first_line(error)}") from error
+        shape, fortran, dtype = read_header(stream)
+    except ValueError as error:
+        raise RowError("load", f"{name}: {error}") from error
     if dtype.kind not in kinds or len(shape) != 2 or min(shape) < 0:
         raise RowError("load", f"{name}: an array {shape} of {dtype}, not {wanted}")
     if 0 in shape:

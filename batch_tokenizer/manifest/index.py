@@ -23,6 +23,7 @@ import orjson
 from batch_tokenizer.manifest.row import MAX_LINE, LineState, RefusedLine, RowNames, check_line, duration_of, row_names
 from batch_tokenizer.records import CUT_FIELDS, RowForm, RunError
 from batch_tokenizer.storage.json_lines import parse_json
+from batch_tokenizer.storage.npy import NpyWriter
 
 logger = logging.getLogger(__name__)
 
@@ -83,32 +84,6 @@ _COLUMNS: dict[str, np.dtype[Any]] = {
     "durations": np.dtype(np.float32),
     "states": np.dtype(np.uint8),
 }
-
-
-class _ColumnFile:
-    """A one-dimensional ``.npy`` file written a piece at a time; its header gets the length at the end."""
-
-    _HEADER_BYTES = 128
-
-    def __init__(self, folder: Path, name: str, dtype: np.dtype[Any]) -> None:
-        self.path = folder / f"{name}.npy"
-        self._dtype = dtype
-        self._length = 0
-        self._file = self.path.open("wb")
-        self._file.write(b"\0" * self._HEADER_BYTES)
-
-    def append(self, values: npt.NDArray[Any]) -> None:
-        self._file.write(np.ascontiguousarray(values, dtype=self._dtype).data)
-        self._length += len(values)
-
-    def finish(self) -> npt.NDArray[Any]:
-        """Close the file and map it."""
-        self._file.seek(0)
-        header = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False, "shape": (self._length,)}
-        np.lib.format.write_array_header_1_0(self._file, header)
-        assert self._file.tell() == self._HEADER_BYTES
-        self._file.close()
-        return map_column(self.path)
 
 
 def map_column(path: Path) -> npt.NDArray[Any]:
@@ -350,8 +325,8 @@ def _write_columns(stream: IO[bytes], path: Path, form: RowForm, folder: Path, r
     start = len(_BYTE_ORDER_MARK) if stream.read(len(_BYTE_ORDER_MARK)) == _BYTE_ORDER_MARK else 0
     stream.seek(start)
     # 1. One pass over the lines. Hashes of output paths are needed for duplicates only and not kept.
-    columns = {name: _ColumnFile(folder, name, dtype) for name, dtype in _COLUMNS.items()}
-    output_hashes = _ColumnFile(folder, "output_hashes", np.dtype(np.int64))
+    dtypes = _COLUMNS | {"output_hashes": np.dtype(np.int64)}
+    columns = {name: NpyWriter(folder / f"{name}.npy", dtype) for name, dtype in dtypes.items()}
     report(0, size)
     reported = time.monotonic()
     for offsets, lines in _lines_by_block(stream, start, size):
@@ -359,14 +334,16 @@ def _write_columns(stream: IO[bytes], path: Path, form: RowForm, folder: Path, r
         columns["offsets"].append(offsets)
         for name, column in values.items():
             columns[name].append(column)
-        output_hashes.append(paths.ravel())
+        columns["output_hashes"].append(paths.ravel())
         if time.monotonic() - reported > 0.5:
             report(int(offsets[-1]), size)
             reported = time.monotonic()
     columns["offsets"].append(np.array([size]))
-    finished = {name: column.finish() for name, column in columns.items()}
+    for column_file in columns.values():
+        column_file.close()
+    finished = {name: map_column(folder / f"{name}.npy") for name in columns}
     states = finished["states"]
-    hashes = output_hashes.finish().reshape(len(states), len(form.outputs))
+    hashes = finished["output_hashes"].reshape(len(states), len(form.outputs))
     if not np.any(states != LineState.BLANK):
         raise RunError(f"manifest {path} is empty: it has blank lines only")
 
@@ -381,5 +358,5 @@ def _write_columns(stream: IO[bytes], path: Path, form: RowForm, folder: Path, r
     marked[duplicates[:, 0]] = LineState.DUPLICATE
     marked.flush()
     np.save(folder / "duplicates.npy", duplicates)
-    output_hashes.path.unlink()
+    (folder / "output_hashes.npy").unlink()
     report(size, size)

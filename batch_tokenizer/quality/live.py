@@ -158,8 +158,7 @@ def score_line(scores: Scores) -> str:
     parts = []
     for name, about in METRICS.items():
         if name in scores.values:
-            unit = f" {about.unit}" if about.unit else ""
-            parts.append(f"{about.label} {about.text(scores.values[name])}{unit}")
+            parts.append(about.named(scores.values[name]))
         elif name in scores.reasons:
             parts.append(f"{about.label} {scores.reasons[name]}")
     return ", ".join(parts)

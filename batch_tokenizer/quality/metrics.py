@@ -73,6 +73,10 @@ class Metric:
         """A value, rounded; never a zero with a minus."""
         return f"{round(value, self.decimals) + 0.0:.{self.decimals}f}"
 
+    def named(self, value: float) -> str:
+        """A value with the metric's label and unit."""
+        return f"{self.label} {self.text(value)} {self.unit}".rstrip()
+
 
 #: All metrics, in the order of tables.
 METRICS: Mapping[str, Metric] = {

@@ -90,10 +90,5 @@ def _level(side: Recording) -> str:
 
 
 def _scores_text(scores: Scores) -> str:
-    shown = ("pesq_wb", "sim", "stoi", "mos", "level_change")
-    words = []
-    for name, about in METRICS.items():
-        if name in scores.values and name in shown:
-            unit = f" {about.unit}" if about.unit else ""
-            words.append(f"{about.label} {about.text(scores.values[name])}{unit}")
-    return "   ".join(words)
+    shown = [name for name in ("pesq_wb", "sim", "stoi", "mos", "level_change") if name in scores.values]
+    return "   ".join(METRICS[name].named(scores.values[name]) for name in shown)

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -205,20 +205,12 @@ class ProgressReporter:
             stream: where rank 0 shows the line: a moving one on a terminal, otherwise one every 30 s. Default: stderr.
         """
         processes = folder.processes
-        self._fixed: dict[str, Any] = {
-            "attempt": folder.attempt,
-            "rank": processes.rank,
-            "world_size": processes.world_size,
-            "num_shards": folder.num_shards,
-            "shard": folder.shard,
-            "host": processes.host,
-            "pid": processes.pid,
-            "device": device,
-            "started": time.time(),
-            "rows_total": rows_total,
-            "rows_done_before": rows_done_before,
-            "rows_failed_before": rows_failed_before,
-        }
+        self._first = RankStatus(
+            attempt=folder.attempt, rank=processes.rank, world_size=processes.world_size, num_shards=folder.num_shards,
+            shard=folder.shard, state="starting", host=processes.host, pid=processes.pid, device=device,
+            started=time.time(), rows_total=rows_total, rows_done_before=rows_done_before,
+            rows_failed_before=rows_failed_before,
+        )  # fmt: skip
         self._run_dir = folder.path
         self._path = status_file(folder.path, folder.attempt, processes.rank)
         self._is_shown = processes.is_main and not quiet
@@ -264,16 +256,11 @@ class ProgressReporter:
     def status(self) -> RankStatus:
         """This process now."""
         with self._lock:
-            return RankStatus(
-                **self._fixed,
-                state=self._state,
-                rows_done=self._rows_done,
-                rows_failed=self._rows_failed,
-                audio_seconds=self._audio_seconds,
-                stage_seconds=dict(self._stage_seconds),
-                elapsed=time.monotonic() - self._began,
-                updated=time.time(),
-            )
+            return replace(
+                self._first, state=self._state, rows_done=self._rows_done, rows_failed=self._rows_failed,
+                audio_seconds=self._audio_seconds, stage_seconds=dict(self._stage_seconds),
+                elapsed=time.monotonic() - self._began, updated=time.time(),
+            )  # fmt: skip
 
     def _publish(self) -> None:
         try:
@@ -284,7 +271,7 @@ class ProgressReporter:
                 self._warned = True
 
     def _show(self) -> None:
-        job = read_status(self._run_dir, self._fixed["attempt"])
+        job = read_status(self._run_dir, self._first.attempt)
         ended = job.rows_done + job.rows_failed
         # The stream may be a pipe whose reader has ended, which is no reason to stop.
         with suppress(OSError):
@@ -305,7 +292,7 @@ class ProgressReporter:
     def __enter__(self) -> ProgressReporter:
         if self._is_shown and self._stream.isatty():
             self._bar = tqdm(
-                total=self._fixed["rows_total"],
+                total=self._first.rows_total,
                 file=self._stream,
                 dynamic_ncols=True,
                 bar_format="{n_fmt}/{total_fmt} rows{postfix} |{bar}|",

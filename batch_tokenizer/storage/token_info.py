@@ -13,6 +13,7 @@ import numpy as np
 
 from batch_tokenizer.storage.files import open_file
 from batch_tokenizer.storage.json_lines import parse_json
+from batch_tokenizer.storage.npy import read_header
 
 #: A JSON file up to this size is parsed as a whole; of a larger one what stands behind its frames.
 _MOST_PARSED = 1 << 20
@@ -46,9 +47,8 @@ def _behind_array(file: Any, size: int) -> Mapping[str, Any]:
     """JSON behind an array, as far as the header says where the array ends."""
     head = io.BytesIO(file.read(4096))
     try:
-        np.lib.format.read_magic(head)
-        shape, _, dtype = np.lib.format.read_array_header_1_0(head, max_header_size=4096)
-    except Exception:  # noqa: BLE001 - numpy evaluates the header; what is wrong with it is reported with the codes
+        shape, _, dtype = read_header(head)
+    except ValueError:  # reported when the codes are read
         return {}
     end = head.tell() + int(np.prod(shape, dtype=object)) * dtype.itemsize
     if not head.tell() < end < size:

@@ -19,10 +19,12 @@ from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from batch_tokenizer.storage.npy import NpyWriter
 
 Pattern = Literal["interleaved", "delayed"]
 
@@ -34,8 +36,6 @@ _MOST_OF_TWO_BYTES = 65500
 
 #: Numbers that the index file has for types.
 _TYPE_CODES = {"uint16": 8, "int32": 4}
-
-_NPY_HEADER_BYTES = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,21 +233,15 @@ class FlatFile:
 
     def __init__(self, folder: Path, dtype: np.dtype[Any]) -> None:
         self._folder = folder
-        self._stream: BinaryIO = (folder / "tokens.npy").open("wb")
-        self._stream.write(bytes(_NPY_HEADER_BYTES))
-        self._dtype = dtype
+        self._tokens = NpyWriter(folder / "tokens.npy", dtype)
         self._offsets = array("q", [0])
 
     def append(self, tokens: npt.NDArray[Any]) -> None:
         """One utterance."""
-        self._stream.write(tokens.astype(self._dtype).data)
+        self._tokens.append(tokens)
         self._offsets.append(self._offsets[-1] + len(tokens))
 
     def close(self) -> None:
         """Write the tokens' header, which has their number, and the offsets."""
-        self._stream.seek(0)
-        header = {"descr": self._dtype.str, "fortran_order": False, "shape": (self._offsets[-1],)}
-        np.lib.format.write_array_header_1_0(self._stream, header)
-        assert self._stream.tell() == _NPY_HEADER_BYTES
-        self._stream.close()
+        self._tokens.close()
         np.save(self._folder / "offsets.npy", np.frombuffer(self._offsets, np.int64))

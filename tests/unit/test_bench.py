@@ -14,7 +14,7 @@ from batch_tokenizer.codecs.mimo.config import MiMoConfig
 from batch_tokenizer.codecs.mimo.operations import decoder_operations, encoder_operations, visible_pairs
 from batch_tokenizer.codecs.mimo.sized import random_model, size_names, sized_config
 from batch_tokenizer.commands import bench
-from batch_tokenizer.commands.bench_profile import by_kind
+from batch_tokenizer.commands.bench_timing import by_kind
 from batch_tokenizer.commands.bench_workload import FreeCodec, FreeSpec, draw_lengths, manifest_wavs
 from batch_tokenizer.commands.published_loop import decode_padded, encode_padded
 from batch_tokenizer.kernels.attention import _visible
