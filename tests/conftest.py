@@ -9,10 +9,10 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-# The same examples each time, and no deadline, which a busy machine would miss.
-# ``pytest --hypothesis-profile=search`` tries new examples.
-hypothesis.settings.register_profile("any machine", deadline=None, derandomize=True)
-hypothesis.settings.register_profile("search", deadline=None)
+# The same few examples each time, and no deadline, which a busy machine would miss.
+# ``pytest --hypothesis-profile=search`` tries many new ones.
+hypothesis.settings.register_profile("any machine", deadline=None, derandomize=True, max_examples=40)
+hypothesis.settings.register_profile("search", deadline=None, max_examples=300)
 hypothesis.settings.load_profile("any machine")
 
 # Tests run side by side, one for each core. Threads beyond that wait for one another: a test takes ten times as long.

@@ -19,7 +19,7 @@ NUM_ROWS = 600
 
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """Clips of 0.1 to 0.3 s, done by one process alone that nobody disturbed.
+    """Clips of 0.1 to 0.3 s, done in this process, which nobody disturbs.
 
     Test processes of pytest-xdist share it: the first one makes it, the others wait.
     """
@@ -32,7 +32,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
         if (folder / "reference").exists():
             return Workspace(corpus, folder / "reference")
         workspace = Workspace.make(corpus, folder / "reference")
-        workspace.finish(1)
+        workspace.finish_here()
         workspace.check_complete()
         return workspace
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 from collections import Counter
 
 import pytest
 
 from batch_tokenizer.cli import main
-from tests.support.runs import Workspace, make_corpus, run_environment
+from tests.support.command import batch_tokenizer
+from tests.support.runs import Workspace, make_corpus
 
 NUM_ROWS = 40
 
@@ -24,22 +23,10 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(corpus, tmp_path_factory):
-    """A run of two ranks that nothing disturbed. Tests that change it work on their own."""
+    """A run that nothing disturbed. Tests that change it work on their own."""
     workspace = Workspace.make(corpus, tmp_path_factory.mktemp("finished") / "work")
-    workspace.finish(2)
+    workspace.finish_here()
     return workspace
-
-
-def processes(workspace, *command):
-    """A command line as processes, to its end."""
-    return subprocess.run(
-        list(map(str, command)),
-        cwd=workspace.folder,
-        env=run_environment(),
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
 
 
 @pytest.fixture
@@ -67,12 +54,12 @@ def files_of(folder):
     return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in sorted(folder.rglob("*"))}
 
 
-def test_verify_passes_what_a_run_left(finished):
-    done = processes(finished, sys.executable, "-m", "batch_tokenizer", *verification(finished, "--workers", 2))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{NUM_ROWS} = {NUM_ROWS} done + 0 failed + 0 pending" in done.stdout
-    assert f"{2 * NUM_ROWS} files" in done.stdout
-    assert "everything holds" in done.stdout
+def test_verify_passes_what_a_run_left(finished, here):
+    code, said = here(finished, *verification(finished, "--workers", 2))
+    assert code == 0, said
+    assert f"{NUM_ROWS} = {NUM_ROWS} done + 0 failed + 0 pending" in said
+    assert f"{2 * NUM_ROWS} files" in said
+    assert "everything holds" in said
 
 
 def test_damage_is_found_taken_back_and_done_again(finished, tmp_path, here):
@@ -98,7 +85,7 @@ def test_damage_is_found_taken_back_and_done_again(finished, tmp_path, here):
     assert here(workspace, *verification(workspace))[0] == 1
     assert findings(workspace) == Counter((key, "pending") for key in wrong)
     before = Counter(entry["key"] for entry in workspace.ledger() if entry["status"] == "done")
-    workspace.finish(1)
+    workspace.finish_here()
     after = Counter(entry["key"] for entry in workspace.ledger() if entry["status"] == "done")
     assert after - before == Counter(wrong)
     assert here(workspace, *verification(workspace))[0] == 0
@@ -132,7 +119,7 @@ def test_a_run_at_work_and_a_killed_one(corpus, tmp_path, here, caplog):
 
 def test_shards_are_verified_together(corpus, tmp_path, here):
     workspace = Workspace.make(corpus, tmp_path / "work")
-    workspace.finish(1, "--num_shards", 2, "--shard", 1)
+    workspace.finish_here("--num_shards", 2, "--shard", 1)
     shown = here(workspace, "status", workspace.run_dir)[1]
     assert "1 of 2 have started; not yet: 0" in shown
     half = len({entry["key"] for entry in workspace.ledger()})
@@ -143,7 +130,7 @@ def test_shards_are_verified_together(corpus, tmp_path, here):
     assert f"{NUM_ROWS} = {half} done + 0 failed + {NUM_ROWS - half} pending" in said
     missing = [key for key in corpus.keys if not (workspace.folder / "out" / f"{key}.wav").exists()]
     assert findings(workspace) == Counter((key, "pending") for key in missing)
-    workspace.finish(1, "--num_shards", 2, "--shard", 0)
+    workspace.finish_here("--num_shards", 2, "--shard", 0)
     assert here(workspace, *verification(workspace))[0] == 0
     code, shown = here(workspace, "status", workspace.run_dir, "--watch", 1)  # ends, as the run is over
     assert code == 0
@@ -153,7 +140,7 @@ def test_shards_are_verified_together(corpus, tmp_path, here):
 def test_dry_run_under_torchrun_prints_once_and_leaves_nothing(corpus, tmp_path):
     workspace = Workspace.make(corpus, tmp_path / "work")
     before = files_of(workspace.folder)
-    done = processes(workspace, *workspace.command(2, "--dry_run"))
+    done = batch_tokenizer(*workspace.arguments("--dry_run"), ranks=2, cwd=workspace.folder)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("nothing would fail") == 1
     assert f"{NUM_ROWS} rows in" in done.stdout

@@ -11,7 +11,7 @@ import pytest
 import soundfile
 
 from tests.support.checkpoints import write_mimo_checkpoint
-from tests.support.command import batch_tokenizer, contents, failures, output_row, write_manifest
+from tests.support.command import batch_tokenizer, contents, failures, output_row, run_here, write_manifest
 
 
 def tone(seconds, rate=24000, channels=1):
@@ -145,9 +145,9 @@ def test_strict_and_all_failed_end_in_status_one(tmp_path):
         output_row("b", tmp_path / "b.wav", tmp_path / "out"),
     ]
     mixed = write_manifest(tmp_path / "mixed.jsonl", rows)
-    assert batch_tokenizer("--model_path", model, "--data_list", mixed, "--strict", "--num_workers", 0).returncode == 1
+    assert run_here("--model_path", model, "--data_list", mixed, "--strict", "--num_workers", 0).returncode == 1
     bad = write_manifest(tmp_path / "bad.jsonl", rows[1:])
-    done = batch_tokenizer("--model_path", model, "--data_list", bad, "--num_workers", 0)
+    done = run_here("--model_path", model, "--data_list", bad, "--num_workers", 0)
     assert done.returncode == 1
     assert "0 rows done, 1 failed" in done.stdout
 
@@ -179,7 +179,7 @@ def test_hostile_token_files(tmp_path):
         for key in keys
     ]
     manifest = write_manifest(tmp_path / "data.jsonl", rows)
-    done = batch_tokenizer(
+    done = run_here(
         "--model_path", model, "--data_list", manifest, "--task", "token2wav", "--run_dir", tmp_path / "run"
     )
     assert done.returncode == 0, done.stderr

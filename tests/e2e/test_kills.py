@@ -15,15 +15,15 @@ from tests.support.runs import HANG_SECONDS, Killer, lingering
 def test_all_processes_killed_twice_then_resumed_by_three(
     open_workspace: Open, undisturbed: Mapping[str, bytes]
 ) -> None:
-    workspace = open_workspace(300)
-    for attempt in range(2):
-        before = workspace.rows_done()
-        with workspace.start(2, "--num_workers", 1) as run:
-            workspace.await_rows(before + 40 + 17 * attempt, run)
-            assert run.kill() >= 5  # the agent, two ranks, their loaders
-        assert workspace.rows_done() < 300
+    """First two ranks with their loader processes, then a process alone."""
+    workspace = open_workspace(200)
+    for num_processes, rows, fewest in ((2, 40, 5), (1, 97, 1)):  # the agent, two ranks, their loaders
+        with workspace.start(num_processes, "--num_workers", num_processes - 1) as run:
+            workspace.await_rows(rows, run)
+            assert run.kill() >= fewest
+        assert workspace.rows_done() < 200
         assert not list(lingering(workspace.folder))
-    run = workspace.finish(3, "--num_workers", 1)
+    run = workspace.finish(3)
     assert "resuming: " in run.output()
     workspace.check_complete(undisturbed, redone=True)
     attempts = sorted(path.name[:6] for path in (workspace.run_dir / "ledger").iterdir())
@@ -33,10 +33,8 @@ def test_all_processes_killed_twice_then_resumed_by_three(
 def test_processes_killed_one_by_one(open_workspace: Open, undisturbed: Mapping[str, bytes]) -> None:
     """Loader processes are replaced, torchrun restarts ranks, and a new command replaces a killed agent, which may
     still have ranks that finish what they hold. ``tests/measure/soak.py`` kills a hundred."""
-    workspace = open_workspace(400)
-    for attempt, victims in enumerate(
-        (("loader", "rank", "loader", "server", "loader", "agent"), ("loader", "loader", "rank", "loader"))
-    ):
+    workspace = open_workspace(300)
+    for attempt, victims in enumerate((("loader", "server", "loader", "agent"), ("loader", "rank", "loader"))):
         with workspace.start(2, "--num_workers", 1, launcher=["--max_restarts=9"]) as run:
             killer = Killer(workspace, run, seed=attempt)
             for victim in victims:

@@ -15,11 +15,19 @@ import soundfile
 from safetensors.numpy import load_file
 
 import batch_tokenizer as package
-from batch_tokenizer import cli
 from batch_tokenizer.audio.loading import load_samples
 from batch_tokenizer.cli import main
 from tests.support.checkpoints import write_mimo_checkpoint
-from tests.support.command import ROOT, batch_tokenizer, contents, environment, failures, output_row, write_manifest
+from tests.support.command import (
+    ROOT,
+    batch_tokenizer,
+    contents,
+    environment,
+    failures,
+    output_row,
+    run_here,
+    write_manifest,
+)
 
 
 def samples_of(path):
@@ -51,7 +59,7 @@ def test_known_answers_through_the_command_line(golden, tmp_path, batch_size, n_
     words = ["--model_path", model, "--data_list", manifest, "--task", "wav2token2wav", "--batch_size", batch_size]
     words += ["--front_end", front_end]
     words += ["--num_quantizers", n_q] if n_q else []
-    done = batch_tokenizer(*map(str, words), ranks=ranks)
+    done = batch_tokenizer(*map(str, words), ranks=ranks) if ranks else run_here(*words)
     assert done.returncode == 0, done.stderr
     assert "10 rows done, 0 failed" in done.stdout
     used = n_q or 8
@@ -79,23 +87,20 @@ class TestTasks:
         shutil.copy(ROOT / "sample_data" / "data.jsonl", folder)
         return folder
 
-    def run(self, workplace, task, *words, **options):
-        done = batch_tokenizer(
-            "--model_path", "model", "--data_list", "data.jsonl", "--task", task, *words, cwd=workplace, **options
-        )
+    def run(self, workplace, task, *words):
+        done = run_here("--model_path", "model", "--data_list", "data.jsonl", "--task", task, *words, cwd=workplace)
         assert done.returncode == 0, done.stderr
         return done
 
-    def test_two_steps_give_the_files_of_one(self, workplace, monkeypatch):
+    def test_two_steps_give_the_files_of_one(self, workplace):
         out = workplace / "sample_data" / "out"
-        one = self.run(workplace, "wav2token2wav", ranks=2)
+        one = self.run(workplace, "wav2token2wav")
         assert "12 rows done, 0 failed" in one.stdout
         together = contents(out)
         assert len(together) == 24
         shutil.rmtree(out)
-        monkeypatch.chdir(workplace)
-        for words in (("wav2token", "--batch_size", "1", "--num_workers", "0"), ("token2wav", "--batch_size", "5")):
-            assert main(["--model_path", "model", "--data_list", "data.jsonl", "--task", *words]) == 0
+        self.run(workplace, "wav2token", "--batch_size", 1, "--num_workers", 0)
+        self.run(workplace, "token2wav", "--batch_size", 5)
         assert contents(out) == together
 
     def test_fields_of_the_row_are_passed_through(self, workplace):
@@ -119,9 +124,7 @@ def test_resamplers_differ_and_reference_is_torchaudios(tmp_path):
     for resampler in ("reference", "soxr"):
         row = output_row("a", tmp_path / "a.wav", tmp_path / resampler)
         manifest = write_manifest(tmp_path / f"{resampler}.jsonl", [row])
-        done = batch_tokenizer(
-            "--model_path", model, "--data_list", manifest, "--resampler", resampler, "--num_workers", 0
-        )
+        done = run_here("--model_path", model, "--data_list", manifest, "--resampler", resampler, "--num_workers", 0)
         assert done.returncode == 0, done.stderr
         tokens[resampler] = json.loads((tmp_path / resampler / "a.json").read_text())["quantized_tokens"]
     channels = torch.from_numpy(soundfile.read(tmp_path / "a.wav", dtype="float32")[0].T.copy())
@@ -136,18 +139,10 @@ def test_sixteen_bit_runs_say_so(tmp_path):
     soundfile.write(tmp_path / "a.wav", np.random.default_rng(0).normal(size=9000) * 0.2, 24000)
     manifest = write_manifest(tmp_path / "data.jsonl", [output_row("a", tmp_path / "a.wav", tmp_path / "out")])
     model = write_mimo_checkpoint(tmp_path / "model")
-    done = batch_tokenizer(
-        "--model_path",
-        model,
-        "--data_list",
-        manifest,
-        "--task",
-        "wav2token2wav",
-        "--dtype",
-        "bfloat16",
-        "--num_workers",
-        0,
-    )
+    done = run_here(
+        "--model_path", model, "--data_list", manifest, "--task", "wav2token2wav", "--dtype", "bfloat16",
+        "--num_workers", 0,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "bfloat16" in done.stderr
     assert json.loads((tmp_path / "out" / "a.json").read_text())["info"]["dtype"] == "bfloat16"
@@ -161,7 +156,7 @@ def test_console_script_under_torchrun(tmp_path):
     manifest = write_manifest(tmp_path / "data.jsonl", [output_row("a", tmp_path / "a.wav", tmp_path / "out")])
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script,
-         "--data_list", str(manifest)],
+         "--data_list", str(manifest), "--num_workers", "0"],
         capture_output=True, text=True, timeout=600, env=environment(),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -184,7 +179,7 @@ def test_console_script_under_torchrun(tmp_path):
 def test_bad_arguments_end_in_one_line_and_status_two(tmp_path, words, named):
     soundfile.write(tmp_path / "a.wav", np.zeros(9000), 24000)
     write_manifest(tmp_path / "data.jsonl", [output_row("a", tmp_path / "a.wav", tmp_path / "out")])
-    done = batch_tokenizer(*words, cwd=tmp_path)
+    done = run_here(*words, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     assert named in done.stderr.strip().splitlines()[-1]
     assert "Traceback" not in done.stderr
@@ -205,7 +200,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path):
 def test_nothing_failed_means_an_empty_failures_file(tmp_path):
     soundfile.write(tmp_path / "a.wav", np.random.default_rng(0).normal(size=9000) * 0.2, 24000)
     manifest = write_manifest(tmp_path / "data.jsonl", [output_row("a", tmp_path / "a.wav", tmp_path / "out")])
-    done = batch_tokenizer("--data_list", manifest, "--run_dir", tmp_path / "run")
+    done = run_here("--data_list", manifest, "--run_dir", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert failures(tmp_path / "run") == {}
     assert "failures" not in done.stdout
@@ -218,7 +213,7 @@ def test_a_run_ends_with_its_outputs_and_one_with_nothing_to_do_keeps_the_figure
         (tmp_path / "audio" / name).parent.mkdir(parents=True, exist_ok=True)
         soundfile.write(tmp_path / "audio" / f"{name}.wav", np.random.default_rng(0).normal(size=24000) * 0.2, 24000)
     words = ["audio", "-o", "tokens", "--run_dir", "run", "--num_workers", "0", "--quiet"]
-    assert cli.main(words) == 0
+    assert main(words) == 0
     first, progress = capsys.readouterr()
     assert progress == ""
     lines = first.splitlines()
@@ -228,7 +223,7 @@ def test_a_run_ends_with_its_outputs_and_one_with_nothing_to_do_keeps_the_figure
     assert lines[-1] == "run folder: run"
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["rtf_after_startup"] < summary["rtf"]
-    assert cli.main(words) == 0
+    assert main(words) == 0
     assert capsys.readouterr().out.splitlines()[:2] == [lines[0], "nothing was left to do"]
     assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary
 
@@ -237,9 +232,7 @@ def test_the_quick_start_makes_speech_that_can_be_understood(tmp_path):
     stoi = pytest.importorskip("pystoi").stoi
     shutil.copytree(ROOT / "sample_data" / "clips", tmp_path / "sample_data" / "clips")
     shutil.copy(ROOT / "sample_data" / "data.jsonl", tmp_path / "sample_data")
-    done = batch_tokenizer(
-        "--data_list", "sample_data/data.jsonl", "--task", "wav2token2wav", "--num_workers", "1", cwd=tmp_path
-    )
+    done = run_here("--data_list", "sample_data/data.jsonl", "--task", "wav2token2wav", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     scores = []
     for line in (tmp_path / "sample_data" / "data.jsonl").read_text().splitlines():
@@ -262,29 +255,12 @@ def test_accelerate_launch_starts_the_ranks_of_a_run(tmp_path):
         rows.append(output_row(str(number), wav, tmp_path / "out"))
     write_manifest(tmp_path / "data.jsonl", rows)
     launcher = [
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-    ]
-    words = [
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-        "-m",
-        "batch_tokenizer",
-        "--model_path",
-        str(model),
-        "--task",
-        "wav2token2wav",
-    ]
+        "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+        "--mixed_precision", "no", "--dynamo_backend", "no",
+    ]  # fmt: skip
+    words = ["--model_path", str(model), "--task", "wav2token2wav", "--num_workers", "0"]
     done = subprocess.run(
-        [sys.executable, "-m", *launcher, *words, "--num_workers", "0", "--device", "cpu"],
+        [sys.executable, "-m", *launcher, "-m", "batch_tokenizer", *words, "--device", "cpu"],
         capture_output=True, text=True, timeout=600, cwd=tmp_path, env=environment(),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -293,9 +269,7 @@ def test_accelerate_launch_starts_the_ranks_of_a_run(tmp_path):
     started = contents(tmp_path / "out")
     assert len(started) == 8
     shutil.rmtree(tmp_path / "out")
-    alone = batch_tokenizer(
-        "--model_path", model, "--task", "wav2token2wav", "--run_dir", "alone", "--num_workers", "0", cwd=tmp_path
-    )
+    alone = run_here(*words, "--run_dir", "alone", cwd=tmp_path)
     assert alone.returncode == 0, alone.stderr
     assert contents(tmp_path / "out") == started
 

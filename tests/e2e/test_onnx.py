@@ -15,7 +15,7 @@ from batch_tokenizer.cli import main
 from batch_tokenizer.codecs.checkpoint import Checkpoint
 from batch_tokenizer.codecs.loading import LoadRequest
 from batch_tokenizer.codecs.moss.codec import MossCodec, load_codec, open_spec
-from tests.support.command import batch_tokenizer, failures, output_row, write_manifest
+from tests.support.command import failures, output_row, write_manifest
 from tests.support.moss import noise, tiny, write_moss_checkpoint
 from tests.support.onnx_layouts import write_community, write_official
 
@@ -87,10 +87,8 @@ def test_published_layouts_run_all_tasks(world, tmp_path, layout):
 
 
 def test_our_graphs_and_the_torch_checkpoint_take_each_others_tokens(world, tmp_path):
-    """In processes of their own, as a user runs them."""
     manifest = world.manifest(tmp_path)
-    done = batch_tokenizer(*arguments(manifest, world.ours, "wav2token", "--num_quantizers", "3", "--strict"))
-    assert done.returncode == 0, done.stderr
+    assert main(arguments(manifest, world.ours, "wav2token", "--num_quantizers", "3", "--strict")) == 0
     for key in world.wavs:
         codes, info = tokens(tmp_path, key)
         expected = world.reference.encode([noise(int(key[1:]), seed=int(key[1:]))[None]], 3)[0]

@@ -19,7 +19,7 @@ from batch_tokenizer.quality import evaluation as evaluate
 from batch_tokenizer.records import RunError
 from batch_tokenizer.runtime.ledger_lines import decode_entry, encode_shard, read_shard_lines
 from tests.support.checkpoints import write_mimo_checkpoint
-from tests.support.command import ROOT, batch_tokenizer, output_row, write_manifest
+from tests.support.command import ROOT, output_row, run_here, write_manifest
 from tests.support.html import parse
 
 KEYS = ("it-03", "it-06", "ru-01", "ru-06", "ru-04")
@@ -44,7 +44,7 @@ def workplace(tmp_path_factory):
         output_row("gone", (folder / "clips" / "gone.wav").relative_to(folder), (folder / "out").relative_to(folder))
     )
     write_manifest(folder / "data.jsonl", rows)
-    done = batch_tokenizer(
+    done = run_here(
         "--data_list", "data.jsonl", "--task", "wav2token2wav", "--model_path", "model", "--num_workers", "0",
         "--batch_size", "1", "--evaluate_every", "2", cwd=folder,
     )  # fmt: skip
@@ -231,9 +231,7 @@ def report(workplace, tmp_path_factory):
     pytest.importorskip("matplotlib")
     folder, _ = workplace
     path = tmp_path_factory.mktemp("page") / "report.html"
-    done = batch_tokenizer(
-        "report", RUN_DIR, "--out", path, "--by", "language", "--listen", "3", cwd=folder, timeout=900
-    )
+    done = run_here("report", RUN_DIR, "--out", path, "--by", "language", "--listen", "3", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert f"report: {path}" in done.stdout
     return path, path.read_text(encoding="utf-8")

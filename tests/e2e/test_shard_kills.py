@@ -57,7 +57,7 @@ def start(workspace: Workspace, num_processes: int, sink: str) -> Run:
     return Run.start(command, workspace.folder, {"PYTHONPATH": path})
 
 
-@pytest.mark.parametrize(("sink", "killed", "resumed"), [("tar", 2, 1), ("parquet", 1, 2), ("jsonl", 2, 1)])
+@pytest.mark.parametrize(("sink", "killed", "resumed"), [("tar", 2, 1), ("parquet", 1, 2), ("jsonl", 1, 1)])
 def test_killed_at_a_random_moment_and_resumed_by_others(
     open_workspace: Open, undisturbed: Mapping[str, bytes], sink: str, killed: int, resumed: int
 ) -> None:
@@ -67,19 +67,21 @@ def test_killed_at_a_random_moment_and_resumed_by_others(
         workspace.await_rows(random.Random(sink).randint(1, 100), run)
         run.kill()
     assert 0 < workspace.rows_done() < 200
-    with start(workspace, resumed, sink) as run:
-        assert run.wait() == 0, run.output()
-    assert "resuming: " in run.output()
+    if resumed == 1:
+        said = workspace.finish_here(*flags(sink))
+    else:
+        said = workspace.finish(resumed, *flags(sink)).output()
+    assert "resuming: " in said
     check(workspace, undisturbed, sink)
 
 
 def test_a_stop_signal_publishes_the_open_shard(open_workspace: Open, undisturbed: Mapping[str, bytes]) -> None:
-    workspace = open_workspace(300)
+    workspace = open_workspace(200)
     with workspace.start(1, *flags("tar")) as run:
         run.wait_until(lambda: bool(list((workspace.folder / "shards").glob(".*.part"))), "a shard")
         run.signal(signal.SIGTERM)
         assert run.wait() == 143, run.output()
-    assert 0 < workspace.rows_done() < 300
+    assert 0 < workspace.rows_done() < 200
     assert len(read_shards(workspace.folder / "shards")) == workspace.rows_done()
-    workspace.finish(1, *flags("tar"))
+    workspace.finish_here(*flags("tar"))
     check(workspace, undisturbed, "tar")

@@ -21,7 +21,7 @@ def test_tokens_go_through_every_sink_and_back_to_the_same_audio(
     """wav2token2wav to tar, those tokens to parquet without the model, and token2wav from there to flac in tars."""
     workspace = open_workspace(24)
     place, checkpoint = workspace.folder, workspace.corpus.checkpoint
-    workspace.finish(1, "--sink", "tar", "--output_dir", "tars", "--evaluate_every", 8)
+    workspace.finish_here("--sink", "tar", "--output_dir", "tars", "--evaluate_every", 8)
     first = read_shards(place / "tars")
     assert sorted(first) == list(workspace.corpus.keys)
     for key, row in first.items():

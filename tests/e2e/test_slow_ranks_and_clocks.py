@@ -39,8 +39,8 @@ def test_a_clock_that_jumps(open_workspace: Open, undisturbed: Mapping[str, byte
     )
     workspace = open_workspace(100)
     path = {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}"}
-    words = ("--num_workers", 1, "--row_timeout", 30, "--grace", 60)
-    with Run.start(workspace.command(1, *words), workspace.folder, path) as run:
+    words = ("--row_timeout", 30, "--grace", 60)
+    with Run.start(workspace.command(1, *words, "--num_workers", 1), workspace.folder, path) as run:
         workspace.await_rows(10, run)
         run.signal(signal.SIGTERM)
         assert run.wait() == 128 + signal.SIGTERM

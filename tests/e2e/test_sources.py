@@ -9,7 +9,7 @@ from pathlib import Path
 
 from batch_tokenizer.storage import remote
 from tests.e2e.conftest import Open
-from tests.support.command import batch_tokenizer
+from tests.support.command import run_here
 from tests.support.runs import Workspace
 from tests.support.stores import s3_store, web_store
 from tests.support.tars import tar_bytes
@@ -84,11 +84,11 @@ def test_shards_killed_resumed_and_mended_give_what_files_give(
     shards[4].write_bytes(whole)
     before = {str(entry["key"]) for entry in workspace.ledger() if entry["status"] == "done"}
     num_entries = len(workspace.ledger())
-    workspace.finish(1, *source)
+    workspace.finish_here(*source)
     again = {str(entry["key"]) for entry in workspace.ledger()[num_entries:]}
     assert again == set(workspace.corpus.keys) - before  # what was done is not done again
     assert results(workspace) == expected
-    verified = batch_tokenizer(
+    verified = run_here(
         "verify", "--data_list", source[1], "--run_dir", workspace.run_dir, "--model_path",
         workspace.corpus.checkpoint, cwd=workspace.folder,
     )  # fmt: skip
@@ -105,9 +105,9 @@ def test_a_corpus_behind_http_whose_server_fails_now_and_then_to_a_bucket(
         store.files["x.tar"] = shard.read_bytes()
         store.faults[:] = ["none", "none", 503, "drop", "none", "none", 502, "none", "drop"]
         source = f"{store.url}/x.tar"
-        run = workspace.finish(1, "--data_list", source, "--output_dir", "s3://corpus/tokens")
-        assert "trying again" in run.output()
-        verified = batch_tokenizer(
+        said = workspace.finish_here("--data_list", source, "--output_dir", "s3://corpus/tokens")
+        assert "trying again" in said
+        verified = run_here(
             "verify", "--data_list", source, "--model_path", workspace.corpus.checkpoint, cwd=workspace.folder
         )
         assert "12 done + 0 failed" in verified.stdout
@@ -129,7 +129,7 @@ def test_a_manifest_is_made_of_a_folder_and_described(open_workspace: Open) -> N
     for key in workspace.corpus.keys:
         (clips / f"{key}.wav").write_bytes((workspace.folder / "wavs" / f"{key}.wav").read_bytes())
     (clips / "torn.wav").write_bytes(b"RIFF")
-    made = batch_tokenizer("manifest", "from", "clips", "--out", "m.jsonl", "--output_dir", "out", cwd=workspace.folder)
+    made = run_here("manifest", "from", "clips", "--out", "m.jsonl", "--output_dir", "out", cwd=workspace.folder)
     assert made.returncode == 0, made.stderr
     rows = [json.loads(line) for line in (workspace.folder / "m.jsonl").read_bytes().splitlines()]
     by_key = {str(json.loads(line)["key"]): json.loads(line) for line in workspace.corpus.manifest_lines}
@@ -141,7 +141,7 @@ def test_a_manifest_is_made_of_a_folder_and_described(open_workspace: Open) -> N
     assert refused["key"] == "torn"
     assert "clips/torn.wav" in refused["reason"]
     assert "1 that are not in it" in made.stdout
-    stats = batch_tokenizer("manifest", "stats", "m.jsonl", "--rtf", "3.6", cwd=workspace.folder)
+    stats = run_here("manifest", "stats", "m.jsonl", "--rtf", "3.6", cwd=workspace.folder)
     assert stats.returncode == 0, stats.stderr
     seconds = sum(row["duration"] for row in rows)
     assert "rows       20: 20 good" in stats.stdout

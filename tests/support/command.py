@@ -1,14 +1,20 @@
-"""The command line as a user's process, and what it leaves behind."""
+"""The command line, as a user's process or in this one, and what it leaves behind."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import logging
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
+
+from batch_tokenizer.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,6 +38,29 @@ def batch_tokenizer(
         [sys.executable, *launcher, "batch_tokenizer", *map(str, words)],
         capture_output=True, text=True, timeout=timeout, cwd=cwd or ROOT, env=environment(),
     )  # fmt: skip
+
+
+def run_here(*words: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """``batch_tokenizer WORDS`` in this process, as starting another takes seconds of processor time.
+
+    Logs go to ``stderr``, as they do for a user, and not to ``caplog``.
+    """
+    command = list(map(str, words))
+    before = Path.cwd()
+    root = logging.getLogger()
+    level = root.level
+    with (
+        contextlib.redirect_stdout(io.StringIO()) as stdout,
+        contextlib.redirect_stderr(io.StringIO()) as stderr,
+        mock.patch.object(root, "handlers", []),  # those of pytest, beside which ``main`` would add none
+    ):
+        os.chdir(cwd or ROOT)
+        try:
+            status = main(command)
+        finally:
+            os.chdir(before)
+            root.setLevel(level)
+    return subprocess.CompletedProcess(command, status, stdout.getvalue(), stderr.getvalue())
 
 
 def write_manifest(path: Path, rows: Sequence[Any]) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from batch_tokenizer.kernels.attention import BackendUnavailable, choose_backend, varlen_attention
@@ -24,7 +24,6 @@ def packed(lengths: list[int], heads: int, size: int, dtype: torch.dtype, seed: 
     return tuple(torch.randn(sum(lengths), heads, size, generator=generator).to(dtype) for _ in range(3))
 
 
-@settings(max_examples=60, deadline=None)
 @given(lengths, windows, st.sampled_from([1, 2, 5]), st.sampled_from([2, 8, 24]), st.integers(0, 9))
 def test_sdpa_equals_the_definition(lengths, window, heads, size, seed):
     q, k, v = packed(lengths, heads, size, torch.float32, seed)
@@ -46,7 +45,6 @@ def test_sixteen_bit_types_stay_within_their_tolerance(dtype, window):
     torch.testing.assert_close(ours.double(), exact, atol=TOLERANCE[dtype], rtol=0)
 
 
-@settings(max_examples=30, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), min_size=1, max_size=4),
     st.sampled_from([(-1, 0), (5, 0), (30, 0), (-1, -1), (4, 3)]),

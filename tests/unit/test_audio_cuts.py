@@ -171,7 +171,7 @@ def test_cuts_in_their_order_take_one_decoding(
         os.replace(before, other)
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rates=st.sampled_from(
         [(48000, 24000), (44100, 24000), (16000, 24000), (8000, 16000), (11027, 8000), (24000, 24000)]

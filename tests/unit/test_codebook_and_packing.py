@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -12,7 +12,6 @@ from batch_tokenizer.kernels.codebook import Float32Buffers, first_equal_rows, n
 from batch_tokenizer.kernels.segments import FILLER_RUN, filler_runs, packs
 
 
-@settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 999), size=st.integers(1, 40), repeats=st.integers(1, 4))
 def test_nearest_is_the_first_of_the_equals(seed, size, repeats):
     generator = torch.Generator().manual_seed(seed)

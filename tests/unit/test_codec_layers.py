@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrizations
@@ -49,7 +49,6 @@ def assert_as_alone(layer: nn.Module, lengths: list[int], channels: int, spare: 
         torch.testing.assert_close(row, one.values[0], rtol=0, atol=1e-4)
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     LENGTHS,
     st.integers(1, 7),
@@ -68,7 +67,6 @@ def test_causal_and_seanet_convolutions(lengths, kernel_size, stride, dilation, 
         assert_as_alone(layer, lengths, 2, spare)
 
 
-@settings(max_examples=50, deadline=None)
 @given(LENGTHS, st.sampled_from([1, 3, 7]), st.integers(1, 9), st.sampled_from(["zeros", "replicate"]))
 def test_symmetric_convolutions_are_torchs(lengths, kernel_size, dilation, mode):
     padding = Padding.same(kernel_size, dilation, mode)
@@ -82,7 +80,6 @@ def test_symmetric_convolutions_are_torchs(lengths, kernel_size, dilation, mode)
     torch.testing.assert_close(layer(PaddedBatch(values[None])).values, reference(values[None]))
 
 
-@settings(max_examples=50, deadline=None)
 @given(LENGTHS, st.integers(2, 7), st.integers(0, 9))
 def test_strided_and_transposed_convolutions(lengths, stride, spare):
     side = -(-stride // 2)
@@ -116,7 +113,6 @@ def test_folded_weight_norm_is_torchs():
         torch.testing.assert_close(layer(PaddedBatch(values)).values, reference(values))
 
 
-@settings(max_examples=50, deadline=None)
 @given(LENGTHS, st.sampled_from([(-1, -1), (-1, 0), (3, 0), (2, 4), (0, 0), (5, -1)]), st.integers(0, 80))
 def test_attention_is_its_definition(lengths, window, spare):
     size = max(lengths) + spare
@@ -188,7 +184,6 @@ def test_half_snake():
     torch.testing.assert_close(result[:, 2:], torch.nn.functional.leaky_relu(values[:, 2:], 0.01))
 
 
-@settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(1, 200), min_size=1, max_size=40))
 def test_an_utterances_batch_has_a_shape_that_its_length_alone_decides(frames):
     runner = PaddedRunner(CPU, 1, 96)
@@ -219,7 +214,6 @@ def test_on_a_cpu_each_utterance_goes_alone(threads):
     assert runner(compute, [torch.zeros(count) for count in (3, 1, 2)], len) == [3, 1, 2]
 
 
-@settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=40))
 def test_without_padding_only_equal_lengths_share_a_batch(frames):
     runner = PaddedRunner(CPU, 1, 24, equal_lengths=True)

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 transformers = pytest.importorskip("transformers")
@@ -186,7 +186,6 @@ def test_bfloat16_runs(opened: Opened) -> None:
     assert np.isfinite(samples).all()
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.integers(1, 12), st.integers(1, 6), st.integers(0, 5), st.integers(0, 1), st.integers(12, 60))
 def test_convolution_lengths_are_torchs(kernel: int, stride: int, padding: int, extra: int, length: int) -> None:
     sizes = {"kernel_size": kernel, "stride": stride, "padding": padding, "device": "meta"}

@@ -16,7 +16,7 @@ transformers = pytest.importorskip("transformers")
 
 from batch_tokenizer.cli import main  # noqa: E402
 from batch_tokenizer.writers.row_encoding import wav_bytes  # noqa: E402
-from tests.support.command import batch_tokenizer, output_row, write_manifest  # noqa: E402
+from tests.support.command import output_row, run_here, write_manifest  # noqa: E402
 from tests.support.hf import save_checkpoint  # noqa: E402
 
 LENGTHS = (3001, 50, 777, 2400)
@@ -49,7 +49,7 @@ def test_three_tasks(name: str, workers: int, tmp_path: Path) -> None:
         rows.append(output_row(str(length), wav, tmp_path / "both"))
     words = ("--model_path", tmp_path / "model", "--device", "cpu", "--strict")
     manifest = write_manifest(tmp_path / "both.jsonl", rows)
-    done = batch_tokenizer(*words, "--data_list", manifest, "--task", "wav2token2wav", "--num_workers", workers)
+    done = run_here(*words, "--data_list", manifest, "--task", "wav2token2wav", "--num_workers", workers)
     assert done.returncode == 0, done.stderr
     assert "batches: one by one" in done.stderr
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from batch_tokenizer.records import RowError
@@ -75,7 +75,6 @@ def test_messages_show_no_secrets_and_one_line() -> None:
 # --- tars
 
 
-@settings(max_examples=40, deadline=None)
 @given(
     st.lists(st.tuples(NAMES, st.binary(max_size=1200)), max_size=8),
     st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
@@ -168,7 +167,6 @@ def test_sparse_files_of_pax_headers_are_left_out_too() -> None:
     assert notes == [("sparse files", "a.wav")]
 
 
-@settings(max_examples=150)
 @given(st.binary(max_size=64), st.integers(0, 511), st.integers(0, 2))
 def test_no_damage_makes_the_walk_crash_or_give_more_than_is_there(junk: bytes, place: int, member: int) -> None:
     content = bytearray(tar_bytes([(f"{number}.wav", b"x" * 600) for number in range(3)]))

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from batch_tokenizer.manifest import index as index_module
@@ -96,7 +96,6 @@ def expected(lines: list[bytes], task: Task) -> list[tuple[int, bool]]:
     return found
 
 
-@settings(max_examples=100, deadline=None)
 @given(st.lists(texts, max_size=12), st.sampled_from(TASKS), st.sampled_from([b"\n", b"\r\n"]), st.booleans())
 @example([b"\xef\xbb\xbf"], "wav2token", b"\n", False)
 def test_every_line_is_one_row_or_one_failure(lines: list[bytes], task: Task, end: bytes, last_end: bool) -> None:

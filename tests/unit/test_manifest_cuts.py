@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from batch_tokenizer.manifest.manifest import Manifest
@@ -79,7 +79,6 @@ rows = st.dictionaries(
 )
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.lists(rows, min_size=1, max_size=12))
 def test_the_index_says_of_each_line_what_reading_it_says(lines: list[dict[str, Any]]) -> None:
     """The index has a way of its own for rows without a cut; its states and durations must not show it."""

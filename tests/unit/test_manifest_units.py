@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from batch_tokenizer.manifest.row import LineState
@@ -36,7 +36,6 @@ line = st.tuples(
 )
 
 
-@settings(max_examples=100, deadline=None)
 @given(st.lists(line, max_size=400), st.integers(1, 9), st.integers(1, 4), st.booleans())
 def test_every_pending_line_lies_in_one_unit(
     lines: list[tuple[int, float, bool]], world_size: int, num_shards: int, resumed: bool

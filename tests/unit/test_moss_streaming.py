@@ -74,7 +74,7 @@ sample_sizes = st.lists(st.integers(0, 9000), min_size=1, max_size=4).filter(lam
 frame_sizes = st.lists(st.integers(0, 60), min_size=1, max_size=4).filter(lambda sizes: sum(sizes) > 8)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(sizes=st.lists(sample_sizes, min_size=5, max_size=5), say_ends=st.booleans())
 def test_encoding_in_chunks(codec, wanted, sizes, say_ends):
     out = zip(*codec.encode_stream(steps(WAVS, sizes, say_ends), 5), strict=True)
@@ -84,7 +84,7 @@ def test_encoding_in_chunks(codec, wanted, sizes, say_ends):
         assert_codes_match(codes, encoded)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(sizes=st.lists(frame_sizes, min_size=5, max_size=5), say_ends=st.booleans())
 def test_decoding_in_chunks(codec, wanted, decoded, sizes, say_ends):
     codes = [encoded.codes.astype(np.uint16) for encoded in wanted]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from batch_tokenizer.quality.aggregates import ALL, estimate, group, level_notes, score_table
@@ -18,7 +18,6 @@ def record(key, language=None, quantizers=8, scores=None, not_scored=None):
     }  # fmt: skip
 
 
-@settings(deadline=None, max_examples=30)
 @given(st.lists(st.floats(-100, 100), min_size=3, max_size=40))
 def test_the_interval_holds_the_mean_whatever_the_order(values):
     found = estimate(values)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from batch_tokenizer.manifest.manifest import Manifest
@@ -81,7 +81,6 @@ event = st.tuples(
 )
 
 
-@settings(max_examples=80, deadline=None)
 @given(st.lists(event, max_size=40), st.sampled_from([64, 300, 2**20]))
 def test_any_interleaving_and_tearing(events: list[tuple[int, int, int, str, str | None]], block: int) -> None:
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
@@ -211,7 +210,6 @@ def test_entries_of_wrong_shape_do_not_count(tmp_path: Path, manifest: Manifest,
     assert statuses(read_ledger(tmp_path, manifest))[:4] == ["done", "pending", "done", "pending"]
 
 
-@settings(max_examples=200, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 255))
 def test_a_damaged_line_costs_its_row_alone(place: int, change: int) -> None:
     with tempfile.TemporaryDirectory() as name:

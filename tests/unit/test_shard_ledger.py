@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from batch_tokenizer.records import RunError
@@ -127,7 +127,6 @@ def test_a_process_that_outlives_its_job_publishes_nothing_more(tmp_path: Path, 
     place.check({0, 1, 2})
 
 
-@settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 4), st.integers(0, NUM_STEPS)), max_size=12))
 def test_any_history_ends_with_every_row_once(
     tmp_path_factory: pytest.TempPathFactory, history: list[tuple[int, int, int]]
@@ -199,7 +198,6 @@ def test_an_orphan_is_told_and_removed(tmp_path: Path, caplog: pytest.LogCapture
     assert "wav2token-000001-00000-000000.tar is removed" in caplog.text
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_a_damaged_ledger_file_costs_its_shard_and_makes_no_row_twice(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import soundfile
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -67,7 +67,6 @@ def listed(path: str) -> Iterator[dict[str, Any]]:
     return parquet_rows(path) if path.endswith(".parquet") else tar_rows(path, "quantized_tokens", print)  # type: ignore[arg-type]
 
 
-@settings(max_examples=60, deadline=None)
 @given(rows=ROWS, sink=st.sampled_from(["json", "npy", "jsonl", "tar", "parquet"]))
 def test_what_goes_in_comes_out(
     tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, Any]], sink: Sink
@@ -392,7 +391,6 @@ def with_fields(line: int, codes: Any, fields: dict[str, Any]) -> Any:
     return replace(tokenized(line, codes), row=make_row(line, **fields))
 
 
-@settings(max_examples=40, deadline=None)
 @given(rows=ROWS, fields=FIELDS)
 def test_a_line_has_the_rows_fields_as_they_were(
     tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, Any]], fields: dict[str, Any]
@@ -410,7 +408,6 @@ def test_a_line_has_the_rows_fields_as_they_were(
             assert row[name] == value or (ours and row["manifest_row"][name] == value)
 
 
-@settings(max_examples=40, deadline=None)
 @given(
     rows=st.lists(st.tuples(KEYS, CODES, FIELDS), min_size=1, max_size=5, unique_by=lambda row: row[0]),
     sink=st.sampled_from(["json", "npy", "jsonl", "tar", "parquet"]),

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from batch_tokenizer.cli import main
@@ -275,7 +275,6 @@ def test_tar_rows_are_grouped_as_webdataset_groups_them(tmp_path: Path) -> None:
 PARTS = st.text("aB.c-_é/", min_size=1, max_size=6).filter(lambda name: not name.startswith("/") and ".." not in name)
 
 
-@settings(max_examples=40, deadline=None)
 @example(groups=[(".//", {"wav"}), (".//a", {"wav"})])
 @given(
     groups=st.lists(st.tuples(PARTS, st.sets(st.sampled_from(["wav", "flac", "json", "txt"]), min_size=1)), max_size=6)
@@ -471,7 +470,6 @@ KEYS = st.text(min_size=1, max_size=300)
 ODD_KEYS = st.sampled_from(["a", "A", "a/b", "a_b", ".", "..", "../x", "/", "a.", "CON", "é", "e\u0301"])
 
 
-@settings(max_examples=300)
 @given(st.lists(KEYS | ODD_KEYS, min_size=2, max_size=6, unique=True))
 def test_distinct_keys_have_distinct_paths_inside_the_folder(keys: list[str]) -> None:
     paths = [output_path("out", key, ".json") for key in keys]
@@ -775,7 +773,6 @@ def test_several_sources_are_one_after_the_other(tmp_path: Path, caplog: pytest.
         st.lists(st.tuples(st.sampled_from(["a", "a-2", "a-3", "b", "a-2-2"]), st.booleans()), max_size=6), max_size=6
     )
 )
-@settings(max_examples=60)
 def test_made_keys_are_unique_and_own_keys_stay(parts: list[list[tuple[str, bool]]]) -> None:
     seen = SeenKeys()
     earlier: set[str] = set()

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
@@ -107,7 +107,6 @@ def rank_order(source: Source, rank: int, world_size: int, epoch: int = 0) -> li
 
 
 class TestEveryRowOnce:
-    @settings(max_examples=40)
     @given(SOURCES, st.integers(1, 7), st.integers(1, 4))
     def test_ranks_and_workers_part_the_rows(self, source: Source, world_size: int, num_workers: int) -> None:
         seen, sizes = [], []
@@ -132,7 +131,6 @@ class TestEveryRowOnce:
         assert len(seen) == source.num_rows - left_out
         assert max(sizes) - min(sizes) <= (0 if source.drop_uneven else 1)
 
-    @settings(max_examples=40)
     @given(SOURCES)
     def test_an_epochs_order_is_its_own_and_always_the_same(self, source: Source) -> None:
         first, second = rank_order(source, 0, 1), rank_order(source, 0, 1, epoch=1)
@@ -152,7 +150,6 @@ class TestEveryRowOnce:
 
 
 class TestResuming:
-    @settings(max_examples=40)
     @given(SOURCES, st.integers(1, 5), st.integers(1, 5), st.integers(0, 60))
     def test_a_ranks_state_goes_on_with_what_is_left(
         self, source: Source, world_size: int, ranks_afterwards: int, consumed: int
@@ -183,7 +180,6 @@ class TestResuming:
         assert set(rows) <= left
         assert len(rows) == len(left) - (len(left) % ranks_afterwards if source.drop_uneven else 0)
 
-    @settings(max_examples=40)
     @given(SOURCES, st.lists(st.integers(1, 9), min_size=1, max_size=4))
     def test_states_of_states(self, source: Source, steps: list[int]) -> None:
         whole, seen = rank_order(source, 1, 3), []
@@ -196,7 +192,6 @@ class TestResuming:
             state = dataset.state_dict()
         assert seen == whole[: len(seen)]
 
-    @settings(max_examples=40)
     @given(SOURCES, st.integers(2, 4), st.integers(0, 20))
     def test_a_workers_state_goes_on_in_that_worker(self, source: Source, num_workers: int, consumed: int) -> None:
         with as_worker(num_workers - 1, num_workers):
