@@ -78,7 +78,7 @@ def wav_run(tmp_path_factory):
     manifest = write_manifest(folder / "data.jsonl", rows)
     model = write_mimo_checkpoint(folder / "model")
     done = batch_tokenizer(
-        "--model_path", model, "--data_list", manifest, "--task", "wav2token2wav", "--run_dir", folder / "run", ranks=2
+        "--model_path", model, "--data_list", manifest, "--task", "wav2token2wav", "--run_dir", folder / "run"
     )
     return folder, good, done
 
