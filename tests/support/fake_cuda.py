@@ -5,6 +5,7 @@
 - an operator whose tensors lie on different devices raises, as does one that needs a value on the host (``item``,
   ``nonzero``, ``repeat_interleave`` without ``output_size``): on a GPU that would wait for all work before it;
 - a copy between host and device from memory that is not pinned raises, as it would wait too;
+- so does a tensor made of Python's numbers on the device, which is copied there from such memory;
 - ``segment_reduce`` with its own check of the lengths raises, as the check is on the host;
 - the varlen attention kernel's demands are checked, which its fake implementation does not look at.
 """
@@ -18,12 +19,16 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 import torch._subclasses.fake_tensor as fake_tensor
 import torch.nn.attention.varlen as varlen
 import torch.utils._device
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from batch_tokenizer.codecs.execution import ToHost
+from batch_tokenizer.codecs.layers import quantizers
 
 CUDA = torch.device("cuda", 0)
 
@@ -39,15 +44,19 @@ class Trace:
     Attributes:
         pinned_bytes: sizes of the host arrays that were pinned for a copy to the device.
         operators: operators on the device, without views.
+        varlen_calls: calls of the varlen attention kernel.
     """
 
     pinned_bytes: list[int] = field(default_factory=list)
     operators: int = 0
+    varlen_calls: int = 0
 
-    def watch(self) -> contextlib.AbstractContextManager[object]:
+    @contextlib.contextmanager
+    def watch(self) -> Iterator[None]:
         """Checks every operator while it is open. Building a model before may copy as it likes."""
         self.pinned_bytes.clear()
-        return _Checks(self)
+        with mock.patch.object(torch, "tensor", _host_tensor(torch.tensor)), _Checks(self):
+            yield
 
 
 class _Event:
@@ -95,10 +104,23 @@ class _Checks(TorchDispatchMode):
             )
 
 
-def _checked_varlen(real: Any) -> Any:
+def _host_tensor(real: Any) -> Any:
+    """``torch.tensor`` for the host only."""
+
+    def make(*args: Any, device: Any = None, **rest: Any) -> torch.Tensor:
+        if device is not None and torch.device(device).type == "cuda":
+            raise HostWait("a tensor is made of Python's numbers and copied to the device")
+        made: torch.Tensor = real(*args, device=device, **rest)
+        return made
+
+    return make
+
+
+def _checked_varlen(real: Any, trace: Trace) -> Any:
     """``varlen_attn`` with what its kernel demands: 16 bits, contiguous last axes, int32 offsets, plain integers."""
 
     def call(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: Any, max_k: Any, **rest: Any) -> Any:
+        trace.varlen_calls += 1
         for x in (q, k, v):
             assert x.device == CUDA
             assert x.dtype in (torch.float16, torch.bfloat16)
@@ -147,7 +169,7 @@ def fake_cuda(capability: tuple[int, int] = (9, 0), *patches: Any) -> Iterator[T
         (torch.cuda, "Event", _Event),
         (torch.Tensor, "pin_memory", pin),
         (torch, "empty", empty),
-        (varlen, "varlen_attn", _checked_varlen(varlen.varlen_attn)),
+        (varlen, "varlen_attn", _checked_varlen(varlen.varlen_attn, trace)),
     ]
     with contextlib.ExitStack() as stack:
         for where, name, value in replaced:
@@ -165,6 +187,34 @@ def fake_weights(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
             if parameter is not None:
                 module._parameters[name] = torch.nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
     return model.eval()
+
+
+def move_to_fake_device(model: torch.nn.Module) -> torch.nn.Module:
+    """A real model as ``Module.to`` would move it, in place."""
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                module._parameters[name] = torch.nn.Parameter(parameter.detach().to(CUDA), requires_grad=False)
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None:
+                module._buffers[name] = buffer.detach().to(CUDA)
+    return model.eval()
+
+
+def _zeros(copied: ToHost) -> list[np.ndarray]:
+    """``ToHost.arrays`` of fake tensors, which have no values."""
+    return [np.zeros(part.shape, str(part.dtype).removeprefix("torch.")) for part in copied._parts]
+
+
+def fake_cuda_for_batches(*patches: Any) -> contextlib.AbstractContextManager[Trace]:
+    """``fake_cuda`` for codecs that run padded batches (``PaddedCodec``)."""
+    # Equal codebook rows are found on the host, once after loading.
+    equal = mock.patch.object(quantizers, "first_equal_rows", lambda rows: torch.arange(len(rows), device=rows.device))
+    values = mock.patch.object(torch.Tensor, "numpy", lambda tensor: np.zeros(tensor.shape, np.int64))
+    arrays = mock.patch.object(ToHost, "arrays", _zeros)
+    packing = mock.patch.object(torch.nn.LSTM, "flatten_parameters", return_value=None)  # of weights, by cuDNN
+    single = mock.patch.object(fake_tensor, "CONSTANT_NUMEL_LIMIT", 0)  # single numbers are computed for real
+    return fake_cuda((9, 0), equal, values, arrays, packing, single, *patches)
 
 
 def fake_mel_transform(form: Any, device: torch.device) -> Any:

@@ -9,12 +9,8 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-import torch._subclasses.fake_tensor as fake_tensor
 
-from batch_tokenizer.codecs import padded_codec
 from batch_tokenizer.codecs.checkpoint import Checkpoint
-from batch_tokenizer.codecs.execution import ToHost
-from batch_tokenizer.codecs.layers import quantizers
 from batch_tokenizer.codecs.mimo.quantizer import Codebook
 from batch_tokenizer.codecs.padded_codec import SECONDS_AT_ONCE, PaddedCodec
 from batch_tokenizer.codecs.registry import find_family
@@ -23,7 +19,7 @@ from batch_tokenizer.codecs.s3tokenizer.model import S3Tokenizer
 from batch_tokenizer.codecs.snac.codec import SnacCodec
 from batch_tokenizer.kernels.codebook import minus_half_norms
 from tests.support import s3tokenizer
-from tests.support.fake_cuda import CUDA, HostWait, fake_cuda, fake_weights
+from tests.support.fake_cuda import CUDA, HostWait, fake_cuda_for_batches, fake_weights
 from tests.support.padded_codecs import write_checkpoint
 from tests.support.qwen3_tts import write_qwen3_tts_checkpoint
 
@@ -33,32 +29,7 @@ MOST_PINNED = 8_000_000
 #: Samples of the utterances of a batch: of several sizes, two of one length, and one that fills a size.
 LENGTHS = (3, 700, 700, 1536, 9001)
 
-FAMILIES = ("snac", "snac with noise", "nanocodec", "qwen3_tts")
-
-
-def host_tensor(real: Any) -> Any:
-    def make(*args: Any, device: Any = None, **rest: Any) -> torch.Tensor:
-        if device is not None and torch.device(device).type == "cuda":
-            raise HostWait("a tensor is made of Python's numbers and copied to the device")
-        return real(*args, device=device, **rest)
-
-    return make
-
-
-def arrays(parts: Any, dtype: torch.dtype) -> list[np.ndarray]:
-    """``to_host`` for fake tensors, which have no values."""
-    ToHost(parts, dtype)
-    return [np.zeros(part.shape, np.float32 if dtype == torch.float32 else np.int32) for part in parts]
-
-
-def open_fake(*patches: Any) -> Any:
-    # Equal codebook rows are found on the host, once after loading.
-    equal = mock.patch.object(quantizers, "first_equal_rows", lambda rows: torch.arange(len(rows), device=rows.device))
-    values = mock.patch.object(torch.Tensor, "numpy", lambda tensor: np.zeros(tensor.shape, np.int64))
-    host = mock.patch.object(padded_codec, "to_host", arrays)
-    packing = mock.patch.object(torch.nn.LSTM, "flatten_parameters", return_value=None)  # of weights, by cuDNN
-    single = mock.patch.object(fake_tensor, "CONSTANT_NUMEL_LIMIT", 0)  # single numbers are computed for real
-    return fake_cuda((9, 0), equal, values, host, packing, single, *patches)
+FAMILIES = ("snac", "snac with noise", "nanocodec", "wavtokenizer", "qwen3_tts")
 
 
 def open_codec(name: str, folder: Any) -> Any:
@@ -87,15 +58,14 @@ def open_codec(name: str, folder: Any) -> Any:
 
 
 def run(codec: PaddedCodec, features: Any, count: int) -> list[np.ndarray]:
-    with mock.patch.object(torch, "tensor", host_tensor(torch.tensor)):
-        codes = codec.encode_batch(features, count)
-        return codec.decode_batch([code[:, : 1 + index % count].astype(np.uint16) for index, code in enumerate(codes)])
+    codes = codec.encode_batch(features, count)
+    return codec.decode_batch([code[:, : 1 + index % count].astype(np.uint16) for index, code in enumerate(codes)])
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_batches_run_on_one_device_without_a_wait(name: str, tmp_path: Any) -> None:
     make, features, spec = open_codec(name, tmp_path)
-    with open_fake() as trace, torch.no_grad():
+    with fake_cuda_for_batches() as trace, torch.no_grad():
         codec = make(torch.float32)
         assert codec.together
         with trace.watch():
@@ -112,24 +82,31 @@ def test_a_pageable_copy_is_found(tmp_path: Any) -> None:
     pageable = mock.patch(
         "batch_tokenizer.codecs.layers.padded.to_device", lambda values, device: torch.as_tensor(values).to(device)
     )
-    with open_fake(pageable) as trace, torch.no_grad():
+    with fake_cuda_for_batches(pageable) as trace, torch.no_grad():
         codec = make(torch.float32)
         with pytest.raises(HostWait), trace.watch():
             run(codec, features, spec.info.num_codebooks)
 
 
-@pytest.mark.parametrize("version", ["v1", "v2"])
-@pytest.mark.parametrize("dtype", [torch.float32], ids=["fp32"])
+@pytest.mark.parametrize(
+    ("version", "dtype"),
+    [
+        *((version, torch.float32) for version in ("v1", "v2")),
+        *((version, torch.bfloat16) for version in ("v1", "v2", "v3")),
+    ],
+    ids=["v1", "v2", "v1-bf16", "v2-bf16", "v3-bf16"],
+)
 def test_packs_of_s3tokenizer_run_on_one_device_without_a_wait(version: str, dtype: torch.dtype) -> None:
     # Equal rows are found at the first batch.
     equal = mock.patch.object(Codebook, "_known", lambda codebook: (None, minus_half_norms(codebook.embed)))
-    with open_fake(equal) as trace, torch.no_grad():
+    with fake_cuda_for_batches(equal) as trace, torch.no_grad():
         with CUDA:
             model = S3Tokenizer(S3Config.from_json(s3tokenizer.tiny(version)))
         model.capacity = 4096
         fake_weights(model, dtype)
-        with trace.watch(), mock.patch.object(torch, "tensor", host_tensor(torch.tensor)):
+        with trace.watch():
             codes = model.encode_utterances([torch.zeros(128, frames) for frames in (1, 57, 400, 3000, 5601)])
     assert [code.shape[1] for code in codes] == [1] * 5
     assert trace.operators > 30
+    assert (trace.varlen_calls > 0) == (dtype == torch.bfloat16)
     assert max(trace.pinned_bytes) < MOST_PINNED

@@ -21,7 +21,7 @@ from torch import Tensor
 from batch_tokenizer.codecs.base import Batching, CodecInfo, CodecSpec
 from batch_tokenizer.codecs.checkpoint import Checkpoint
 from batch_tokenizer.codecs.config_keys import MOST_COUNT, MOST_SIZE, ConfigKeys
-from batch_tokenizer.codecs.hf.exact import exchange_convolutions
+from batch_tokenizer.codecs.hf.exact import replace_convolutions
 from batch_tokenizer.codecs.hf.families import KINDS, MOST_SAMPLES, WITHOUT_TOKENS, ModelKind
 from batch_tokenizer.codecs.hf.lengths import Chunks, Lengths, PaddedConvs
 from batch_tokenizer.codecs.layers.padded import PaddedBatch
@@ -62,7 +62,7 @@ class HfSpec(CodecSpec):
 
     Attributes:
         kind: its ``model_type``.
-        batching: ``padded`` where the model's convolutions can be exchanged for exact ones, else ``equal lengths``.
+        batching: ``padded`` where a batch of mixed lengths is exact (``hf/exact.py``), else ``equal lengths``.
         channels: of the model; the one channel of our audio goes into all of them, and decoded ones are averaged.
     """
 
@@ -139,7 +139,7 @@ def open_spec(checkpoint: Checkpoint) -> HfSpec:
         max_samples=MOST_SAMPLES if kind.limited and isinstance(lengths, PaddedConvs) else None,
         decoded_sample_rate=None if output_rate == input_rate else output_rate,
     )
-    batching: Batching = "padded" if kind.exact(config) else "equal lengths"
+    batching: Batching = "padded" if kind.replaced and kind.mixed_lengths(config) else "equal lengths"
     return HfSpec(info=info, kind=kind_name, lengths=lengths, channels=channels, batching=batching)
 
 
@@ -207,8 +207,8 @@ def load_codec(request: LoadRequest[HfSpec]) -> HfCodec:
 class HfCodec(PaddedCodec):
     """A model of transformers behind the codec protocol.
 
-    Where the model allows it, its convolutions are exchanged for exact ones, and batches have mixed lengths. Else only
-    utterances of one length share a batch. On a CPU each utterance goes alone, ``threads`` side by side.
+    Where the model allows it, its convolutions are replaced by exact ones, and batches have mixed lengths. Else only
+    utterances of one length share a batch. On a CPU utterances are computed one by one, ``threads`` at a time.
     """
 
     spec: HfSpec
@@ -216,8 +216,8 @@ class HfCodec(PaddedCodec):
     def __init__(self, spec: HfSpec, model: Any, threads: int = 1) -> None:
         super().__init__(spec, model, model.device, threads, equal_lengths=spec.batching != "padded")
         self._kind: ModelKind = KINDS[spec.kind]
-        parts = [getattr(model, name) for name in self._kind.exact(model.config)]
-        self._lengths = exchange_convolutions([part for part in parts if part is not None])
+        parts = [getattr(model, name) for name in self._kind.replaced]
+        self._lengths = replace_convolutions([part for part in parts if part is not None])
 
     def frames_of(self, length: int) -> int:
         return self.spec.lengths.feature_frames(length)

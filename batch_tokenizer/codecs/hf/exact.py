@@ -1,11 +1,12 @@
-"""Convolutions of the library's models put in place by layers that take batches of mixed lengths exactly.
+"""Replacing the convolutions of the library's models by layers that are exact for batches of mixed lengths.
 
 The library pads a batch to its longest member, and what its convolutions see beyond an utterance's end then differs
-from what they see around the utterance alone. The models of ``hf/families.py`` that are ``exact`` look sideways in time
-with nothing but convolutions, LSTMs that run forward and causal attention, so it is enough to exchange the
-convolutions: in place of each comes one of ``codecs/layers``, with the same weights, that knows the lengths.
+from what they see around the utterance alone. In the models of ``hf/families.py`` with ``mixed_lengths`` only
+convolutions, forward LSTMs and causal attention mix positions in time, so it is enough to replace the convolutions by
+those of ``codecs/layers``, with the same weights, which know the lengths.
 
-Besides, strides are plain numbers there. (The library holds them in buffers on the device and waits for them.)
+Besides, strides are plain numbers there. (The library holds them in buffers on the device and waits for them.) For that
+EnCodec's convolutions are also replaced where norms over time rule out mixed lengths.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ _PAD_MODES = {"constant": "zeros", "zero": "zeros", "replicate": "replicate", "r
 
 
 class BatchLengths(threading.local):
-    """The lengths at the place in the model where a thread's batch has got to; None for utterances alone.
+    """The utterances' lengths at the layer that a thread's batch has reached; None for a single utterance.
 
-    Layers run one after the other, and no strided convolution has another path beside it, so the lengths that the last
-    one left are those of the next one's input.
+    Layers run one after the other, and no strided convolution is in a parallel branch, so the output lengths of one are
+    the input lengths of the next.
     """
 
     lengths: Tensor | None = None
@@ -47,7 +48,7 @@ class BatchLengths(threading.local):
 
 
 class ExactConvolution(nn.Module):
-    """One of our convolutions where the library had its own: a tensor (B, C, T) in, one out."""
+    """One of our convolutions with the library's interface: a tensor (B, C, T) in, one out."""
 
     def __init__(self, layer: Conv1d | ConvTranspose1d, state: BatchLengths) -> None:
         super().__init__()
@@ -62,25 +63,27 @@ class ExactConvolution(nn.Module):
         return result.values
 
 
-def exchange_convolutions(parts: Sequence[nn.Module]) -> BatchLengths:
-    """Puts exact convolutions in place of all those in ``parts`` of a model, whose weights are on their device.
+def replace_convolutions(parts: Sequence[nn.Module]) -> BatchLengths:
+    """Replaces all convolutions in ``parts`` of a model, whose weights are on their device, by exact ones.
 
     Returns:
-        what tells them the lengths of a batch.
+        the object through which they get the lengths of a batch.
     """
     state = BatchLengths()
     for part in parts:
-        _exchange(part, state)
+        _replace(part, state)
     return state
 
 
-def _exchange(parent: nn.Module, state: BatchLengths) -> None:
+def _replace(parent: nn.Module, state: BatchLengths) -> None:
     for name, child in parent.named_children():
         layer = _exact(child)
         if layer is None:
-            _exchange(child, state)
+            _replace(child, state)
         else:
-            setattr(parent, name, ExactConvolution(layer, state))
+            convolution = ExactConvolution(layer, state)
+            norm = getattr(child, "norm", None)  # over time, in EnCodec at 48 kHz
+            setattr(parent, name, convolution if norm is None else nn.Sequential(convolution, norm))
 
 
 def _exact(module: Any) -> Conv1d | ConvTranspose1d | None:
@@ -97,7 +100,8 @@ def _exact(module: Any) -> Conv1d | ConvTranspose1d | None:
         right = 0 if module.causal else total // 2
         mode: Any = _PAD_MODES[module.pad_mode]
         return _convolution(inner, Padding(total - right, right, completes_stride=True, mode=mode))
-    if isinstance(inner, nn.ConvTranspose1d):  # MimiConvTranspose1d, EncodecConvTranspose1d
+    if isinstance(inner, nn.ConvTranspose1d) and not hasattr(module, "norm"):
+        # MimiConvTranspose1d, EncodecConvTranspose1d; a norm would come before the trim.
         total = inner.kernel_size[0] - inner.stride[0]
         right = math.ceil(total * module.trim_right_ratio) if module.causal else total // 2
         return _transposed(inner, total - right, right)

@@ -1,4 +1,4 @@
-"""What differs between the codecs of transformers: where their lengths come from, and how they are called.
+"""The differences between the codecs of transformers: lengths from a configuration, and calls of the models.
 
 Configurations and models of the library are ``Any`` here, as importing its types takes seconds. Codes are (B, T, K) and
 samples (B, channels, S), our layout, on both sides.
@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from batch_tokenizer.codecs.config_keys import ConfigKeys
 from batch_tokenizer.codecs.hf.lengths import (
@@ -47,8 +47,9 @@ class ModelKind:
         front_end: the class that makes ``encode``'s inputs out of samples, where ``Lengths`` does in its place.
         sample_rates: of its input and of its output, in Hz, from its configuration.
         limited: whether one utterance may have ``MOST_SAMPLES`` at most.
-        exact: names of the model's parts whose convolutions can be exchanged for exact ones (``hf/exact.py``), from its
-            configuration; none where a batch of mixed lengths cannot be exact, because of norms or attention over time.
+        replaced: names of the model's parts whose convolutions are replaced by ours (``hf/exact.py``).
+        mixed_lengths: whether a batch of mixed lengths is then exact, from the configuration: no norm or attention over
+            time sees the padding.
     """
 
     model_class: str
@@ -59,7 +60,8 @@ class ModelKind:
     front_end: str | None = None
     sample_rates: Callable[[Any], tuple[int, int]] = lambda config: (config.sampling_rate, config.sampling_rate)
     limited: bool = False
-    exact: Callable[[Any], tuple[str, ...]] = lambda config: ()
+    replaced: tuple[str, ...] = ()
+    mixed_lengths: Callable[[Any], bool] = lambda config: True
 
 
 def _mimi_lengths(config: Any, settings: Settings) -> Lengths:
@@ -113,7 +115,7 @@ def _by_bandwidth(quantizers: Callable[[Any, float], int]) -> Callable[[Any], tu
 
 
 def _bandwidth(config: Any, quantizers: Callable[[Any, float], int], num_quantizers: int) -> float:
-    """The least bandwidth with enough codebooks. Each codebook codes what those before it left, so more change none."""
+    """The least bandwidth with enough codebooks; codes of the first ones do not depend on how many follow."""
     enough = [value for value in config.target_bandwidths if quantizers(config, value) >= num_quantizers]
     return float(min(enough))
 
@@ -127,13 +129,26 @@ def _encodec_encode(model: Any, samples: Tensor, num_quantizers: int) -> Tensor:
 
 def _encodec_decode(model: Any, codes: Tensor) -> Tensor:
     config = model.config
-    total = codes.shape[1]
-    frames = total if config.chunk_length is None else -(-config.chunk_length // config.hop_length)
-    missing = -total % frames
-    chunks = F.pad(codes, (0, 0, 0, missing)).unflatten(1, (-1, frames)).permute(1, 0, 3, 2)  # (chunks, B, K, T)
-    output = model.decode(chunks, audio_scales=[None] * len(chunks), last_frame_pad_length=missing)
-    audio: Tensor = output.audio_values
-    return audio
+    frames = codes.shape[1] if config.chunk_length is None else -(-config.chunk_length // config.hop_length)
+    # (K, B, T) of each chunk, which is how this quantizer takes codes.
+    chunks = [model.decoder(model.quantizer.decode(part.permute(2, 0, 1))) for part in codes.split(frames, dim=1)]
+    return chunks[0] if config.chunk_length is None else _cross_fade(chunks, config.chunk_stride)
+
+
+def _cross_fade(chunks: list[Tensor], stride: int) -> Tensor:
+    """Overlap-add of chunks (B, channels, S_i), ``stride`` samples apart, weighted by a triangle and divided by the sum
+    of weights: (B, channels, S). Equal to the library's, which waits for the device to check that sum."""
+    length = chunks[0].shape[-1]
+    ramp = torch.linspace(0, 1, length + 2, device=chunks[0].device, dtype=chunks[0].dtype)[1:-1]
+    triangle = 0.5 - (ramp - 0.5).abs()
+    total = stride * (len(chunks) - 1) + chunks[-1].shape[-1]
+    audio, weights = chunks[0].new_zeros(*chunks[0].shape[:-1], total), triangle.new_zeros(total)
+    for index, chunk in enumerate(chunks):
+        place = slice(index * stride, index * stride + chunk.shape[-1])
+        weight = triangle[: chunk.shape[-1]]
+        audio[..., place] += weight * chunk
+        weights[place] += weight
+    return audio / weights
 
 
 def _dac_encoder(config: Any) -> tuple[Conv, ...]:
@@ -249,14 +264,7 @@ def _spectrum_encode(model: Any, samples: Tensor, num_quantizers: int, spectrum:
     return codes[:, :num_quantizers].mT
 
 
-def _both_halves(config: Any) -> tuple[str, ...]:
-    return ("encoder", "decoder")
-
-
-def _encodec_is_exact(config: Any) -> bool:
-    """In one piece, and without norms over time."""
-    return config.chunk_length_s is None and config.norm_type == "weight_norm"
-
+_BOTH_HALVES = ("encoder", "decoder")
 
 _XCODEC_RATES: Callable[[Any], tuple[int, int]] = lambda config: (config.sample_rate, config.sample_rate)  # noqa: E731
 
@@ -269,7 +277,7 @@ KINDS: Mapping[str, ModelKind] = {
         _mimi_encode,
         _decode_all_at_once,
         limited=True,
-        exact=_both_halves,
+        replaced=_BOTH_HALVES,
     ),
     "encodec": ModelKind(
         "EncodecModel",
@@ -278,7 +286,8 @@ KINDS: Mapping[str, ModelKind] = {
         _encodec_encode,
         _encodec_decode,
         limited=True,
-        exact=lambda config: _both_halves(config) if _encodec_is_exact(config) else (),
+        replaced=_BOTH_HALVES,
+        mixed_lengths=lambda config: config.chunk_length_s is None and config.norm_type == "weight_norm",
     ),
     "dac": ModelKind(
         "DacModel",
@@ -286,7 +295,7 @@ KINDS: Mapping[str, ModelKind] = {
         lambda config: (config.codebook_size,) * config.n_codebooks,
         _dac_encode,
         _decode_all_at_once,
-        exact=_both_halves,
+        replaced=_BOTH_HALVES,
     ),
     "xcodec": ModelKind(
         "XcodecModel",

@@ -1,0 +1,39 @@
+"""Models of transformers on CUDA, traced on a fake device: one device, no wait, no large tables of the host."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from batch_tokenizer.codecs.checkpoint import Checkpoint
+from batch_tokenizer.codecs.hf.codec import HfCodec, open_spec
+from tests.support import hf
+from tests.support.fake_cuda import fake_cuda_for_batches, move_to_fake_device
+
+#: Of padded families utterances of different lengths share a batch.
+PADDED = ("mimi", "encodec", "dac")
+EQUAL_LENGTHS = ("encodec_chunks", "xcodec", "higgs_audio_v2_tokenizer")
+
+
+@pytest.mark.parametrize("name", PADDED + EQUAL_LENGTHS)
+def test_batches_run_on_one_device_without_a_wait(name: str, tmp_path: Path) -> None:
+    model = hf.save_checkpoint(tmp_path, name)
+    spec = open_spec(Checkpoint.open(str(tmp_path)))
+    assert (spec.batching == "padded") == (name in PADDED)
+    lengths = (640, 700) if name in PADDED else (700, 700)
+    features = [spec.features(np.zeros(length, np.float32)) for length in lengths]
+    with fake_cuda_for_batches() as trace, torch.no_grad():
+        codec = HfCodec(spec, move_to_fake_device(model))
+        assert codec.together
+        with trace.watch():
+            codes = codec.encode_batch(features, spec.info.num_codebooks)
+            samples = codec.decode_batch(codes)
+    for length, wav in zip(lengths, samples, strict=True):
+        assert wav.shape == (spec.num_output_samples(spec.num_frames(length)),)
+    assert trace.operators > 100
+    assert max(trace.pinned_bytes) < 1_000_000
