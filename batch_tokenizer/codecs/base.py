@@ -1,4 +1,4 @@
-"""What a codec is to the rest of the program: a spec that needs no weights, and a model that turns features into codes.
+"""The codec protocol: a spec that needs no weights, and a model that computes codes from features and audio from codes.
 
 ``CodecSpec`` is small and picklable. It goes to the loader workers (front end), to ``verify`` (frame arithmetic) and to
 the run folder (fingerprint). ``Codec`` holds weights on a device and is made only in the process that computes.
@@ -40,12 +40,12 @@ class CodecInfo:
     Attributes:
         family: the model family, such as ``mimo`` or ``dac``.
         name: the checkpoint's own name, its folder or hub id without the path before it.
-        sample_rate: Hz, of the audio that goes in, and comes out unless ``decoded_sample_rate`` says otherwise.
+        sample_rate: Hz, of the input, and of decoded audio unless ``decoded_sample_rate`` is set.
         samples_per_frame: samples of audio per frame of tokens.
         codebook_sizes: rows of each codebook; its length is the greatest usable ``num_quantizers``.
         fingerprint: hexadecimal digest of configuration and weights; equal fingerprints mean interchangeable tokens.
         max_samples: longest utterance that the model takes in one pass, or None for no limit.
-        decoded_sample_rate: Hz, of the audio that comes out, where that is another; else None.
+        decoded_sample_rate: Hz, of decoded audio where it differs from ``sample_rate``; else None.
         columns: what each column of the codes is, where they are not simply codebooks in their order; else empty.
         channels: of the audio; where there are two or more, samples are (channels, S) instead of (S,) everywhere.
     """
@@ -64,7 +64,7 @@ class CodecInfo:
     def __post_init__(self) -> None:
         """
         Raises:
-            RunError: a number is not of this world: a checkpoint's files hold whatever their author wrote.
+            RunError: a number is out of range; a checkpoint's files are untrusted input.
         """
         for name, value, most in (
             ("sample rate", self.sample_rate, MOST_SIZE),
@@ -80,7 +80,7 @@ class CodecInfo:
 
     @property
     def output_sample_rate(self) -> int:
-        """Hz, of the audio that comes out."""
+        """Hz, of decoded audio."""
         return self.decoded_sample_rate or self.sample_rate
 
     @property
@@ -154,9 +154,9 @@ class CodecSpec(ABC):
         return {name: getattr(self, name) for name in self.options if getattr(self, name) != defaults[name]}
 
     def with_device_front_end(self) -> CodecSpec | None:
-        """The same checkpoint with its front end in the codec: its ``features`` are the samples. None where no such is.
+        """The same checkpoint with its front end in the codec: its ``features`` are the samples. None if not supported.
 
-        Loader processes are then left with decoding; the codec must be made with the spec that the loader has.
+        Loader processes then only decode audio; the codec must be made with the spec that the loader has.
         """
         return None
 
@@ -187,8 +187,8 @@ class CodecSpec(ABC):
 
 
 class CodecStream(Protocol):
-    """One utterance that goes through a codec a piece at a time, in both directions side by side. Each call takes a
-    list of one, the next piece, and returns one, so that a stream stands in for a codec."""
+    """One utterance that is encoded and decoded piece by piece, with independent state for each direction. Each call
+    takes a list with the next piece and returns a list of one, so that a stream can be used in place of a codec."""
 
     def encode(self, features: Sequence[npt.NDArray[np.float32]], num_quantizers: int) -> list[npt.NDArray[np.uint16]]:
         """Features of whole frames, of the last piece also of less, to their codes."""
@@ -204,7 +204,7 @@ class CodecStream(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """What a batch became: codes (T_i, K_i), samples as ``Codec.decode`` gives them if the task has any, the device's
+    """Results of a batch: codes (T_i, K_i), samples as ``Codec.decode`` returns them if the task has any, the device's
     seconds by stage, and hidden states (T_i, d) where ``spec.hidden_states``."""
 
     codes: list[npt.NDArray[np.uint16]]
@@ -229,7 +229,7 @@ class Codec(ABC):
     Attributes:
         frame_budget: token frames that it computes at once, where that many fit in memory. The caller makes batches of
             about this size, and halves it after a batch that did not fit.
-        batch_limit: most utterances that a call gains from, or None; on a CPU some for each core.
+        batch_limit: number of utterances above which a call gets no faster, or None; on a CPU some for each core.
         compiled: whether its layers run under ``torch.compile``, which changes bits in 16-bit formats.
         runs_ahead: whether there is ``begin``, which returns while the device still works.
     """
@@ -372,7 +372,7 @@ class Codec(ABC):
         raise NotImplementedError(f"{self.info.family} has no streams")
 
     def release(self) -> None:
-        """Gives cached device memory back, after a batch that did not fit."""
+        """Frees cached device memory, after a batch that did not fit."""
         from accelerate.utils.memory import clear_device_cache  # imported here, as loader processes need it never
 
         clear_device_cache()

@@ -2,8 +2,8 @@
 
 ``--model_path`` is a folder, one ``.onnx`` or ``.nemo`` file, a hub id such as ``XiaomiMiMo/MiMo-Audio-Tokenizer``,
 with a folder in the repository (``owner/name/speech_tokenizer``) and a revision (``owner/name@v1.0``) where wanted, or
-absent, which means the bundled default. A checkpoint of a language model that has its codec in a folder of its own
-stands for that.
+absent, which means the bundled default. For a language model with its codec in
+a subfolder, that subfolder is used.
 Weights are ``model.safetensors``, sharded safetensors with an index, ``pytorch_model.bin`` or its sharded form.
 """
 
@@ -38,7 +38,7 @@ GRAPHS_KEY = "onnx_graphs"
 #: Where language models keep their codec: Qwen3-TTS, MiMo-V2.5.
 CODEC_FOLDERS = ("speech_tokenizer", "audio_tokenizer")
 
-#: What of a repository, or of one of its folders, is downloaded.
+#: Files of a repository, or of one of its folders, that are downloaded.
 _DOWNLOADED = ("*.json", "*.safetensors", "*.bin", "*.onnx*", "*.data", "*.nemo")
 
 #: owner/name, then maybe /folder/in/it, then maybe @revision.
@@ -47,7 +47,7 @@ _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+?)((?:/[\w.-]+)*)(?:@([\w./-]+
 #: Bytes of weights that are mapped at a time.
 _MAPPED_BYTES = 1 << 27
 
-#: Bytes looked at in each tensor for the fingerprint: this many blocks of this many bytes, evenly spread.
+#: Bytes sampled of each tensor for the fingerprint: this many blocks of this many bytes, evenly spread.
 _BLOCKS, _BLOCK_BYTES = 16, 1024
 
 
@@ -93,7 +93,7 @@ def _downloaded(model_path: str, repository: str, inner: str, revision: str | No
             if not folder.is_dir():
                 raise RunError(f"--model_path {model_path}: {repository} has no folder {inner}")
             return folder
-        folder = fetch(["*.json"])  # small: they tell whether the codec is in a folder of its own
+        folder = fetch(["*.json"])  # small, and enough to see whether the codec is in a subfolder
         for name in CODEC_FOLDERS:
             if (folder / name / "config.json").is_file():
                 return fetch(f"{name}/{pattern}" for pattern in _DOWNLOADED)
@@ -122,7 +122,7 @@ class Checkpoint:
 
     Attributes:
         folder: where it is; of an archive of NeMo's the archive itself.
-        name: the last part of what the user called it.
+        name: the last component of ``--model_path``.
         config: the mapping in ``config.json``; of a folder with graphs and no torch weights also their names.
     """
 
@@ -318,7 +318,7 @@ class Checkpoint:
 
 
 def _name(model_path: str) -> str:
-    """The last part of what the user called a checkpoint, without a revision."""
+    """The last component of ``--model_path``, without a revision."""
     path = Path(model_path).expanduser()
     return path.resolve().name if path.exists() else model_path.partition("@")[0].rpartition("/")[2]
 

@@ -1,4 +1,4 @@
-"""JSON files of checkpoints: read within bounds, and their keys checked one by one, with messages that say where."""
+"""JSON files of checkpoints: read within bounds, and their keys checked one by one, with messages that name the key."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 from batch_tokenizer.records import RunError, first_line, short_repr
 
-#: Bounds of what a configuration may say, far above every published model: widths, lengths and rates; layers, codebooks
-#: and entries of a list; numbers that are no sizes.
+#: Upper bounds of values in a configuration, far above every published model: widths, lengths and rates; layers,
+#: codebooks and entries of a list; numbers that are no sizes.
 MOST_SIZE = 1 << 18
 MOST_COUNT = 1024
 MOST_NUMBER = 1e9

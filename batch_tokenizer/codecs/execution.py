@@ -1,4 +1,4 @@
-"""How a codec's model goes through a batch, and how its results reach the host."""
+"""Running a codec's model over a batch, and copying its results to the host."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any, TypeVar
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
@@ -31,11 +33,11 @@ class BatchRunner:
 
     def __call__(
         self,
-        compute: Callable[[list[Tensor]], list[Result]],
-        batch: Sequence[Tensor],
-        length: Callable[[Tensor], int],
+        compute: Callable[[list[Item]], list[Result]],
+        batch: Sequence[Item],
+        length: Callable[[Item], int],
     ) -> list[Result]:
-        """``compute``'s result for each member, in order; on a CPU the longest is begun first."""
+        """``compute``'s result for each member, in order; on a CPU the longest is started first."""
         if self._pool is None:
             with torch.inference_mode():
                 return compute(list(batch))
@@ -53,21 +55,21 @@ class PaddedRunner:
     """Runs a model that takes batches: on a device in batches of a few fixed shapes, on a CPU as ``BatchRunner``, one
     utterance at a time without padding.
 
-    On a device an utterance always goes through with the same number of rows and of positions, which depend on its
-    length alone: those of the smallest size that holds it. So no matrix product changes its shape, and thereby the last
-    bits of its results, with the utterance's neighbours. Rows that no utterance fills are padding. Above the greatest
-    size each goes alone.
+    On a device an utterance is always computed in a batch of the same number of rows and of positions, which depend on
+    its length alone: those of the smallest size that holds it. So no matrix product changes its shape, and thereby the
+    last bits of its results, with the utterance's neighbours. Rows without an utterance are padding. Longer utterances
+    than the largest size are computed alone.
 
     On a CPU padding costs what the padded positions cost, and matrix products gain little from a batch.
 
     Attributes:
         frames: frames of a batch, rows times size, at most.
-        together: whether utterances go through in batches; on a CPU only where a test asks for it.
+        together: whether utterances are computed in batches; on a CPU only in tests.
 
     Args:
         equal_lengths: for models where padding cannot be exact: utterances of the same length share a batch, and none
-            is padded. Then there are at most ``EQUAL_ROWS`` rows, as few utterances have the same length; rows that
-            are left over hold copies.
+            is padded. Then there are at most ``EQUAL_ROWS`` rows, as few utterances have the same length; unused rows
+            hold copies.
     """
 
     EQUAL_ROWS = 4
@@ -118,7 +120,7 @@ class PaddedRunner:
         self.frames = max(self._FEWEST, self.frames // 2)
 
     def _groups(self, lengths: Sequence[int], unit: int) -> Iterator[tuple[int | None, int, list[int]]]:
-        """Size in frames (None where nothing is padded), rows, and which utterances go through together."""
+        """Size in frames (None where nothing is padded), rows, and the indices of the utterances of each batch."""
         by_size: dict[int, list[int]] = {}
         for index, length in enumerate(lengths):
             size = length if self._equal_lengths else padded_size(-(-length // unit))
@@ -140,8 +142,8 @@ def padded_size(frames: int) -> int:
 
 
 class ToHost:
-    """Tensors of equal width on their way to numpy arrays: from a device in one copy to pinned memory, behind what the
-    device still has to do."""
+    """An asynchronous copy of tensors of equal width to numpy arrays: from a device in one copy to pinned memory,
+    queued after the device's pending work."""
 
     def __init__(self, parts: Sequence[Tensor], dtype: torch.dtype) -> None:
         self._done: torch.cuda.Event | None = None
@@ -157,10 +159,20 @@ class ToHost:
         self._parts = list(host.split([len(part) for part in parts]))
 
     def arrays(self) -> list[npt.NDArray[Any]]:
-        """The arrays, in order, when they have arrived."""
+        """The arrays, in order, after the copy has finished."""
         if self._done is not None:
             self._done.synchronize()
         return [part.numpy() for part in self._parts]
+
+    def codes(self) -> list[npt.NDArray[np.uint16]]:
+        """``arrays`` of int16 as codes up to 65,535, which have wrapped around. Copies: a long row's pieces keep theirs
+        for long, and views would keep the whole batch's array."""
+        return [array.view(np.uint16).copy() for array in self.arrays()]
+
+
+def codes_to_host(parts: Sequence[Tensor]) -> list[npt.NDArray[np.uint16]]:
+    """Codes (T_i, K) up to 65,535 to numpy arrays, copied as 16-bit integers."""
+    return ToHost(parts, torch.int16).codes()
 
 
 def to_host(parts: Sequence[Tensor], dtype: torch.dtype) -> list[npt.NDArray[Any]]:
@@ -177,7 +189,7 @@ class StageClock:
         self._marks: list[Any] = []
 
     def mark(self) -> None:
-        """Now, or when the device gets here."""
+        """Records the time now, or on a device when its queue reaches this point."""
         if self._cuda:
             self._marks.append(torch.cuda.Event(enable_timing=True))
             self._marks[-1].record(torch.cuda.current_stream(self._device))
@@ -185,7 +197,7 @@ class StageClock:
             self._marks.append(time.perf_counter())
 
     def seconds(self) -> list[float]:
-        """Between each two marks, when the device is past the last."""
+        """Seconds between consecutive marks; waits until the device has passed the last."""
         if not self._cuda:
             return [late - early for early, late in pairwise(self._marks)]
         self._marks[-1].synchronize()

@@ -1,4 +1,4 @@
-"""What a codec's failure means: a batch that does not fit in memory, or a device that no longer works."""
+"""Classifying a codec's errors: a batch that does not fit in memory, or a failed device."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ import torch
 from batch_tokenizer.records import RowError, RunError, Stage, first_line
 
 Result = TypeVar("Result")
+
+
+class DoesNotFit(RowError):
+    """A batch needs more memory than there is."""
+
 
 #: Allocations that fail outside torch's own allocator, as their libraries report them.
 _ALLOCATION_FAILURES = (
@@ -25,7 +30,7 @@ _ALLOCATION_FAILURES = (
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error says that memory, of the device or of the host, was not enough."""
+    """Whether an error means that the device or the host ran out of memory."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     if not isinstance(error, RuntimeError):
@@ -39,7 +44,7 @@ def in_memory(stage: Stage, compute: Callable[[], Result]) -> Result:
     """What ``compute`` returns.
 
     Raises:
-        RowError: there was not enough memory. Nothing that ``compute`` held is kept alive by the error.
+        DoesNotFit: there was not enough memory. Nothing that ``compute`` held is kept alive by the error.
         RunError: the device failed (exit code 1).
     """
     try:
@@ -55,4 +60,4 @@ def in_memory(stage: Stage, compute: Callable[[], Result]) -> Result:
         # The traceback's frames, and this one, hold the batch's activations, and would through all further attempts.
         traceback.clear_frames(error.__traceback__)
         del compute
-    raise RowError(stage, f"does not fit in memory, even alone: use a larger device, or cut it ({reason})")
+    raise DoesNotFit(stage, f"does not fit in memory, even alone: use a larger device, or cut it ({reason})")

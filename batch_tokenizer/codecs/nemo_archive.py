@@ -78,7 +78,7 @@ def _member(path: Path, name: str) -> Iterator[tuple[IO[bytes], int]]:
 
 
 def _resolve(value: Any, config: Mapping[str, Any]) -> Any:
-    """``value`` with each string that is a reference replaced by what it stands for, where that is no reference."""
+    """``value`` with each string that is a reference replaced by the referenced value, where that is no reference."""
     if isinstance(value, dict):
         return {key: _resolve(item, config) for key, item in value.items()}
     if isinstance(value, list):

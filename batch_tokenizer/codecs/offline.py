@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from batch_tokenizer.audio.resampling import resample
 from batch_tokenizer.codecs.base import Codec, CodecInfo, fitted
+from batch_tokenizer.codecs.memory import DoesNotFit, in_memory
 from batch_tokenizer.records import Pieces, RowError, RunError, Stage
 
 Samples = npt.NDArray[np.float32]
@@ -34,19 +34,20 @@ def check_num_quantizers(wanted: Sequence[int], most: int) -> tuple[int, ...]:
 
 
 def encode(codec: Codec, samples: Sequence[Samples], num_quantizers: int) -> list[Codes | RowError]:
-    """Samples (S_i,) or (channels, S_i) at the codec's rate to codes (T_i, ``num_quantizers``) each, or why not."""
+    """Samples (S_i,) or (channels, S_i) at the codec's rate to codes (T_i, ``num_quantizers``) each, or the error."""
     features = [codec.spec.features(one) for one in samples]
     frames = [codec.spec.num_frames(one.shape[-1]) for one in samples]
     results: list[Codes | RowError] = []
     for first, last in _chunks(frames, codec.frame_budget):
-        results += _with_care(codec, lambda part: codec.encode(part, num_quantizers), features[first:last], "encode")
+        part = features[first:last]
+        results += _compute_or_split(codec, lambda few: codec.encode(few, num_quantizers), part, "encode")
     return results
 
 
 def decode(
     codec: Codec, codes: Sequence[Codes], segments: Sequence[Pieces | None] | None = None
 ) -> list[Samples | RowError]:
-    """Codes (T_i, K_i) to samples (S_i,) each at the codec's ``output_sample_rate``, or why there are none.
+    """Codes (T_i, K_i) to samples (S_i,) each at the codec's ``output_sample_rate``, or the error.
 
     Args:
         segments: for each, the segments that it was encoded in, which are decoded one by one; None where it was not.
@@ -55,7 +56,7 @@ def decode(
     parts = [part for one, pieces in zip(codes, segments, strict=True) for part in _parts(one, pieces)]
     results: list[Samples | RowError] = []
     for first, last in _chunks([len(part) for part in parts], codec.frame_budget):
-        results += _with_care(codec, codec.decode, parts[first:last], "decode")
+        results += _compute_or_split(codec, codec.decode, parts[first:last], "decode")
     made = iter(results)
     return [
         next(made) if pieces is None else _joined(codec.info, list(islice(made, len(pieces))), pieces)
@@ -98,14 +99,15 @@ def _chunks(frames: Sequence[int], budget: int) -> Iterator[tuple[int, int]]:
         yield first, len(frames)
 
 
-def _with_care(
+def _compute_or_split(
     codec: Codec, compute: Callable[[Sequence[Any]], list[Any]], members: Sequence[Any], stage: Stage
 ) -> list[Any]:
     """The results of ``compute``; of each member alone where all together do not fit in memory."""
     try:
-        return compute(members)
-    except (torch.OutOfMemoryError, MemoryError):
-        codec.release()
+        return in_memory(stage, lambda: compute(members))
+    except DoesNotFit as error:
         if len(members) == 1:
-            return [RowError(stage, "does not fit in memory, even alone")]
-        return [result for member in members for result in _with_care(codec, compute, [member], stage)]
+            codec.release()
+            return [error]
+    codec.release()
+    return [result for member in members for result in _compute_or_split(codec, compute, [member], stage)]

@@ -116,7 +116,7 @@ class CodecSetup:
             request = LoadRequest(
                 self.checkpoint, self.spec, task, self.compute.device, self.compute.dtype, self.attention, self.threads
             )
-            with registry.refusals(self.checkpoint):
+            with registry.errors_as_run_errors(self.checkpoint):
                 codec = self.family.load_codec(request)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):

@@ -1,4 +1,4 @@
-"""``PaddedCodec``: what codecs have in common whose models take padded batches (``layers/``)."""
+"""``PaddedCodec``: the shared codec class of models that take padded batches (``layers/``)."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ import torch
 from torch import Tensor
 
 from batch_tokenizer.codecs.base import Codec, CodecSpec
-from batch_tokenizer.codecs.execution import PaddedRunner, to_host
+from batch_tokenizer.codecs.execution import PaddedRunner, codes_to_host, to_host
 from batch_tokenizer.codecs.layers.padded import PaddedBatch
 
 Samples = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.uint16]
 
-#: Seconds of audio that a device computes at once, padding included. (On a CPU, where only tests ask for it: few.)
+#: Seconds of audio that a device computes at once, padding included. (On a CPU few, as only tests use batches there.)
 SECONDS_AT_ONCE = 96
 
 
 class PaddedCodec(Codec):
     """A model that encodes and decodes padded batches exactly, behind the codec protocol.
 
-    Its features are samples (1, L), as ``CodecSpec.features`` has lengthened them. On a device utterances go through in
-    batches of fixed shapes, on a CPU one by one (``PaddedRunner``); ``together`` makes a CPU compute batches too.
+    Its features are samples (1, L), padded by ``CodecSpec.features``. On a device utterances are computed in batches of
+    fixed shapes, on a CPU one by one (``PaddedRunner``); ``together`` makes a CPU compute batches too.
 
     Args:
         model: has ``encode(batch, num_quantizers)`` and ``decode(codes)`` as ``encode_padded`` and ``decode_padded``,
@@ -65,7 +65,7 @@ class PaddedCodec(Codec):
 
     @property
     def together(self) -> bool:
-        """Whether utterances go through in padded batches, or else one by one."""
+        """Whether utterances are computed in padded batches, or else one by one."""
         return self._run.together
 
     @together.setter
@@ -82,7 +82,7 @@ class PaddedCodec(Codec):
 
         tensors = [torch.from_numpy(array) for array in features]
         done = self._run(compute, tensors, _length, unit=self.info.samples_per_frame)
-        return [part.astype(np.uint16) for part in to_host(done, torch.int32)]
+        return codes_to_host(done)
 
     def decode_batch(self, codes: Sequence[Codes]) -> list[Samples]:
         results: dict[int, Samples] = {}

@@ -1,4 +1,4 @@
-"""Checkpoints of the published sizes with random weights, for benchmarks: what they compute takes as long as it would.
+"""Checkpoints of the published sizes with random weights, for benchmarks.
 
 ``sizes/`` holds configurations as ``config.json`` files have them. MiMo's are in ``mimo/sized.py``.
 """

@@ -14,7 +14,7 @@ from batch_tokenizer.records import RunError, first_line
 
 
 class Family(Protocol):
-    """What a family's module offers."""
+    """Interface of a family's module."""
 
     def recognises(self, config: Mapping[str, Any]) -> bool:
         """Whether ``config.json`` is of this family. Must not raise."""
@@ -41,11 +41,11 @@ FAMILIES: Mapping[str, str] = {
 
 
 @contextmanager
-def refusals(checkpoint: Checkpoint) -> Iterator[None]:
-    """Around everything that a family computes out of a checkpoint's files, which may hold anything.
+def errors_as_run_errors(checkpoint: Checkpoint) -> Iterator[None]:
+    """Wraps what a family computes from a checkpoint's files, which are untrusted input.
 
     Raises:
-        RunError: a value that no check of the family has seen made a computation fail.
+        RunError: a value that the family's own checks do not cover made a computation fail.
     """
     try:
         yield
@@ -65,7 +65,7 @@ def open_spec(checkpoint: Checkpoint, family: Family | None = None) -> CodecSpec
         RunError: it is of no known family, or is not what its family needs.
     """
     family = family or find_family(checkpoint)
-    with refusals(checkpoint):
+    with errors_as_run_errors(checkpoint):
         return family.open_spec(checkpoint)
 
 
@@ -77,7 +77,7 @@ def find_family(checkpoint: Checkpoint) -> Family:
     """
     for module in FAMILIES.values():
         family = cast(Family, importlib.import_module(module))
-        with refusals(checkpoint):
+        with errors_as_run_errors(checkpoint):
             if family.recognises(checkpoint.config):
                 return family
     kind = str(checkpoint.config.get("model_type", "absent"))[:100]

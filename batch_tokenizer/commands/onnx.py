@@ -249,7 +249,7 @@ def _check_steps(report: _Report, codec: onnx_codec.OnnxCodec) -> None:
 
 
 def _seams(codec: onnx_codec.OnnxCodec) -> None:
-    """What decoding in pieces costs, for graphs that keep no past."""
+    """What decoding in pieces costs, for graphs without streaming state."""
     generator = np.random.default_rng(0)
     for seconds in (15.0, 30.0, onnx_codec.PIECES_ABOVE_SECONDS):
         frames = max(3, int(seconds * codec.info.frame_rate))

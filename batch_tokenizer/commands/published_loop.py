@@ -24,9 +24,10 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from batch_tokenizer.audio.mel import transforms
+from batch_tokenizer.codecs.layers.packed import Rotation
 from batch_tokenizer.codecs.mimo.codec import MiMoSpec
 from batch_tokenizer.codecs.mimo.decoder import UpSampling
-from batch_tokenizer.codecs.mimo.layers import Rotation, TransformerLayer, TransformerStack
+from batch_tokenizer.codecs.mimo.layers import TransformerLayer, TransformerStack
 from batch_tokenizer.codecs.mimo.model import MiMoAudioTokenizer
 from batch_tokenizer.records import LoadedRow, ManifestRow, TokenizedRow
 

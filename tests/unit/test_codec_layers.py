@@ -14,7 +14,7 @@ from batch_tokenizer.codecs.layers.activations import HalfSnake, Snake
 from batch_tokenizer.codecs.layers.attention import Rotation, padded_attention
 from batch_tokenizer.codecs.layers.convolution import Conv1d, ConvTranspose1d, Padding, fold_weight_norms
 from batch_tokenizer.codecs.layers.padded import PaddedBatch
-from batch_tokenizer.codecs.layers.quantizers import FiniteScalarQuantizer, ResidualQuantizer
+from batch_tokenizer.codecs.layers.quantizers import Codebook, FiniteScalarQuantizer, residual_codes, summed_rows
 
 CPU = torch.device("cpu")
 LENGTHS = st.lists(st.integers(1, 30), min_size=1, max_size=4)
@@ -140,24 +140,25 @@ def test_rotation_turns_each_pair_by_its_angle():
     torch.testing.assert_close(rotation.halves(halves), expected)
 
 
-def test_residual_quantizer_codes_what_is_left_over():
+def test_each_codebook_codes_the_residual_of_those_before_it():
     for by_direction in (False, True):
-        quantizer = randomised(ResidualQuantizer(8, 3, 4, by_direction=by_direction))
-        quantizer.layers[1].weight[5] = quantizer.layers[1].weight[2]  # of equals the first
-        quantizer.fold()
+        codebooks = [randomised(Codebook(8, 3, by_direction=by_direction)) for _ in range(4)]
+        codebooks[1].weight[5] = codebooks[1].weight[2]  # of equals the first
+        for codebook in codebooks:
+            codebook.fold()
         vectors = torch.randn(50, 3)
         residual, expected = vectors.double(), []
-        for layer in quantizer.layers:
+        for layer in codebooks:
             rows, queries = layer.weight.double(), residual
             if by_direction:
                 rows, queries = (x / x.norm(dim=1, keepdim=True) for x in (rows, queries))
             expected.append(torch.cdist(queries, rows).argmin(1))
             residual = residual - layer.weight[expected[-1]]
-        codes = quantizer.encode(vectors, 4)
+        codes = torch.stack(residual_codes(codebooks, vectors), 1)
         assert codes.tolist() == torch.stack(expected, 1).tolist()
         assert 5 not in codes[:, 1]
-        torch.testing.assert_close(quantizer.encode(vectors, 2), codes[:, :2])
-        torch.testing.assert_close(vectors - quantizer.decode(codes), residual.float(), rtol=0, atol=1e-5)
+        torch.testing.assert_close(torch.stack(residual_codes(codebooks[:2], vectors), 1), codes[:, :2])
+        torch.testing.assert_close(vectors - summed_rows(codebooks, codes), residual.float(), rtol=0, atol=1e-5)
 
 
 def test_finite_scalar_quantizer_reaches_every_code():

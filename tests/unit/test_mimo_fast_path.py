@@ -11,11 +11,12 @@ from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from batch_tokenizer.codecs.layers.packed import Rotation
 from batch_tokenizer.codecs.mimo.codec import MiMoCodec
 from batch_tokenizer.codecs.mimo.compiled import CompiledLayers
 from batch_tokenizer.codecs.mimo.config import MiMoConfig
 from batch_tokenizer.codecs.mimo.decoder import InverseSTFT, overlap_add
-from batch_tokenizer.codecs.mimo.layers import Rotation, TransformerStack
+from batch_tokenizer.codecs.mimo.layers import TransformerStack
 from batch_tokenizer.codecs.mimo.sized import random_model
 from batch_tokenizer.kernels import segments as segments_module
 from batch_tokenizer.kernels.segments import GappedAxis, Segments, to_device

@@ -129,8 +129,7 @@ def test_a_batch_that_is_begun_has_the_results_of_one_that_is_waited_for(
 
 
 def test_codes_beyond_the_range_of_int16_arrive() -> None:
-    from batch_tokenizer.codecs.execution import ToHost
-    from batch_tokenizer.codecs.mimo.codec import _unsigned
+    from batch_tokenizer.codecs.execution import codes_to_host
 
     codes = torch.tensor([[0, 32767], [32768, 65535]])
-    np.testing.assert_array_equal(_unsigned(ToHost([codes], torch.int16))[0], codes.numpy())
+    np.testing.assert_array_equal(codes_to_host([codes])[0], codes.numpy())

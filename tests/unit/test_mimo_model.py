@@ -14,9 +14,9 @@ from torch.nn.functional import conv1d, conv_transpose1d, gelu
 
 import batch_tokenizer
 from batch_tokenizer.codecs.checkpoint import Checkpoint
+from batch_tokenizer.codecs.layers.packed import convolve
 from batch_tokenizer.codecs.mimo.codec import load_model
 from batch_tokenizer.codecs.mimo.config import MiMoConfig
-from batch_tokenizer.codecs.mimo.encoder import convolve
 from batch_tokenizer.codecs.mimo.quantizer import Codebook
 from batch_tokenizer.codecs.registry import find_family
 from batch_tokenizer.records import RunError

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from batch_tokenizer.codecs.checkpoint import Checkpoint
 from batch_tokenizer.codecs.loading import LoadRequest
 from batch_tokenizer.codecs.moss.codec import MossCodec, load_codec, load_model, open_spec, recognises
-from batch_tokenizer.codecs.moss.layers import Rotation
+from batch_tokenizer.codecs.moss.layers import rotation
 from batch_tokenizer.codecs.registry import find_family
 from batch_tokenizer.records import RunError
 from tests.support.moss import Reference, assert_codes_match, noise, patch, random_tensors, stage, tiny
@@ -292,7 +292,7 @@ def test_rotation_is_the_published_formula_hours_into_a_recording():
     frequencies = torch.exp(torch.arange(4, dtype=torch.float32) * (-np.log(10000.0) * 2 / 8))
     angles = positions.float()[:, None] * frequencies
     x = torch.randn(4, 2, 3, 8)
-    turned = Rotation(positions, 8, 10000.0)(x)
+    turned = rotation(positions, 8, 10000.0).pairs(x)
     for pair in range(4):
         real, imaginary, angle = x[..., 2 * pair], x[..., 2 * pair + 1], angles[:, None, None, pair]
         assert torch.equal(turned[..., 2 * pair], real * angle.cos() - imaginary * angle.sin())

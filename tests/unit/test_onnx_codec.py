@@ -210,7 +210,7 @@ def test_sizes_that_nothing_tells_are_asked_for(folders, tmp_path, config):
     if config is not None and len(config) == 2:  # the graphs' tables of codebooks have a row too many
         assert GraphFile.open(folder / "audio_tokenizer_decoder.onnx").codebook_rows() == 33
         return
-    with pytest.raises(RunError, match=r"the graphs do not tell .*downsample_rate.* config\.json"):
+    with pytest.raises(RunError, match=r"the graphs do not state .*downsample_rate.* config\.json"):
         spec_of(folder)
 
 

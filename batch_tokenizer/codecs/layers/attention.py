@@ -13,7 +13,8 @@ from batch_tokenizer.kernels.attention import Window, block_size
 
 @dataclass(frozen=True, slots=True)
 class Rotation:
-    """Rotary position embedding (arXiv:2104.09864): cos and sin (T, D / 2) of each position's angles, float32."""
+    """Rotary position embedding (arXiv:2104.09864): cos and sin (T, D / 2) of each position's angles, float32, or of
+    shapes that broadcast with half of what is turned."""
 
     cos: Tensor
     sin: Tensor

@@ -21,7 +21,7 @@ Length = TypeVar("Length", int, Tensor)
 
 @dataclass(frozen=True, slots=True)
 class Padding:
-    """What a convolution sees before an utterance's start and after its end.
+    """The padding of a convolution before an utterance's start and after its end.
 
     Attributes:
         left, right: positions before and after.
@@ -51,7 +51,7 @@ class Padding:
         dilation: int = 1,
         mode: Literal["zeros", "replicate", "reflect"] = "zeros",
     ) -> Padding:
-        """On the left only, and on the right up to a whole stride: ceil(length / stride) positions come out."""
+        """On the left only, and on the right up to a whole stride, for ceil(length / stride) outputs."""
         return cls((kernel_size - 1) * dilation + 1 - stride, 0, completes_stride=True, mode=mode)
 
 
@@ -166,7 +166,7 @@ class Conv1d(WeightedLayer):
 
     @property
     def changes_lengths(self) -> bool:
-        """Whether utterances leave with other lengths than they came with."""
+        """Whether output lengths differ from input lengths."""
         return self.stride > 1 or self.padding.left + self.padding.right + 1 != self.span
 
     def _right(self, length: Length) -> Length:

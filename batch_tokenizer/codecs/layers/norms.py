@@ -1,4 +1,4 @@
-"""Normalisation over time on padded batches, each utterance with its own statistics."""
+"""Normalisation over time on padded batches, each utterance with its own statistics, and scales per channel."""
 
 from __future__ import annotations
 
@@ -33,3 +33,15 @@ class TimeGroupNorm(nn.Module):
         centred = values - mean(values)
         normed = (centred * torch.rsqrt(mean(centred.square()) + self.eps)).flatten(1, 2).to(batch.values.dtype)
         return batch.with_values(normed * self.weight[:, None] + self.bias[:, None])
+
+
+class LayerScale(nn.Module):
+    """x · scale, a factor per channel."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, d) to (…, d)."""
+        return x * self.scale

@@ -1,7 +1,8 @@
 """``PaddedBatch``: utterances of different lengths as one tensor, padded on the right.
 
-What lies beyond an utterance's end is arbitrary. Every layer that looks sideways (a convolution, attention, a norm over
-time) first replaces it with what a lone utterance would have there, so that a result never depends on its neighbours.
+Positions beyond an utterance's end are arbitrary. Every layer that mixes positions (a convolution, attention, a norm
+over time) first replaces them with what a lone utterance would have there, so that a result never depends on its
+neighbours.
 """
 
 from __future__ import annotations

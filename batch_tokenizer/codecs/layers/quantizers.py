@@ -7,7 +7,8 @@ float32 whatever the dtype of the model.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,35 +54,27 @@ class Codebook(Float32Buffers):
         return self.weight[codes]
 
 
-class ResidualQuantizer(Float32Buffers):
-    """K codebooks of one dimension, each coding what those before it left over."""
+def residual_codes(codebooks: Iterable[Any], vectors: Tensor) -> list[Tensor]:
+    """Codes int64 (…) of each codebook in order, each of the residual r of the last: c = nearest(r), r = r - e(c).
 
-    def __init__(self, size: int, dim: int, count: int, *, by_direction: bool = False) -> None:
-        super().__init__()
-        self.layers = torch.nn.ModuleList(Codebook(size, dim, by_direction=by_direction) for _ in range(count))
+    Args:
+        codebooks: modules with ``nearest(vectors)`` and, when called with codes, the vectors e that they add.
+        vectors: float32, such as (N, d).
+    """
+    residual = vectors
+    codes = []
+    for codebook in codebooks:
+        codes.append(codebook.nearest(residual))
+        residual = residual - codebook(codes[-1])
+    return codes
 
-    def fold(self) -> None:
-        """``Codebook.fold`` for each."""
-        for codebook in self.layers:
-            assert isinstance(codebook, Codebook)
-            codebook.fold()
 
-    def encode(self, vectors: Tensor, count: int) -> Tensor:
-        """Vectors (N, d) to the first ``count`` codes int64 (N, ``count``)."""
-        residual = vectors.float()
-        codes = []
-        for codebook in list(self.layers)[:count]:
-            assert isinstance(codebook, Codebook)
-            codes.append(codebook.nearest(residual))
-            residual = residual - codebook(codes[-1])
-        return torch.stack(codes, dim=1)
-
-    def decode(self, codes: Tensor) -> Tensor:
-        """Codes (N, K'), 1 <= K' <= K, to the sum of their rows, float32 (N, d)."""
-        total = self.layers[0](codes[:, 0])
-        for index in range(1, codes.shape[1]):
-            total = total + self.layers[index](codes[:, index])
-        return total
+def summed_rows(codebooks: Sequence[Any], codes: Tensor) -> Tensor:
+    """Codes (N, K), K at most the number of codebooks, to the sum of their vectors, added in order."""
+    total: Tensor = codebooks[0](codes[:, 0])
+    for index in range(1, codes.shape[1]):
+        total = total + codebooks[index](codes[:, index])
+    return total
 
 
 class Projection(Float32Buffers):

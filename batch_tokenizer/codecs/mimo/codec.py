@@ -13,18 +13,19 @@ import torch
 from torch import Tensor
 
 from batch_tokenizer.audio.mel import log_mel
-from batch_tokenizer.codecs.base import Codec, CodecInfo, CodecSpec, Computation, Computed
+from batch_tokenizer.codecs.base import CodecInfo, CodecSpec, Computation, Computed
 from batch_tokenizer.codecs.checkpoint import Checkpoint
-from batch_tokenizer.codecs.execution import BatchRunner, StageClock, ToHost, to_host
+from batch_tokenizer.codecs.execution import StageClock, ToHost, codes_to_host, to_host
 from batch_tokenizer.codecs.loading import LoadRequest, log_attention
 from batch_tokenizer.codecs.mimo.config import MiMoConfig
 from batch_tokenizer.codecs.mimo.layers import CompilationFailed
 from batch_tokenizer.codecs.mimo.model import DEFAULT_CAPACITY, MiMoAudioTokenizer
+from batch_tokenizer.codecs.packed_codec import PackedCodec
 from batch_tokenizer.records import Stage, Task
 
 log = logging.getLogger(__name__)
 
-#: Some exports put this before every parameter's name.
+#: Prefix of every parameter's name in some exports.
 PREFIX = "audio_tokenizer."
 
 #: Parameters from which on the layers are compiled on CUDA; smaller models would take longer to compile than they run.
@@ -34,7 +35,7 @@ _WITHOUT_EFFECT = ("_codebook.embed_avg", "_codebook.cluster_size", "_codebook.i
 
 
 def recognises(config: Mapping[str, Any]) -> bool:
-    """A MiMo checkpoint says so, or has keys that no other family has."""
+    """By ``model_type``, or by keys that no other family has."""
     return config.get("model_type") == "mimo_audio_tokenizer" or any(
         key in config for key in ("encoder_skip_layer_id", "vocoder_num_layers", "avg_pooler")
     )
@@ -162,7 +163,7 @@ class MiMoComputation:
         self._codes, self._samples, self._hidden_states, self._clock = codes, samples, hidden_states, clock
 
     def finish(self) -> Computed:
-        codes = _unsigned(self._codes) if isinstance(self._codes, ToHost) else self._codes
+        codes = self._codes.codes() if isinstance(self._codes, ToHost) else self._codes
         samples = None if self._samples is None else self._samples.arrays()
         hidden_states = None if self._hidden_states is None else self._hidden_states.arrays()
         encode, decode = self._clock.seconds()
@@ -172,36 +173,26 @@ class MiMoComputation:
         return Computed(codes, samples, seconds, hidden_states)
 
 
-def _unsigned(codes: ToHost) -> list[npt.NDArray[np.uint16]]:
-    """Codes up to 65,535 travel as int16, which wraps around. These are copies: a long row's pieces keep theirs for
-    long, and views would keep all that came with them."""
-    return [part.view(np.uint16).copy() for part in codes.arrays()]
-
-
-class MiMoCodec(Codec):
+class MiMoCodec(PackedCodec):
     """A MiMo model behind the codec protocol; ``threads`` as in ``BatchRunner``."""
 
     spec: MiMoSpec
+    model: MiMoAudioTokenizer
 
     def __init__(self, spec: MiMoSpec, model: MiMoAudioTokenizer, threads: int = 1) -> None:
-        self.spec = spec
-        self.model = model
-        self.compiled = False
-        self.frame_budget = DEFAULT_CAPACITY
+        super().__init__(spec, model, threads, DEFAULT_CAPACITY)
         self.runs_ahead = model.device.type == "cuda"
-        self._run = BatchRunner(model.device, threads)
-        self.batch_limit = self._run.batch_limit
 
     def encode_batch(
         self, features: Sequence[npt.NDArray[np.float32]], num_quantizers: int
     ) -> list[npt.NDArray[np.uint16]]:
-        return _unsigned(ToHost([codes for codes, _ in self._encode_all(features, num_quantizers)], torch.int16))
+        return codes_to_host([codes for codes, _ in self._encode_all(features, num_quantizers)])
 
     def encode_hidden_batch(
         self, features: Sequence[npt.NDArray[np.float32]], num_quantizers: int
     ) -> tuple[list[npt.NDArray[np.uint16]], list[npt.NDArray[np.float16]]]:
         codes, hidden_states = zip(*self._encode_all(features, num_quantizers), strict=True)
-        return _unsigned(ToHost(codes, torch.int16)), to_host(hidden_states, torch.float16)
+        return codes_to_host(codes), to_host(hidden_states, torch.float16)
 
     def decode_batch(self, codes: Sequence[npt.NDArray[np.uint16]]) -> list[npt.NDArray[np.float32]]:
         tensors = [torch.from_numpy(code.astype(np.int64)) for code in codes]
@@ -240,23 +231,14 @@ class MiMoCodec(Codec):
             return self.model.encode_mels(features, num_quantizers)
         return self.model.encode_samples([part[0] for part in features], num_quantizers)
 
-    @property
-    def frame_budget(self) -> int:
-        """Token frames computed at once."""
-        return self._frame_budget
-
-    @frame_budget.setter
-    def frame_budget(self, frames: int) -> None:
-        self._frame_budget = max(1, frames)
-        if self.model.device.type == "cuda":
-            self.model.capacity = self._frame_budget
-            if self.compiled:
-                self.compile_layers()
+    def on_capacity_change(self) -> None:
+        if self.compiled:
+            self.compile_layers()
 
     def compile_layers(self) -> None:
-        """Compiles the layers for packs of ``frame_budget`` token frames; where that fails, says so in the log."""
+        """Compiles the layers for packs of ``frame_budget`` token frames; where that fails, logs the reason."""
         try:
-            self.model.compile_layers(self._frame_budget)
+            self.model.compile_layers(self.frame_budget)
             self.compiled = True
         except CompilationFailed as error:
             log.warning("layers run without torch.compile, which failed here: %s", error)

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch._inductor.exc import InductorError
 
-from batch_tokenizer.codecs.mimo.layers import CompilationFailed, Rotation, TransformerLayer
+from batch_tokenizer.codecs.layers.packed import Rotation
+from batch_tokenizer.codecs.mimo.layers import CompilationFailed, TransformerLayer
 from batch_tokenizer.kernels.segments import Segments
 from batch_tokenizer.records import first_line
 

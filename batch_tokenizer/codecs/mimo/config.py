@@ -97,7 +97,7 @@ class MiMoConfig:
         for part, width in (("encoder", self.d_model), ("decoder", self.d_model), ("vocoder", self.vocoder_dim)):
             heads = getattr(self, f"{part}_attention_heads")
             self._require(f"{part}_attention_heads", width % heads == 0, f"must divide the width {width}")
-            self._require(f"{part}_attention_heads", width // heads % 2 == 0, "must leave an even head size")
+            self._require(f"{part}_attention_heads", width // heads % 2 == 0, "must give an even head size")
             window = getattr(self, f"{part}_attn_window_size")
             self._require(
                 f"{part}_attn_window_size",
@@ -168,7 +168,7 @@ class MiMoConfig:
         return 1 + max(num_samples, self.mel.least_samples) // self.hop_length
 
     def num_conv1_frames(self, mel_frames: int) -> int:
-        """Frames after ``conv1``, which has padding 1 on both sides whatever its kernel."""
+        """Frames after ``conv1``, which has padding 1 on both sides for every kernel size."""
         return mel_frames + 3 - self.kernel_size
 
     def num_encoder_frames(self, mel_frames: int) -> int:

@@ -77,7 +77,7 @@ class InverseSTFT(Float32Buffers):
     def forward(self, spectrum: Tensor, segments: Segments, hop: int, trim: int) -> tuple[Tensor, Segments]:
         """Spectrum complex64 (N, W/2 + 1), N frames of packed utterances, to float32 samples on a tight axis.
 
-        ``trim`` samples are cut from both ends of each utterance, which leaves (frames - 1) · hop + W - 2 trim.
+        ``trim`` samples are cut from both ends of each utterance, so that (frames - 1) · hop + W - 2 trim remain.
         """
         width = len(self.window)
         frames = torch.fft.irfft(spectrum, n=width, dim=1) * self.window

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
+from batch_tokenizer.codecs.layers.packed import convolve
 from batch_tokenizer.codecs.mimo.config import MiMoConfig
 from batch_tokenizer.codecs.mimo.layers import TransformerStack, activate, make_norm
 from batch_tokenizer.codecs.mimo.quantizer import ResidualVectorQuantizer
@@ -73,14 +74,6 @@ class EncoderLayout:
             layers=Segments([*conv2_lengths, *filler_runs(filler)], device),
             tokens=GappedAxis.build(starts, token_lengths, size, device),
         )
-
-
-def convolve(rows: Tensor, convolution: nn.Conv1d) -> Tensor:
-    """A convolution with padding 1 along rows (F, C_in), zeros beyond both ends, as one matrix product."""
-    kernel, stride = convolution.kernel_size[0], convolution.stride[0]
-    windows = pad(rows, (0, 0, 1, 1)).unfold(0, kernel, stride)  # (F', C_in, kernel)
-    weight = convolution.weight.transpose(1, 2).flatten(1)  # (C_out, kernel · C_in)
-    return linear(windows.transpose(1, 2).flatten(1), weight, convolution.bias)
 
 
 class AudioEncoder(nn.Module):

@@ -1,4 +1,4 @@
-"""What the encoder, the decoder and the vocoder of MiMo are made of: pre-norm transformer layers over packed rows."""
+"""Layers of MiMo's encoder, decoder and vocoder: pre-norm transformer layers over packed rows."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, linear
 
+from batch_tokenizer.codecs.layers.packed import Rotation
 from batch_tokenizer.kernels.attention import Window, choose_backend, varlen_attention
 from batch_tokenizer.kernels.norms import RMSNorm
 from batch_tokenizer.kernels.segments import Segments, filler_runs
@@ -22,27 +23,8 @@ def make_norm(kind: str, channels: int) -> nn.Module:
     return nn.LayerNorm(channels) if kind == "LayerNorm" else RMSNorm(channels)
 
 
-class Rotation:
-    """Rotary position embedding: the two halves of a head rotate together by position · theta^(-2i/D), in float32."""
-
-    def __init__(self, positions: Tensor, head_dim: int, theta: float) -> None:
-        """Positions int64 (N,), from 0 in each utterance."""
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
-        angles = torch.outer(positions.float(), 1.0 / theta**exponents)
-        self.cos, self.sin = angles.cos().repeat(1, 2)[:, None], angles.sin()[:, None]  # (N, 1, D), (N, 1, D/2)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """(N, H, D) to (N, H, D), the same dtype."""
-        half = x.shape[-1] // 2
-        wide = x.float()
-        turned = wide * self.cos
-        turned[..., :half].addcmul_(wide[..., half:], self.sin, value=-1)
-        turned[..., half:].addcmul_(wide[..., :half], self.sin)
-        return turned.to(x.dtype)
-
-
 def activate(x: Tensor) -> Tensor:
-    """The exact GELU; in place where no gradient needs what was there, as new memory for wide rows is dear on a CPU."""
+    """The exact GELU; in place where no gradient needs what was there, as new memory for wide rows is slow on a CPU."""
     return gelu(x) if x.requires_grad else torch.ops.aten.gelu_(x)
 
 
@@ -125,7 +107,7 @@ class TransformerStack(nn.ModuleList):
         self.run_layer: Callable[..., Tensor] = TransformerLayer.__call__
 
     def compile(self, rows: int, backend: str = "inductor") -> None:
-        """Compiles the layers for packs of ``rows`` rows, now: a run must not change its bits when it has begun.
+        """Compiles the layers for packs of ``rows`` rows, before it returns, so that bits do not change during a run.
 
         Raises:
             CompilationFailed: they cannot be compiled here; the layers then run as they are.

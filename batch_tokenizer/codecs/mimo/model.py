@@ -1,7 +1,7 @@
 """``MiMoAudioTokenizer``: the encoder and the decoder as one ``nn.Module``, with the published batch interface.
 
 ``encode`` and ``decode`` take padded batches as the published package does. Inside, utterances are never padded against
-each other: on a CPU each goes through alone, on CUDA they are packed on one axis of fixed size, so that a result does
+each other: on a CPU each is computed alone, on CUDA they are packed on one axis of fixed size, so that a result does
 not depend on what it was batched with.
 """
 
@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from batch_tokenizer.audio.mel import FLOOR, MelForm, mel_transform
+from batch_tokenizer.codecs.layers.packed import Capacity, fixed_capacity, packs_of
 from batch_tokenizer.codecs.mimo.config import MiMoConfig
 from batch_tokenizer.codecs.mimo.decoder import AudioDecoder
 from batch_tokenizer.codecs.mimo.encoder import AudioEncoder, EncoderLayout
 from batch_tokenizer.codecs.mimo.layers import CompilationFailed, SelfAttention, TransformerLayer, TransformerStack
-from batch_tokenizer.kernels.segments import GappedAxis, Lengths, filler_runs, joined_on, packs, to_device, within
+from batch_tokenizer.kernels.segments import GappedAxis, Lengths, filler_runs, joined_on, to_device, within
 
 #: Rows of the axis whose windows are in memory at once, 160 MB of them at 960 samples.
 BLOCK_ROWS = 8192
@@ -80,7 +81,7 @@ class MiMoAudioTokenizer(nn.Module):
         super().__init__()
         norm = outer_norm or config.ln_type
         self.config = config
-        self.capacity: int | str | None = "auto"
+        self.capacity: Capacity = "auto"
         self.encoder = AudioEncoder(config, norm)
         self.decoder = AudioDecoder(config, norm) if "decoder" in parts else None
         if "encoder" not in parts:  # decoding needs the codebooks and nothing else of it
@@ -220,7 +221,7 @@ class MiMoAudioTokenizer(nn.Module):
     def _encode(
         self, mel_frames: Sequence[int], rows: Callable[[list[int], EncoderLayout], Tensor], n_q: int | None
     ) -> list[tuple[Tensor, Tensor]]:
-        """Codes and hidden states of each; ``rows`` puts the log-mel of a pack, ``mel_frames`` each, on its axis."""
+        """Codes and hidden states of each; ``rows`` returns the log-mel of a pack, ``mel_frames`` each, on its axis."""
         if not hasattr(self.encoder, "conv1"):
             raise ValueError("this model was loaded without its encoder")
         num_quantizers = self.config.num_quantizers if n_q is None else n_q
@@ -266,23 +267,7 @@ class MiMoAudioTokenizer(nn.Module):
     def _packs(
         self, spans: Sequence[int], groups: Sequence[int] | None = None
     ) -> Iterator[tuple[list[int], int | None]]:
-        """Members of each pack, in order, and its capacity in token frames. Only one group's members share a pack."""
-        capacity = self.capacity
-        if capacity == "auto":
-            capacity = DEFAULT_CAPACITY if self.device.type == "cuda" else None
-        if capacity is None:
-            yield from (([index], None) for index in range(len(spans)))
-            return
-        fixed = int(capacity)
-        by_group: dict[int, list[int]] = {}
-        for index, group in enumerate(groups if groups is not None else [0] * len(spans)):
-            by_group.setdefault(group, []).append(index)
-        for indices in by_group.values():
-            for index in [index for index in indices if spans[index] > fixed]:
-                yield [index], -(-spans[index] // fixed) * fixed
-            fitting = [index for index in indices if spans[index] <= fixed]
-            for members in packs([spans[index] for index in fitting], fixed):
-                yield [fitting[member] for member in members], fixed
+        return packs_of(spans, fixed_capacity(self.capacity, DEFAULT_CAPACITY, self.device), groups)
 
     def _check_codes(self, codes: Tensor, index: int) -> None:
         frames, used = codes.shape

@@ -1,8 +1,7 @@
 """How many floating-point operations MiMo takes for an utterance, by its equations.
 
 Counted are matrix products, two operations a multiply-add, and of attention only the pairs of frames that see each
-other. Filler, padding and what a kernel computes beside are not: a share of peak made with these numbers is a share of
-useful work.
+other. Filler, padding and masked pairs are not, so a share of peak from these numbers is a share of useful work.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from batch_tokenizer.codecs.layers.quantizers import residual_codes, summed_rows
 from batch_tokenizer.kernels.codebook import Float32Buffers, first_equal_rows, minus_half_norms, nearest_rows
 
 
@@ -23,6 +24,10 @@ class Codebook(Float32Buffers):
     def nearest(self, rows: Tensor) -> Tensor:
         """int64 (N,): for each row (N, d), the codebook row at the least squared distance; of equals, the first."""
         return nearest_rows(rows, self.embed, *self._known())
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Rows (N, d) of codes (N,)."""
+        return self.embed.index_select(0, codes)
 
     def _known(self) -> tuple[Tensor | None, Tensor]:
         """``first`` and ``offsets`` of ``nearest_rows``, found again when training or a move has changed the rows."""
@@ -44,7 +49,7 @@ class CodebookLayer(nn.Module):
 
 
 class ResidualVectorQuantizer(nn.Module):
-    """K codebooks, each quantizing what those before it left over."""
+    """K codebooks, each quantizing the residual of those before it."""
 
     def __init__(self, sizes: Sequence[int], dim: int) -> None:
         super().__init__()
@@ -59,17 +64,8 @@ class ResidualVectorQuantizer(nn.Module):
 
     def encode(self, hidden: Tensor, num_quantizers: int) -> Tensor:
         """Hidden frames (N, d) to codes int64 (N, ``num_quantizers``)."""
-        residual = hidden.float()
-        codes = []
-        for codebook in self.codebooks[:num_quantizers]:
-            nearest = codebook.nearest(residual)
-            residual = residual - codebook.embed.index_select(0, nearest)
-            codes.append(nearest)
-        return torch.stack(codes, dim=1)
+        return torch.stack(residual_codes(self.codebooks[:num_quantizers], hidden.float()), dim=1)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes int64 (N, K'), K' <= K, to the sum of their rows, float32 (N, d)."""
-        total = self.codebooks[0].embed.index_select(0, codes[:, 0])
-        for index in range(1, codes.shape[1]):
-            total = total + self.codebooks[index].embed.index_select(0, codes[:, index])
-        return total
+        return summed_rows(self.codebooks, codes)

@@ -12,15 +12,16 @@ import numpy.typing as npt
 import torch
 
 from batch_tokenizer.audio.loudness import moss_tts_loudness
-from batch_tokenizer.codecs.base import Codec, CodecInfo, CodecSpec, as_channels, check_codes
+from batch_tokenizer.codecs.base import CodecInfo, CodecSpec, as_channels, check_codes
 from batch_tokenizer.codecs.checkpoint import Checkpoint
-from batch_tokenizer.codecs.execution import BatchRunner, to_host
+from batch_tokenizer.codecs.execution import codes_to_host, to_host
 from batch_tokenizer.codecs.layers.convolution import weight_norm_name
 from batch_tokenizer.codecs.loading import LoadRequest, log_attention
 from batch_tokenizer.codecs.moss.config import MossConfig, TransformerStage
 from batch_tokenizer.codecs.moss.layers import Stream
 from batch_tokenizer.codecs.moss.model import DEFAULT_CAPACITY, MossAudioTokenizer, interleave
 from batch_tokenizer.codecs.moss.streaming import decode_stream, encode_stream
+from batch_tokenizer.codecs.packed_codec import PackedCodec
 from batch_tokenizer.records import Loudness
 
 Samples = npt.NDArray[np.float32]
@@ -28,7 +29,7 @@ Codes = npt.NDArray[np.uint16]
 Hidden = npt.NDArray[np.float16]
 
 
-#: Other names of the same tensors: patterns, and what they stand for. v2 and older checkpoints have them.
+#: Other names of the same tensors, in v2 and in older checkpoints: patterns and their replacements.
 _ALIASES = (
     (re.compile(r"\.self_attn\.(in|out)_proj(?:_weight|\.weight)$"), r".self_attn.\1_projs.0.weight"),
     (re.compile(r"\.ffn\.0\.weight$"), ".linear1.weight"),
@@ -47,7 +48,7 @@ class MossSpec(CodecSpec):
     """A MOSS checkpoint without its weights. Features are the samples themselves, (channels, S).
 
     Attributes:
-        loudness: what is done to an utterance's level first; ``moss_tts`` as MOSS-TTS prepares what it trains on.
+        loudness: normalisation of an utterance's level before encoding; ``moss_tts`` as in MOSS-TTS's training data.
     """
 
     options = ("loudness", "hidden_states")
@@ -134,28 +135,25 @@ def load_codec(request: LoadRequest[MossSpec]) -> MossCodec:
     return MossCodec(request.spec, model, request.threads)
 
 
-class MossCodec(Codec):
+class MossCodec(PackedCodec):
     """A MOSS model behind the codec protocol, and its streams.
 
-    Utterances longer than ``MossAudioTokenizer.stream_above`` go through in pieces by themselves, so ``encode`` and
+    Utterances longer than ``MossAudioTokenizer.stream_above`` are computed alone and in pieces, so ``encode`` and
     ``decode`` take any length; their activations need no more memory than that many frames do.
     """
 
     spec: MossSpec
+    model: MossAudioTokenizer
 
     def __init__(self, spec: MossSpec, model: MossAudioTokenizer, threads: int = 1) -> None:
-        self.spec = spec
-        self.model = model
-        self.frame_budget = DEFAULT_CAPACITY // spec.info.channels
-        self._run = BatchRunner(model.device, threads)
-        self.batch_limit = self._run.batch_limit
+        super().__init__(spec, model, threads, DEFAULT_CAPACITY // spec.info.channels)
 
     def encode_batch(self, features: Sequence[Samples], num_quantizers: int) -> list[Codes]:
-        return _codes_to_host([codes for codes, _ in self._encode(features, num_quantizers)])
+        return codes_to_host([codes for codes, _ in self._encode(features, num_quantizers)])
 
     def encode_hidden_batch(self, features: Sequence[Samples], num_quantizers: int) -> tuple[list[Codes], list[Hidden]]:
         codes, hidden_states = zip(*self._encode(features, num_quantizers), strict=True)
-        return _codes_to_host(codes), to_host(hidden_states, torch.float16)
+        return codes_to_host(codes), to_host(hidden_states, torch.float16)
 
     def _encode(self, features: Sequence[Samples], num_quantizers: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         samples = [interleave(torch.from_numpy(feature)) for feature in features]
@@ -172,13 +170,13 @@ class MossCodec(Codec):
 
         Args:
             chunks: a list a step, for each utterance its next samples float32 (n_i,), or (channels, n_i) of a stereo
-                model, n_i >= 0, or None from when it has ended. The first step says how many utterances there are.
+                model, n_i >= 0, or None from when it has ended. The first step sets the number of utterances.
             num_quantizers: codebooks to use; None for all.
 
         Yields:
-            a list a step, for each utterance codes uint16 (t_i, ``num_quantizers``) of the frames that are whole by
-            now. An utterance's last frame is zero-padded and comes when its end is known; ends that only the end of
-            ``chunks`` tells come in one more step. All steps together equal ``encode`` of the whole.
+            a list a step, for each utterance codes uint16 (t_i, ``num_quantizers``) of the frames that are complete.
+            An utterance's last frame is zero-padded and returned when its end is known; utterances that end with
+            ``chunks`` itself get it in one more step. All steps together equal ``encode`` of the whole.
 
         Raises:
             ValueError: the number of utterances changes, one goes on after its end, or one ends without any samples;
@@ -189,14 +187,14 @@ class MossCodec(Codec):
         channels = self.info.channels
         steps = ([None if chunk is None else _samples(chunk, channels) for chunk in step] for step in chunks)
         for codes in encode_stream(self.model, steps, num_quantizers or self.info.num_codebooks):
-            yield _codes_to_host(codes)
+            yield codes_to_host(codes)
 
     def decode_stream(self, chunks: Iterable[Sequence[Codes | None]]) -> Iterator[list[Samples]]:
         """Decodes several utterances as their codes arrive.
 
         Args:
             chunks: a list a step, for each utterance its next codes uint16 (t_i, K_i), t_i >= 0, or None from when it
-                has ended. The first step says how many utterances there are.
+                has ended. The first step sets the number of utterances.
 
         Yields:
             a list a step, for each utterance samples float32 (t_i · samples per frame,), or (channels, …). All steps
@@ -213,17 +211,6 @@ class MossCodec(Codec):
 
     def open_stream(self) -> MossStream:
         return MossStream(self)
-
-    @property
-    def frame_budget(self) -> int:
-        """Token frames computed at once; on CUDA also the size of the pieces of a longer utterance."""
-        return self._frame_budget
-
-    @frame_budget.setter
-    def frame_budget(self, frames: int) -> None:
-        self._frame_budget = max(1, frames)
-        if self.model.device.type == "cuda":
-            self.model.capacity = self._frame_budget
 
     def _channels(self, interleaved: Sequence[torch.Tensor]) -> list[Samples]:
         """Interleaved samples (n · channels,) each as (n,), or as (channels, n) of a stereo model."""
@@ -251,7 +238,7 @@ class MossStream:
         with torch.inference_mode():
             samples = interleave(torch.from_numpy(feature))
             ((codes, hidden),) = self._codec.model.encode_streams_hidden([self._encoding], [samples], num_quantizers)
-            return _codes_to_host([codes]), to_host([hidden], torch.float16)
+            return codes_to_host([codes]), to_host([hidden], torch.float16)
 
     def decode(self, codes: Sequence[Codes]) -> list[Samples]:
         (code,) = codes
@@ -263,10 +250,6 @@ class MossStream:
 def _samples(chunk: Samples, channels: int) -> torch.Tensor:
     """Samples (n,) or (channels, n), interleaved."""
     return interleave(torch.from_numpy(as_channels(chunk, channels)))
-
-
-def _codes_to_host(codes: Sequence[torch.Tensor]) -> list[Codes]:
-    return [part.astype(np.uint16) for part in to_host(codes, torch.int32)]
 
 
 def _rename(name: str) -> str:

@@ -166,16 +166,16 @@ def _quantizer(config: Mapping[str, Any]) -> QuantizerConfig:
 
 
 def _channels(top: ConfigKeys, downsample_rate: int) -> int:
-    """1 or 2. Where no key says it, two have patches that multiply to twice the samples of a frame.
+    """1 or 2. Without a key for it, 2 if the patch sizes multiply to twice the samples of a frame.
 
     Raises:
         RunError: another number, or two that are not interleaved.
     """
-    said = [key for key in _CHANNELS if key in top.mapping]
-    if said:
-        channels = top.size(said[0])
+    present = [key for key in _CHANNELS if key in top.mapping]
+    if present:
+        channels = top.size(present[0])
         if channels not in (1, 2):
-            raise top.wrong(said[0], "only 1 and 2 are known")
+            raise top.wrong(present[0], "only 1 and 2 are known")
     else:
         patches = [item.get("patch_size") for item in top.objects("encoder_kwargs")]
         product = math.prod(size for size in patches if isinstance(size, int))
@@ -227,7 +227,7 @@ class _Stages:
                 size = keys.size("patch_size")
                 whole = rate if encoding else channels
                 if whole % size:
-                    raise keys.wrong("patch_size", f"must divide {whole}, what the stages before it leave")
+                    raise keys.wrong("patch_size", f"must divide {whole}, the output size of the stages before it")
                 if encoding:
                     rate, channels, rows_a_second = rate // size, channels * size, rows_a_second / size
                 else:
@@ -240,7 +240,7 @@ class _Stages:
                 )
                 stage = _transformer(keys, self._whole(rows_a_second * seconds), rate)
                 if stage.input_dimension != channels:
-                    raise keys.wrong("input_dimension", f"must be {channels}, what the stages before it leave")
+                    raise keys.wrong("input_dimension", f"must be {channels}, the output size of the stages before it")
                 channels = stage.output_dimension
                 stages.append(stage)
             else:
@@ -252,7 +252,9 @@ class _Stages:
             )
         if channels != last_channels:
             wanted = "quantizer_kwargs.input_dim" if encoding else "one channel of audio"
-            raise RunError(f"config.json: {key}: leaves {channels} channels, must leave {last_channels} ({wanted})")
+            raise RunError(
+                f"config.json: {key}: ends with {channels} channels, must end with {last_channels} ({wanted})"
+            )
         return tuple(stages)
 
 
@@ -267,7 +269,7 @@ def _transformer(keys: ConfigKeys, context: int, rate: int) -> TransformerStage:
     if sizes["d_model"] % sizes["num_heads"]:
         raise keys.wrong("num_heads", f"must divide d_model ({sizes['d_model']})")
     if sizes["d_model"] // sizes["num_heads"] % 2:
-        raise keys.wrong("num_heads", "must leave an even head size")
+        raise keys.wrong("num_heads", "must give an even head size")
     if not 1 <= context <= _MOST_CONTEXT:
         raise RunError(
             f"config.json: {keys.place}context_duration: the window is {context:.6g} rows of this stage, must be 1 to "

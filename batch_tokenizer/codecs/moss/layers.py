@@ -1,7 +1,7 @@
-"""What the encoder and the decoder of MOSS are made of: patches and causal pre-norm transformers over packed rows.
+"""Layers of MOSS's encoder and decoder: patches and causal pre-norm transformers over packed rows.
 
 Rows of several utterances lie end to end on one tight axis, one row per moment of the stage's rate. An utterance may
-continue an earlier call: then a ``Stream`` knows how far it is, and what of its past each layer still sees.
+continue an earlier call: a ``Stream`` then holds its position and the keys and values that each layer still sees.
 """
 
 from __future__ import annotations
@@ -14,16 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
+from batch_tokenizer.codecs.layers.attention import Rotation
+from batch_tokenizer.codecs.layers.norms import LayerScale
 from batch_tokenizer.codecs.moss.config import Patch, Stage, TransformerStage
 from batch_tokenizer.kernels.attention import choose_backend, varlen_attention
 from batch_tokenizer.kernels.segments import Lengths, Segments, as_lengths, to_device, within
 
 
 class Stream:
-    """How far one utterance is, and its past. The size is constant once every window is full.
+    """Streaming state of one utterance: its position and cached keys and values. Constant size once windows are full.
 
     Attributes:
-        frames: token frames that have gone through.
+        frames: token frames computed so far.
         past: per attention layer the rotated keys and the values that later queries see, (2, M, H, D), M < context.
     """
 
@@ -37,8 +39,8 @@ class Stream:
         return sum(past.nbytes for past in self.past.values())
 
 
-class Passage:
-    """Some frames of several utterances on their way through the stages.
+class PackedFrames:
+    """The next frames of several utterances, packed on one axis at each stage's rate.
 
     Attributes:
         frames: int64 (S,), token frames of each.
@@ -60,12 +62,12 @@ class Passage:
         return self._segments[rate]
 
     def positions(self, rate: int) -> Tensor:
-        """int64 (N,): each row's position since its utterance began."""
+        """int64 (N,): each row's position in its utterance."""
         segments = self.segments(rate)
         if self.streams is None:
             return segments.positions
-        begun = np.array([stream.frames * rate for stream in self.streams], np.int64)
-        return to_device(within(segments.lengths) + np.repeat(begun, segments.lengths), self.device)
+        offsets = np.array([stream.frames * rate for stream in self.streams], np.int64)
+        return to_device(within(segments.lengths) + np.repeat(offsets, segments.lengths), self.device)
 
     def with_past(
         self, layer: nn.Module, keys: Tensor, values: Tensor, rate: int, context: int
@@ -88,30 +90,21 @@ class Passage:
         return both[0], both[1], Segments([piece.shape[1] for piece in pieces], self.device)
 
     def advance(self) -> None:
-        """Tells the streams that these frames have gone through all stages."""
+        """Moves the streams' positions past these frames, after the last stage."""
         if self.streams is not None:
             for stream, frames in zip(self.streams, self.frames.tolist(), strict=True):
                 stream.frames += frames
 
 
-class Rotation:
-    """Rotary position embedding, interleaved: elements 2i and 2i + 1 of a head rotate together, in float32.
+def rotation(positions: Tensor, head_dim: int, max_period: float) -> Rotation:
+    """The rotation of queries and keys (N, 2, H, D) at positions int64 (N,), for ``Rotation.pairs``.
 
     The angle is position · exp(-i · 2 ln(max_period) / D). A power instead of the exponential differs by enough to
     change tokens hours into a recording, and so would positions that start again.
     """
-
-    def __init__(self, positions: Tensor, head_dim: int, max_period: float) -> None:
-        """Positions int64 (N,)."""
-        pair = torch.arange(head_dim // 2, dtype=torch.float32, device=positions.device)
-        angles = torch.outer(positions.float(), torch.exp(pair * (-math.log(max_period) * 2 / head_dim)))
-        self.cos, self.sin = angles.cos()[:, None, None], angles.sin()[:, None, None]  # (N, 1, 1, D/2)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Queries and keys (N, 2, H, D) to (N, 2, H, D), the same dtype."""
-        real, imaginary = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-        turned = (real * self.cos - imaginary * self.sin, real * self.sin + imaginary * self.cos)
-        return torch.stack(turned, dim=-1).flatten(-2).to(x.dtype)
+    pair = torch.arange(head_dim // 2, dtype=torch.float32, device=positions.device)
+    angles = torch.outer(positions.float(), torch.exp(pair * (-math.log(max_period) * 2 / head_dim)))
+    return Rotation(angles.cos()[:, None, None], angles.sin()[:, None, None])
 
 
 class SelfAttention(nn.Module):
@@ -125,33 +118,21 @@ class SelfAttention(nn.Module):
         self.in_projs = nn.ModuleList([nn.Linear(width, 3 * width, bias=False)])
         self.out_projs = nn.ModuleList([nn.Linear(width, width, bias=False)])
 
-    def forward(self, rows: Tensor, rotate: Rotation, passage: Passage, backend: str) -> Tensor:
+    def forward(self, rows: Tensor, rotate: Rotation, packed: PackedFrames, backend: str) -> Tensor:
         """(N, d) to (N, d)."""
         projected = self.in_projs[0](rows).unflatten(-1, (3, self.heads, -1))
-        queries, keys = rotate(projected[:, :2]).unbind(1)
-        keys, values, key_segments = passage.with_past(self, keys, projected[:, 2], self.rate, self.context)
+        queries, keys = rotate.pairs(projected[:, :2]).unbind(1)
+        keys, values, key_segments = packed.with_past(self, keys, projected[:, 2], self.rate, self.context)
         attended = varlen_attention(
             queries,
             keys,
             values,
-            passage.segments(self.rate),
+            packed.segments(self.rate),
             window=(self.context - 1, 0),
             key_segments=key_segments,
             backend=backend,
         )
         return self.out_projs[0](attended.flatten(1))
-
-
-class LayerScale(nn.Module):
-    """x · scale, a factor per channel."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, d) to (N, d)."""
-        return x * self.scale
 
 
 class TransformerLayer(nn.Module):
@@ -167,9 +148,9 @@ class TransformerLayer(nn.Module):
         self.layer_scale_1 = LayerScale(width) if stage.layer_scale else nn.Identity()
         self.layer_scale_2 = LayerScale(width) if stage.layer_scale else nn.Identity()
 
-    def forward(self, x: Tensor, rotate: Rotation, passage: Passage, backend: str) -> Tensor:
+    def forward(self, x: Tensor, rotate: Rotation, packed: PackedFrames, backend: str) -> Tensor:
         """(N, d) to (N, d)."""
-        x = x + self.layer_scale_1(self.self_attn(self.norm1(x), rotate, passage, backend))
+        x = x + self.layer_scale_1(self.self_attn(self.norm1(x), rotate, packed, backend))
         return x + self.layer_scale_2(self.linear2(gelu(self.linear1(self.norm2(x)))))
 
 
@@ -193,15 +174,15 @@ class Transformer(nn.Module):
         )
         setattr(self, name, nn.Linear(*sizes, bias=False))
 
-    def forward(self, x: Tensor, passage: Passage) -> Tensor:
+    def forward(self, x: Tensor, packed: PackedFrames) -> Tensor:
         """(N, input_dimension) to (N, output_dimension)."""
         stage = self.stage
         head_dim = stage.d_model // stage.num_heads
-        rotate = Rotation(passage.positions(stage.rate), head_dim, stage.max_period)
+        rotate = rotation(packed.positions(stage.rate), head_dim, stage.max_period)
         backend, _ = choose_backend(self.attention, x.device, x.dtype, head_dim)
         x = self.input_proj(x)
         for layer in self.transformer.layers:  # type: ignore[union-attr]  # nn.Module's attributes are untyped
-            x = layer(x, rotate, passage, backend)
+            x = layer(x, rotate, packed, backend)
         return self.output_proj(x)
 
 
@@ -212,7 +193,7 @@ class PatchDown(nn.Module):
         super().__init__()
         self.size = size
 
-    def forward(self, x: Tensor, passage: Passage) -> Tensor:
+    def forward(self, x: Tensor, packed: PackedFrames) -> Tensor:
         """(N, d) to (N / h, d · h)."""
         return x.unflatten(0, (-1, self.size)).transpose(1, 2).flatten(1)
 
@@ -224,7 +205,7 @@ class PatchUp(nn.Module):
         super().__init__()
         self.size = size
 
-    def forward(self, x: Tensor, passage: Passage) -> Tensor:
+    def forward(self, x: Tensor, packed: PackedFrames) -> Tensor:
         """(N, d · h) to (N · h, d)."""
         return x.unflatten(1, (-1, self.size)).transpose(1, 2).flatten(0, 1)
 
@@ -235,10 +216,10 @@ class Stages(nn.ModuleList):
     def __init__(self, stages: Sequence[Stage], patch: type[PatchDown] | type[PatchUp]) -> None:
         super().__init__(patch(stage.size) if isinstance(stage, Patch) else Transformer(stage) for stage in stages)
 
-    def forward(self, x: Tensor, passage: Passage) -> Tensor:
+    def forward(self, x: Tensor, packed: PackedFrames) -> Tensor:
         """Rows at the rate before the first stage to rows at the rate after the last, each utterance on its own."""
         for stage in self:
-            x = stage(x, passage)
+            x = stage(x, packed)
         return x
 
 

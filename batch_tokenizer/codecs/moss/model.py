@@ -1,10 +1,9 @@
 """``MossAudioTokenizer``: encoder, quantizer and decoder as one ``nn.Module``, for whole utterances and for streams.
 
-Utterances are never padded against each other: on a CPU each goes through alone, on CUDA they are packed on one axis
+Utterances are never padded against each other: on a CPU each is computed alone, on CUDA they are packed on one axis
 of fixed size, so that a result does not depend on what it was batched with. The model is causal with bounded windows,
-so an utterance may also go through piece by piece, its ``Stream`` keeping what later pieces need; the result is the
-same within rounding. That is how long utterances are done, alone and in pieces of one size, in memory that does not
-grow.
+so an utterance may also be computed piece by piece, with its state in a ``Stream``; the result is the same within
+rounding. Long utterances are computed so, alone and in pieces of one size, in constant memory.
 """
 
 from __future__ import annotations
@@ -15,8 +14,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from batch_tokenizer.codecs.layers.packed import Capacity, fixed_capacity
 from batch_tokenizer.codecs.moss.config import MossConfig
-from batch_tokenizer.codecs.moss.layers import Passage, PatchDown, PatchUp, Stages, Stream, Transformer
+from batch_tokenizer.codecs.moss.layers import PackedFrames, PatchDown, PatchUp, Stages, Stream, Transformer
 from batch_tokenizer.codecs.moss.quantizer import ResidualQuantizer
 from batch_tokenizer.kernels.segments import filler_runs, packs, to_device
 
@@ -25,7 +25,7 @@ Result = TypeVar("Result")
 #: Token frames of axis that a pack on CUDA has by default.
 DEFAULT_CAPACITY = 4096
 
-#: Seconds of audio above which an utterance goes through in pieces, where utterances are not packed.
+#: Seconds of audio above which an utterance is computed in pieces, where utterances are not packed.
 STREAM_ABOVE_SECONDS = 60.0
 
 
@@ -42,13 +42,13 @@ class MossAudioTokenizer(nn.Module):
         capacity: token frames of axis per pack; None runs each utterance alone; ``auto`` does that on a CPU and packs
             ``DEFAULT_CAPACITY`` on CUDA. Results are equal to the bit only among packs of one capacity.
         stream_above: token frames, ``STREAM_ABOVE_SECONDS`` of them. A longer utterance, or with a capacity one that is
-            longer than that, goes through alone and in pieces of this many frames.
+            longer than that, is computed alone and in pieces of this many frames.
     """
 
     def __init__(self, config: MossConfig, *, parts: Sequence[str] = ("encoder", "decoder")) -> None:
         super().__init__()
         self.config = config
-        self.capacity: int | str | None = "auto"
+        self.capacity: Capacity = "auto"
         self.stream_above = max(1, int(STREAM_ABOVE_SECONDS * config.frame_rate))
         self.encoder = Stages(config.encoder, PatchDown) if "encoder" in parts else None
         self.quantizer = ResidualQuantizer(config.quantizer)
@@ -104,7 +104,7 @@ class MossAudioTokenizer(nn.Module):
         return self._utterances(
             samples,
             frames,
-            lambda wavs, passage: self._encode(wavs, passage, num_quantizers),
+            lambda wavs, packed: self._encode(wavs, packed, num_quantizers),
             lambda wav: self.encode_streams_hidden([Stream()], [wav], num_quantizers)[0],
         )
 
@@ -117,7 +117,7 @@ class MossAudioTokenizer(nn.Module):
         return self._utterances(
             codes,
             [len(code) for code in codes],
-            lambda members, passage: [samples for (samples,) in self._decode(members, passage)],
+            lambda members, packed: [samples for (samples,) in self._decode(members, packed)],
             lambda code: self.decode_streams([Stream()], [code])[0],
         )
 
@@ -143,7 +143,7 @@ class MossAudioTokenizer(nn.Module):
             streams,
             samples,
             self.config.rows_per_frame,
-            lambda wavs, passage: self._encode(wavs, passage, num_quantizers),
+            lambda wavs, packed: self._encode(wavs, packed, num_quantizers),
             (codes, hidden),
         )
         return [(codes, hidden) for codes, hidden in outputs]
@@ -160,16 +160,16 @@ class MossAudioTokenizer(nn.Module):
     @torch.no_grad()
     def hidden(self, samples: Tensor) -> Tensor:
         """Samples float32 (S,) of one utterance to hidden frames float32 (T, d) before the quantizer, in one pass."""
-        return self._hidden([samples], Passage([-(-len(samples) // self.config.rows_per_frame)], self.device))
+        return self._hidden([samples], PackedFrames([-(-len(samples) // self.config.rows_per_frame)], self.device))
 
     def _utterances(
         self,
         inputs: Sequence[Tensor],
         frames: Sequence[int],
-        at_once: Callable[[list[Tensor], Passage], Sequence[Result]],
+        at_once: Callable[[list[Tensor], PackedFrames], Sequence[Result]],
         in_pieces: Callable[[Tensor], Result],
     ) -> list[Result]:
-        """Each utterance the way that its own length asks for: packed with others, alone, or in pieces."""
+        """Each utterance as its own length requires: packed with others, alone, or in pieces."""
         results: dict[int, Result] = {}
         capacity = self._fixed_capacity()
         longest = self.stream_above if capacity is None else capacity
@@ -182,8 +182,8 @@ class MossAudioTokenizer(nn.Module):
             members = [short[place] for place in group]
             counts = [frames[index] for index in members]
             filler = [] if capacity is None else filler_runs(capacity - sum(counts))
-            passage = Passage([*counts, *filler], self.device)
-            results.update(zip(members, at_once([inputs[index] for index in members], passage), strict=True))
+            packed = PackedFrames([*counts, *filler], self.device)
+            results.update(zip(members, at_once([inputs[index] for index in members], packed), strict=True))
         return [results[index] for index in range(len(inputs))]
 
     def _in_pieces(
@@ -191,7 +191,7 @@ class MossAudioTokenizer(nn.Module):
         streams: Sequence[Stream],
         inputs: Sequence[Tensor],
         rows_a_frame: int,
-        compute: Callable[[list[Tensor], Passage], Sequence[tuple[Tensor, ...]]],
+        compute: Callable[[list[Tensor], PackedFrames], Sequence[tuple[Tensor, ...]]],
         empty: tuple[Tensor, ...],
     ) -> list[tuple[Tensor, ...]]:
         """Steps of at most one pass's frames, shared evenly by the streams that have input left.
@@ -204,64 +204,64 @@ class MossAudioTokenizer(nn.Module):
         longest = self.stream_above if capacity is None else capacity
         totals = [-(-len(rows) // rows_a_frame) for rows in inputs]
         outputs = [empty for _ in streams]
-        begun = [0] * len(streams)  # frames
-        while active := [index for index, total in enumerate(totals) if begun[index] < total]:
+        done = [0] * len(streams)  # frames
+        while active := [index for index, total in enumerate(totals) if done[index] < total]:
             share = max(1, longest // len(active))
-            pieces = [inputs[index][begun[index] * rows_a_frame :][: share * rows_a_frame] for index in active]
-            frames = [min(share, totals[index] - begun[index]) for index in active]
-            passage = Passage(frames, self.device, [streams[index] for index in active])
-            for index, count, parts in zip(active, frames, compute(pieces, passage), strict=True):
+            pieces = [inputs[index][done[index] * rows_a_frame :][: share * rows_a_frame] for index in active]
+            frames = [min(share, totals[index] - done[index]) for index in active]
+            packed = PackedFrames(frames, self.device, [streams[index] for index in active])
+            for index, count, parts in zip(active, frames, compute(pieces, packed), strict=True):
                 scales = [len(part) // count for part in parts]
-                if not begun[index]:
+                if not done[index]:
                     outputs[index] = tuple(
                         part.new_empty(totals[index] * scale, *part.shape[1:])
                         for part, scale in zip(parts, scales, strict=True)
                     )
                 for output, part, scale in zip(outputs[index], parts, scales, strict=True):
-                    output[begun[index] * scale :][: len(part)] = part
-                begun[index] += count
-            passage.advance()
+                    output[done[index] * scale :][: len(part)] = part
+                done[index] += count
+            packed.advance()
         return outputs
 
     @torch.no_grad()
-    def _encode(self, samples: Sequence[Tensor], passage: Passage, num_quantizers: int) -> list[tuple[Tensor, Tensor]]:
-        """Codes and hidden states of each; filler of the passage beyond the last utterance is dropped."""
+    def _encode(
+        self, samples: Sequence[Tensor], packed: PackedFrames, num_quantizers: int
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Codes and hidden states of each; filler beyond the last utterance is dropped."""
         with torch.autocast(self.device.type, enabled=False):
-            hidden = self._hidden(samples, passage)
+            hidden = self._hidden(samples, packed)
             codes = self.quantizer.encode(hidden, num_quantizers)
-        counts = passage.frames.tolist()
+        counts = packed.frames.tolist()
         return list(zip(codes.split(counts), hidden.split(counts), strict=True))[: len(samples)]
 
-    def _hidden(self, samples: Sequence[Tensor], passage: Passage) -> Tensor:
+    def _hidden(self, samples: Sequence[Tensor], packed: PackedFrames) -> Tensor:
         """Hidden float32 (N, d) of packed utterances, each zero-padded to its whole frames."""
         if self.encoder is None:
             raise ValueError("this model was loaded without its encoder")
-        starts = passage.segments(self.config.rows_per_frame).starts.tolist()
-        rows = samples[0].new_zeros(passage.segments(self.config.rows_per_frame).total)
+        starts = packed.segments(self.config.rows_per_frame).starts.tolist()
+        rows = samples[0].new_zeros(packed.segments(self.config.rows_per_frame).total)
         for start, wav in zip(starts, samples, strict=False):
             rows[start : start + len(wav)] = wav
-        return self.encoder(to_device(rows, self.device).to(self.dtype)[:, None], passage).float()
+        return self.encoder(to_device(rows, self.device).to(self.dtype)[:, None], packed).float()
 
     @torch.no_grad()
-    def _decode(self, codes: Sequence[Tensor], passage: Passage) -> list[tuple[Tensor]]:
-        """Samples of each; filler of the passage beyond the last utterance is dropped."""
+    def _decode(self, codes: Sequence[Tensor], packed: PackedFrames) -> list[tuple[Tensor]]:
+        """Samples of each; filler beyond the last utterance is dropped."""
         if self.decoder is None:
             raise ValueError("this model was loaded without its decoder")
-        segments = passage.segments(1)
+        segments = packed.segments(1)
         widest = max(code.shape[1] for code in codes)
-        packed = torch.full((segments.total, widest), self.quantizer.unused, dtype=torch.int64, device=codes[0].device)
+        rows = torch.full((segments.total, widest), self.quantizer.unused, dtype=torch.int64, device=codes[0].device)
         for start, code in zip(segments.starts.tolist(), codes, strict=False):
-            packed[start : start + len(code), : code.shape[1]] = code
+            rows[start : start + len(code), : code.shape[1]] = code
         with torch.autocast(self.device.type, enabled=False):
-            summed = self.quantizer.decode(to_device(packed, self.device))
-            samples = self.decoder(summed.to(self.dtype), passage).float()[:, 0]
-        counts = (passage.frames * self.config.rows_per_frame).tolist()
+            summed = self.quantizer.decode(to_device(rows, self.device))
+            samples = self.decoder(summed.to(self.dtype), packed).float()[:, 0]
+        counts = (packed.frames * self.config.rows_per_frame).tolist()
         return [(part,) for part in samples.split(counts)[: len(codes)]]
 
     def _fixed_capacity(self) -> int | None:
-        if self.capacity == "auto":
-            return DEFAULT_CAPACITY if self.device.type == "cuda" else None
-        return None if self.capacity is None else int(self.capacity)
+        return fixed_capacity(self.capacity, DEFAULT_CAPACITY, self.device)
 
     def _check_num_quantizers(self, num_quantizers: int) -> None:
         if not 1 <= num_quantizers <= self.config.quantizer.num_quantizers:

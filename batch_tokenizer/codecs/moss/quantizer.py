@@ -1,6 +1,6 @@
 """MOSS's residual quantizer: hidden frames to codes and back, in float32 whatever the model's dtype.
 
-Everything here is a buffer of a ``Float32Buffers``, so casting the model leaves it alone. A checkpoint has
+Everything here is a buffer of a ``Float32Buffers``, so it stays float32 when the model is cast. A checkpoint has
 weight-normed projections; ``fold`` multiplies them out once and makes one table of each codebook's lookup and
 projection.
 """
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, normalize
 
+from batch_tokenizer.codecs.layers.quantizers import residual_codes, summed_rows
 from batch_tokenizer.codecs.moss.config import QuantizerConfig
 from batch_tokenizer.kernels.codebook import Float32Buffers, first_equal_rows, nearest_rows
 
@@ -100,9 +101,13 @@ class Codebook(Float32Buffers):
         """int64 (N,): for each residual (N, rvq_dim) the code."""
         return nearest_rows(normalize(self.in_proj(residual)), self.directions, self.first)
 
+    def forward(self, codes: Tensor) -> Tensor:
+        """What codes (N,) add to the sum, (N, rvq_dim)."""
+        return self.table[codes]
+
 
 class ResidualQuantizer(nn.Module):
-    """K codebooks, each quantizing what those before it left over."""
+    """K codebooks, each quantizing the residual of those before it."""
 
     def __init__(self, config: QuantizerConfig) -> None:
         super().__init__()
@@ -131,21 +136,12 @@ class ResidualQuantizer(nn.Module):
 
     def encode(self, hidden: Tensor, num_quantizers: int) -> Tensor:
         """Hidden frames (N, input_dim) to codes int64 (N, ``num_quantizers``)."""
-        residual = self.input_proj(hidden.float())
-        codes = []
-        for codebook in self.codebooks[:num_quantizers]:
-            nearest = codebook.nearest(residual)
-            residual = residual - codebook.table[nearest]
-            codes.append(nearest)
-        return torch.stack(codes, dim=1)
+        projected = self.input_proj(hidden.float())
+        return torch.stack(residual_codes(self.codebooks[:num_quantizers], projected), dim=1)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes int64 (N, K'), K' <= K, each in range or ``unused``, to float32 (N, output_dim)."""
-        codebooks = self.codebooks
-        total = codebooks[0].table[codes[:, 0]]
-        for index in range(1, codes.shape[1]):
-            total = total + codebooks[index].table[codes[:, index]]
-        return self.output_proj(total)
+        return self.output_proj(summed_rows(self.codebooks, codes))
 
 
 def _projection(channels_in: int, channels_out: int) -> nn.Module:

@@ -1,9 +1,9 @@
 """Audio and codes in chunks as they arrive, for several utterances at once, equal to doing each utterance in one pass.
 
-Enters: one list a step with a chunk for each utterance, of any size, empty too; None from when it has ended.
-Samples of a stereo model are interleaved.
-Leaves: for each step what that makes of whole frames. Memory is constant: a chunk, less than a frame of samples that
-wait for the rest of theirs, and the keys and values of each layer's window.
+Input: one list a step with a chunk of any size, also empty, for each utterance; None after its end. Samples of a stereo
+model are interleaved.
+Output: the whole frames that are complete after each step. Memory is constant: a chunk, less than a frame of buffered
+samples, and the keys and values of each layer's window.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from batch_tokenizer.codecs.moss.model import MossAudioTokenizer
 @dataclass
 class _Utterance:
     stream: Stream = field(default_factory=Stream)
-    waiting: Tensor = field(default_factory=lambda: torch.empty(0))
-    begun: bool = False
+    buffered: Tensor = field(default_factory=lambda: torch.empty(0))
+    has_samples: bool = False
     ended: bool = False
 
     def take(self, chunk: Tensor | None, samples_per_frame: int) -> Tensor:
-        """Samples that are ready to be encoded: whole frames, or when the utterance has ended all that are left."""
+        """Samples to encode now: whole frames, or at the utterance's end all that are buffered."""
         if self.ended or chunk is None:
             self.ended = True
-            ready, self.waiting = self.waiting, self.waiting[:0]
+            ready, self.buffered = self.buffered, self.buffered[:0]
             return ready
-        self.begun = self.begun or len(chunk) > 0
-        joined = torch.cat((self.waiting, chunk))
+        self.has_samples = self.has_samples or len(chunk) > 0
+        joined = torch.cat((self.buffered, chunk))
         whole = len(joined) - len(joined) % samples_per_frame
-        self.waiting = joined[whole:].clone()
+        self.buffered = joined[whole:].clone()
         return joined[:whole]
 
 
@@ -43,8 +43,8 @@ def encode_stream(
 ) -> Iterator[list[Tensor]]:
     """Samples float32 (n_i,) each a step to codes int64 (t_i, ``num_quantizers``) each a step.
 
-    The last frame of an utterance is zero-padded and comes out in the step that says that it has ended, or in one more
-    step after the last chunks.
+    The last frame of an utterance is zero-padded and is returned in the step in which it ends, or in one more step
+    after the last chunks.
 
     Raises:
         ValueError: the number of utterances changes, one goes on after its end, or one ends without any samples.
@@ -54,9 +54,9 @@ def encode_stream(
         utterances = utterances or [_Utterance() for _ in step]
         yield _encode_step(model, utterances, step, num_quantizers)
     if any(not utterance.ended for utterance in utterances):
-        waiting = any(len(utterance.waiting) for utterance in utterances)
+        buffered = any(len(utterance.buffered) for utterance in utterances)
         last = _encode_step(model, utterances, [None] * len(utterances), num_quantizers)
-        if waiting:
+        if buffered:
             yield last
 
 
@@ -68,7 +68,7 @@ def _encode_step(
         utterance.take(chunk, model.config.rows_per_frame) for utterance, chunk in zip(utterances, step, strict=True)
     ]
     for index, utterance in enumerate(utterances):
-        if utterance.ended and not utterance.begun:
+        if utterance.ended and not utterance.has_samples:
             raise ValueError(f"utterance {index} has no samples")
     return model.encode_streams([utterance.stream for utterance in utterances], ready, num_quantizers)
 
@@ -81,13 +81,13 @@ def decode_stream(model: MossAudioTokenizer, chunks: Iterable[Sequence[Tensor | 
     """
     streams: list[Stream] = []
     ended: list[bool] = []
-    nothing = torch.empty(0, 1, dtype=torch.int64)
+    empty = torch.empty(0, 1, dtype=torch.int64)
     for step in chunks:
         streams = streams or [Stream() for _ in step]
         ended = ended or [False] * len(step)
         _check_step(step, ended)
         ended = [chunk is None for chunk in step]
-        yield model.decode_streams(streams, [nothing if chunk is None else chunk for chunk in step])
+        yield model.decode_streams(streams, [empty if chunk is None else chunk for chunk in step])
 
 
 def _check_step(step: Sequence[Tensor | None], ended: Sequence[bool]) -> None:

@@ -1,9 +1,9 @@
 """ONNX graphs behind the codec protocol: a folder of graphs in, codes and samples out.
 
-Each utterance goes through alone, so a result cannot depend on a batch; on a CPU several go side by side, a thread
-each. Long utterances go through our own step graphs in pieces, exactly and in memory that does not grow. Published
-graphs keep no past: they decode long utterances in pieces with context before each, and refuse to encode very long
-ones, as tokens from pieces would not be those of the whole.
+Each utterance is computed alone, so a result cannot depend on a batch; on a CPU several run at a time, one thread each.
+Long utterances are computed by our own step graphs in pieces, exactly and in constant memory. Published graphs have no
+streaming state: they decode long utterances in pieces with context before each, and refuse to encode very long ones, as
+tokens from pieces would not be those of the whole.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ import hashlib
 import json
 import logging
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -23,34 +22,29 @@ import torch
 
 from batch_tokenizer.codecs.base import Codec, CodecInfo, CodecSpec, as_channels
 from batch_tokenizer.codecs.checkpoint import GRAPHS_KEY, Checkpoint
-from batch_tokenizer.codecs.config_keys import MOST_COUNT, MOST_SIZE, ConfigKeys, read_json
+from batch_tokenizer.codecs.execution import BatchRunner
 from batch_tokenizer.codecs.loading import LoadRequest
 from batch_tokenizer.codecs.onnx.graph_file import GraphFile
-from batch_tokenizer.codecs.onnx.layouts import PREFIX, Layout, Role, by_role
+from batch_tokenizer.codecs.onnx.layouts import Layout, Role, by_role
 from batch_tokenizer.codecs.onnx.session import Session
-from batch_tokenizer.records import RunError, short_repr
+from batch_tokenizer.codecs.onnx.sizes import GraphSizes, Layouts, our_info
+from batch_tokenizer.records import RunError
 
 log = logging.getLogger(__name__)
 
 Samples = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.uint16]
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-Layouts = Mapping[Role, Layout]
 
-#: Seconds of audio above which an utterance goes through in pieces.
+#: Seconds of audio above which an utterance is computed in pieces.
 PIECES_ABOVE_SECONDS = 60.0
 
-#: Seconds of audio of a piece that goes through a step graph.
+#: Seconds of audio per call of a step graph.
 STEP_SECONDS = 10.0
 
 #: Seconds of audio that a published encoder takes: its attention's memory grows with the square of the length.
 LONGEST_SECONDS = 120.0
 
-#: What Nano's graphs come with.
-NANO_DESCRIPTION = "codec_browser_onnx_meta.json"
-
-#: A piece of a published decoder's is as long as what goes through whole, and this part of it is context.
+#: The part of a published decoder's piece that is context; a piece is as long as the longest utterance of one pass.
 CONTEXT_SHARE = 1 / 3
 
 
@@ -86,7 +80,7 @@ def open_spec(checkpoint: Checkpoint) -> OnnxSpec:
         RunError: no graph is of a known layout, a file that one needs is absent, or a size is not known.
     """
     graphs = {name: GraphFile.open(checkpoint.folder / name) for name in checkpoint.config[GRAPHS_KEY]}
-    sizes = _Sizes.read(checkpoint, graphs)
+    sizes = GraphSizes.read(checkpoint)
     layouts, faults = by_role(graphs.values(), sizes.num_codebooks)
     if not layouts:
         raise RunError("; ".join(faults))
@@ -97,7 +91,7 @@ def open_spec(checkpoint: Checkpoint) -> OnnxSpec:
     if ours and len(ours) < len(layouts):
         raise RunError(f"{checkpoint.folder}: has our own graphs and others; leave one kind in the folder")
     if ours:
-        info = _our_info(checkpoint, list(used.values()))
+        info = our_info(checkpoint, list(used.values()))
     else:
         sample_rate, samples_per_frame, codebook_sizes = sizes.complete(layouts, used)
         digests = [graph.digest().hex() for _, graph in sorted(used.items())]
@@ -116,7 +110,7 @@ def open_spec(checkpoint: Checkpoint) -> OnnxSpec:
 
 
 def load_codec(request: LoadRequest[OnnxSpec]) -> OnnxCodec:
-    """The graphs that the task needs. What they compute in, they say themselves.
+    """The graphs that the task needs. Their number formats are fixed in the graphs.
 
     Raises:
         RunError: there is no graph for a part that the task needs.
@@ -138,8 +132,8 @@ class OnnxCodec(Codec):
     """Graphs in onnxruntime.
 
     Attributes:
-        pieces_above: token frames; a longer utterance goes through in pieces.
-        step: token frames of a piece that goes through a step graph.
+        pieces_above: token frames; a longer utterance is computed in pieces.
+        step: token frames per call of a step graph.
     """
 
     spec: OnnxSpec
@@ -149,7 +143,7 @@ class OnnxCodec(Codec):
         self._device = device
         # As with torch models, a thread an utterance, so that results do not depend on how many cores there are.
         self._threads_a_call = 1 if device.type == "cpu" else threads
-        self._pool = ThreadPoolExecutor(threads, "codec") if device.type == "cpu" and threads > 1 else None
+        self._run = BatchRunner(device, threads)
         self._lock = threading.Lock()
         self._sessions: dict[Role, Session] = {}
         self._measured = False
@@ -160,10 +154,14 @@ class OnnxCodec(Codec):
         self.step = max(1, int(STEP_SECONDS * rate))
 
     def encode_batch(self, features: Sequence[Samples], num_quantizers: int) -> list[Codes]:
-        return self._each(lambda channels: self._encode(channels, num_quantizers), features, lambda f: f.shape[1])
+        return self._run(
+            lambda members: [self._encode(samples, num_quantizers) for samples in members],
+            features,
+            lambda samples: samples.shape[1],
+        )
 
     def decode_batch(self, codes: Sequence[Codes]) -> list[Samples]:
-        return self._each(self._decode, codes, len)
+        return self._run(lambda members: [self._decode(member) for member in members], codes, len)
 
     def seam_error(self, codes: Codes) -> float:
         """Greatest difference between audio decoded in pieces and in one pass, where a piece begins.
@@ -176,16 +174,6 @@ class OnnxCodec(Codec):
         whole = self._decode_pass(codes)[..., (frames - context) * size :]
         piece = self._decode_pass(codes[frames - 2 * context :])[..., context * size :]
         return float(np.abs(whole - piece).max())
-
-    def _each(
-        self, compute: Callable[[Item], Result], items: Sequence[Item], length: Callable[[Item], int]
-    ) -> list[Result]:
-        """``compute`` of each, in order; side by side on a CPU, the longest begun first."""
-        if self._pool is None:
-            return [compute(item) for item in items]
-        order = sorted(range(len(items)), key=lambda index: -length(items[index]))
-        done = dict(zip(order, self._pool.map(compute, [items[index] for index in order]), strict=True))
-        return [done[index] for index in range(len(items))]
 
     def _session(self, role: Role) -> Session:
         """The graph's session, loaded when it is first needed: steps are for long utterances only."""
@@ -271,8 +259,8 @@ class OnnxCodec(Codec):
         error = self.seam_error(codes[: self.pieces_above])
         rate = self.info.frame_rate
         log.warning(
-            "utterances above %.0f s are decoded in pieces with %.0f s of context, as these graphs keep no past: where "
-            "pieces join, samples differ from one pass by at most %.1e; graphs of `onnx export` are exact",
+            "utterances above %.0f s are decoded in pieces with %.0f s of context, as these graphs have no streaming "
+            "state: where pieces join, samples differ from one pass by at most %.1e; graphs of `onnx export` are exact",
             self.pieces_above / rate,
             int(self.pieces_above * CONTEXT_SHARE) / rate,
             error,
@@ -344,134 +332,3 @@ class OnnxCodec(Codec):
             into[..., done : done + result.shape[-1]] = result[0]
             done += result.shape[-1]
             frames += self.step
-
-
-@dataclass(frozen=True)
-class _Sizes:
-    """What ``config.json``, or Nano's description of its graphs, says beside them; None where it does not."""
-
-    folder: Any
-    channels: int | None
-    sample_rate: int | None
-    samples_per_frame: int | None
-    num_codebooks: int | None
-    codebook_size: int | None
-
-    @classmethod
-    def read(cls, checkpoint: Checkpoint, graphs: Mapping[str, GraphFile]) -> _Sizes:
-        config = {**_nano_description(checkpoint), **checkpoint.config}
-        quantizer = config.get("quantizer_kwargs")
-        quantizer = quantizer if isinstance(quantizer, Mapping) else {}
-        rate = config.get("sampling_rate", config.get("sample_rate"))
-        values = {
-            "channels": ("number_channels", config.get("number_channels")),
-            "sample_rate": ("sampling_rate", rate),
-            "samples_per_frame": ("downsample_rate", config.get("downsample_rate")),
-            "num_codebooks": ("quantizer_kwargs.num_quantizers", quantizer.get("num_quantizers")),
-            "codebook_size": ("quantizer_kwargs.codebook_size", quantizer.get("codebook_size")),
-        }
-        for key, value in values.values():
-            most = MOST_COUNT if key in ("number_channels", "quantizer_kwargs.num_quantizers") else MOST_SIZE
-            if value is None or (isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most):
-                continue
-            raise RunError(
-                f"{checkpoint.folder}/config.json: {key} = {short_repr(value)}: must be a whole number above 0, and at "
-                f"most {most}"
-            )
-        return cls(checkpoint.folder, **{name: value for name, (_, value) in values.items()})
-
-    def audio_channels(self, layouts: Layouts) -> int:
-        """Channels of the audio.
-
-        Raises:
-            RunError: neither the graphs nor their description say, or they disagree.
-        """
-        found = _known(*(layout.channels for layout in layouts.values()))
-        if any(layout.source == "nano" for layout in layouts.values()):
-            found |= _known(self.channels)
-        if len(found) != 1:
-            raise RunError(f"{self.folder}: the number of channels is not clear ({sorted(found) or 'nobody says'})")
-        return found.pop()
-
-    def complete(self, layouts: Layouts, graphs: Mapping[Role, GraphFile]) -> tuple[int, int, tuple[int, ...]]:
-        """Sample rate, samples per frame and codebook sizes, from here and from the graphs.
-
-        Raises:
-            RunError: one is not known, or they disagree.
-        """
-        books = _known(self.num_codebooks, *(layout.fixed_codebooks for layout in layouts.values()))
-        rows = _known(self.codebook_size) or _known(*(graph.codebook_rows() for graph in graphs.values()))
-        if len(books) > 1 or len(rows) > 1:
-            raise RunError(f"{self.folder}: its graphs disagree on the codebooks: {books or ''} of {rows or ''}")
-        unknown = [
-            key
-            for key, value in (
-                ("sampling_rate", self.sample_rate),
-                ("downsample_rate", self.samples_per_frame),
-                ("quantizer_kwargs.num_quantizers", books),
-                ("quantizer_kwargs.codebook_size", rows),
-            )
-            if not value
-        ]
-        if unknown or self.sample_rate is None or self.samples_per_frame is None:
-            raise RunError(
-                f"{self.folder}: the graphs do not tell {', '.join(unknown)}; put the config.json of the torch "
-                "checkpoint, or one with these keys, beside them"
-            )
-        size, count = rows.pop(), books.pop()
-        if not 1 <= size <= 65536 or not 1 <= count <= MOST_COUNT:
-            raise RunError(
-                f"{self.folder}: {count} codebooks of {size} rows; must be 1 to {MOST_COUNT} of 1 to 65536 each"
-            )
-        return self.sample_rate, self.samples_per_frame, (size,) * count
-
-
-def _nano_description(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What ``codec_browser_onnx_meta.json`` says, under the names of a torch checkpoint's ``config.json``.
-
-    It does not say the frame rate, which is 12.5 Hz in all of the family.
-
-    Raises:
-        RunError: it is there and cannot be read.
-    """
-    path = checkpoint.folder / NANO_DESCRIPTION
-    if not path.is_file():
-        return {}
-    try:
-        stated = ConfigKeys(read_json(path), file=NANO_DESCRIPTION).inside("codec_config")
-        rate = stated.size("sample_rate")
-        return {
-            "sampling_rate": rate,
-            "downsample_rate": round(rate / 12.5),
-            "number_channels": stated.count("channels"),
-            "quantizer_kwargs": {
-                "num_quantizers": stated.count("num_quantizers"),
-                "codebook_size": stated.value("codebook_size", None),
-            },
-        }
-    except RunError as error:
-        raise RunError(f"{checkpoint.folder}: {error}") from error
-
-
-def _known(*values: int | None) -> set[int]:
-    return {value for value in values if value is not None}
-
-
-def _our_info(checkpoint: Checkpoint, graphs: Sequence[GraphFile]) -> CodecInfo:
-    """From our own graphs' metadata. The fingerprint is that of the model exported: the tokens are the same."""
-    described = [
-        {key: graph.metadata.get(f"{PREFIX}{key}") for key in ("sample_rate", "samples_per_frame", "codebook_sizes",
-                                                              "fingerprint")}
-        for graph in graphs
-    ]  # fmt: skip
-    if any(one != described[0] for one in described):
-        raise RunError(f"{checkpoint.folder}: its graphs were exported from different checkpoints; export them again")
-    try:
-        values = {key: json.loads(described[0][key] or "") for key in ("sample_rate", "samples_per_frame")}
-        sizes = tuple(json.loads(described[0]["codebook_sizes"] or ""))
-        fingerprint = described[0]["fingerprint"]
-        if not fingerprint or not all(type(value) is int and value > 0 for value in (*values.values(), *sizes)):
-            raise ValueError
-    except (ValueError, TypeError) as error:
-        raise RunError(f"{graphs[0].path}: its metadata is incomplete; export it again") from error
-    return CodecInfo(family="moss_onnx", name=checkpoint.name, codebook_sizes=sizes, fingerprint=fingerprint, **values)

@@ -44,7 +44,7 @@ def export_moss(
 
     Large weights go to ``encoder.onnx.data`` and ``decoder.onnx.data``, which a graph and its step graph share. The
     encoder is written before the decoder is loaded. In a published layout there are no step graphs, files are called as
-    published, and ``config.json`` is put beside them, as those graphs do not say rates and sizes.
+    published, and ``config.json`` is put beside them, as those graphs do not state rates and sizes.
 
     Returns:
         the graphs' paths.

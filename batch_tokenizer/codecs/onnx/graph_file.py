@@ -1,6 +1,6 @@
-"""An ONNX file as it describes itself: inputs, outputs, metadata, external weights; nothing of it is run.
+"""Reading an ONNX file without running it: inputs, outputs, metadata, external weights.
 
-Enters: a path. Leaves: what ``layouts.py`` recognises a codec by, what ``onnx info`` prints, and a digest of the graph
+``layouts.py`` recognises codecs by them, and ``onnx info`` prints them. ``GraphFile.digest`` covers the graph
 and a sample of its weights.
 """
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 #: The message for a user without the packages.
 INSTALL = "ONNX checkpoints need more packages: pip install 'batch_tokenizer[onnx]' (on a GPU also onnxruntime-gpu)"
 
-#: Bytes looked at in each external weight for the digest: this many blocks of this many bytes, evenly spread.
+#: Bytes sampled of each external weight for the digest: this many blocks of this many bytes, evenly spread.
 _BLOCKS, _BLOCK_BYTES = 16, 1024
 
 
@@ -30,9 +30,9 @@ class Port:
     """An input or output of a graph.
 
     Attributes:
-        dtype: in numpy's words, such as ``float32``; empty where the graph does not say.
+        dtype: numpy's name, such as ``float32``; empty where the graph does not declare it.
         shape: a number where a dimension is fixed, its name or ``?`` where it is free; None where the graph does not
-            even say how many there are.
+            declare their number.
     """
 
     name: str
@@ -91,7 +91,7 @@ class GraphFile:
 
     @cached_property
     def inputs(self) -> tuple[Port, ...]:
-        """What must be fed. Weights that an old file lists as inputs are left out."""
+        """The inputs. Weights that an old file lists as inputs are left out."""
         weights = {tensor.name for tensor in self.proto.graph.initializer}
         return tuple(_port(value) for value in self.proto.graph.input if value.name not in weights)
 

@@ -1,4 +1,4 @@
-"""Which input of a graph is what, for the layouts that are known: the community's, the official one, and our own.
+"""The meaning of a graph's inputs and outputs in the known layouts: the community's, the official one, and our own.
 
 A layout is recognised by the names of a graph's inputs, and by the types, numbers of axes and order of its outputs.
 Exporters may generate names of outputs (``view_67``), so these only help: the output of the known name is meant, or
@@ -11,7 +11,7 @@ between two readings that they both allow.
                 audio_codes int64 (K, 1, T), n_quantizers int64         → audio float32 (1, 1, S), …
     nano        waveform float32 (1, C, S), input_lengths int32 (1)     → audio_codes (1, T, K), …
                 audio_codes int32 (1, T, K), audio_code_lengths (1)     → audio float32 (1, C, S), …
-    ours        ``moss_graphs.py``; says so in its metadata
+    ours        ``moss_graphs.py``; marked in its metadata
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _Form = tuple[tuple[str, ...], tuple[int, ...]]
 _INTEGERS = ("int32", "int64")
 _ROLES: tuple[Role, ...] = ("encoder", "decoder", "encoder_step", "decoder_step")
 
-#: What a dimension's name says that it is: codebooks, batch or frames.
+#: Words in a dimension's name, by its meaning: codebooks, batch or frames.
 _HINTS = {
     "K": ("quant", "codebook", "n_q", "nq"),
     "B": ("batch",),
@@ -66,7 +66,7 @@ class Layout:
         past: shapes of the pasts that a step takes, for one utterance.
         count_shape: the shape of the input ``n_quantizers``.
         output: the name of the output that has the codes or the audio.
-        channels: of the audio; None where the graph leaves that open.
+        channels: of the audio; None where the graph does not fix them.
     """
 
     source: Source
@@ -116,7 +116,7 @@ class _Signature:
 
 
 def _misfit(port: Port, form: _Form) -> str | None:
-    """Why a port has not this form; None if it has, as far as the graph says."""
+    """Why a port does not have this form; None if it does, as far as the graph declares it."""
     dtypes, ranks = form
     if port.dtype and port.dtype not in dtypes:
         return f"{port.name} is {port.dtype}, not {' or '.join(dtypes)}"
@@ -235,8 +235,8 @@ def _may_be(meaning: str, size: int | str, num_codebooks: int | None) -> bool:
         if meaning == "K":
             return num_codebooks is None or size == num_codebooks
         return meaning == "T" or size == 1
-    said = [known for known, words in _HINTS.items() if any(word in size.lower() for word in words)]
-    return not said or meaning in said
+    hinted = [known for known, words in _HINTS.items() if any(word in size.lower() for word in words)]
+    return not hinted or meaning in hinted
 
 
 def our_metadata(role: Role, *, info: Mapping[str, object], codes: str) -> dict[str, str]:

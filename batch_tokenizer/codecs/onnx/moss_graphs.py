@@ -1,6 +1,6 @@
 """MOSS as ONNX graphs over padded batches, for every batch size, length and number of codebooks.
 
-Enters: a ``MossAudioTokenizer``. Leaves: four graphs.
+A ``MossAudioTokenizer`` becomes four graphs:
 
     encoder       audio (B, S), lengths (B), num_quantizers ()                    → codes (B, K', T), code_lengths (B)
     decoder       codes (B, K', T), code_lengths (B)                              → audio (B, S), lengths (B)
@@ -18,7 +18,7 @@ With the layout of a published graph (``layouts.py``), for programs that were wr
 Audio and pasts are float32, all else int64. The model is causal, so what is beyond an utterance's length changes
 nothing before it; outputs are zero there. A step continues utterances by equally many whole frames; its past is, for
 each transformer stage, the rotated keys and the values of the last ``context`` - 1 rows, (layers, 2, B, context - 1,
-heads, head size), zeros before the utterance begins. Attention is done in blocks of queries against the slice of keys
+heads, head size), zeros before the utterance's start. Attention is done in blocks of queries against the slice of keys
 that their window reaches, so memory grows with the length and not with its square.
 """
 
@@ -59,8 +59,8 @@ def encoder_graph(
 
     samples = builder.size(audio, 1)
     if lengths is not None:
-        heard = builder.op("Less", builder.arange(samples), builder.unsqueeze(lengths, 1))
-        audio = builder.op("Where", heard, audio, builder.number(0.0))
+        valid = builder.op("Less", builder.arange(samples), builder.unsqueeze(lengths, 1))
+        audio = builder.op("Where", valid, audio, builder.number(0.0))
     frame_size = model.config.downsample_rate
     hidden = _hidden(builder, model, stages, audio)
     codes = _quantize(builder, model, hidden)
@@ -158,8 +158,8 @@ def decoder_graph(
     audio = builder.reshape(stages(_dequantize(builder, model, codes), model.config.quantizer.output_dim), 0, -1)
     if lengths is not None:
         samples = builder.op("Mul", lengths, builder.integer(model.config.downsample_rate))
-        heard = builder.op("Less", builder.arange(builder.size(audio, 1)), builder.unsqueeze(samples, 1))
-        builder.output("audio", builder.op("Where", heard, audio, builder.number(0.0)), "float32", ("batch", "samples"))
+        valid = builder.op("Less", builder.arange(builder.size(audio, 1)), builder.unsqueeze(samples, 1))
+        builder.output("audio", builder.op("Where", valid, audio, builder.number(0.0)), "float32", ("batch", "samples"))
         builder.output("lengths", samples, "int64", ("batch",))
     else:
         builder.output("audio", audio, "float32", ("batch", "samples"))
@@ -183,7 +183,7 @@ class _Stages:
         self._present: list[str] = []
 
     def __call__(self, x: str, channels: int) -> str:
-        """(B, L, channels) to what the last stage leaves."""
+        """(B, L, channels) to the output of the last stage."""
         builder = self._builder
         transformers = 0
         for index, module in enumerate(self._stages):
@@ -263,12 +263,12 @@ class _TransformerStage:
             rows = builder.unsqueeze(builder.op("Mul", self._before, builder.integer(stage.rate)), 1)
             positions = builder.op("Add", positions, rows)
             since = builder.op("Add", since, builder.unsqueeze(rows, 2))
-        begun = builder.unsqueeze(builder.op("GreaterOrEqual", since, builder.integer(0)), 2, 3)
+        started = builder.unsqueeze(builder.op("GreaterOrEqual", since, builder.integer(0)), 2, 3)
         query, key = torch.arange(BLOCK)[:, None], torch.arange(span)[None]
         window = torch.where((key >= query) & (key <= query + past), 0.0, -math.inf)
         never = builder.number(-math.inf)
         bias = builder.op(
-            "Where", begun, builder.weight(f"window_{span}", window), never
+            "Where", started, builder.weight(f"window_{span}", window), never
         )  # (B, blocks, 1, BLOCK, span)
         pair = torch.arange(stage.d_model // stage.num_heads // 2, dtype=torch.float32)
         speed = torch.exp(pair * (-math.log(stage.max_period) * 2 / (2 * len(pair))))

@@ -62,7 +62,7 @@ class Session:
         if missing:
             reason = f"{', '.join(missing)} is not in this onnxruntime, which has {', '.join(available)}"
             if asked:
-                raise RunError(f"{PROVIDERS_VARIABLE}: {reason}; install onnxruntime-gpu, or ask for another")
+                raise RunError(f"{PROVIDERS_VARIABLE}: {reason}; install onnxruntime-gpu, or choose another")
             log.warning("%s: %s; install onnxruntime-gpu to use the GPU", path.name, reason)
         chosen = [name for name in wanted if name in available]
         if chosen[0] != _PROVIDERS["cpu"] and hasattr(onnxruntime, "preload_dlls"):

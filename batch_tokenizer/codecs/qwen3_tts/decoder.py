@@ -7,19 +7,21 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, silu
+from torch.nn.functional import silu
 
 from batch_tokenizer.codecs.layers.activations import SnakeBeta
 from batch_tokenizer.codecs.layers.attention import Rotation
+from batch_tokenizer.codecs.layers.convnext import ConvNeXt
 from batch_tokenizer.codecs.layers.convolution import Conv1d, ConvTranspose1d, Padding
+from batch_tokenizer.codecs.layers.norms import LayerScale
 from batch_tokenizer.codecs.layers.padded import PaddedBatch
 from batch_tokenizer.codecs.qwen3_tts.config import DecoderConfig, TransformerConfig
-from batch_tokenizer.codecs.qwen3_tts.layers import CausalAttention, LayerScale, Pointwise, UsageCodebook, in_pieces
+from batch_tokenizer.codecs.qwen3_tts.layers import CausalAttention, Pointwise, UsageCodebook, in_pieces
 from batch_tokenizer.kernels.codebook import Float32Buffers
 from batch_tokenizer.kernels.norms import RMSNorm
 from batch_tokenizer.records import DecoderChunks
 
-#: Frames of a published chunk, and those before it that go through with it.
+#: Frames of a published chunk, and frames of context before it.
 PUBLISHED_CHUNK, PUBLISHED_CONTEXT = 300, 25
 
 #: Frames whose convolutions are computed at once.
@@ -105,24 +107,6 @@ class Transformer(nn.Module):
         return self.output_proj(self.norm(x))
 
 
-class ConvNeXt(nn.Module):
-    """x + gamma · pwconv2(gelu(pwconv1(norm(dwconv(x)))))."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.dwconv = _conv(width, width, 7, groups=width)
-        self.norm = nn.LayerNorm(width, 1e-6)
-        self.pwconv1 = nn.Linear(width, 4 * width)
-        self.pwconv2 = nn.Linear(4 * width, width)
-        self.gamma = nn.Parameter(torch.ones(width))
-
-    def forward(self, batch: PaddedBatch) -> PaddedBatch:
-        """(B, C, T) to (B, C, T)."""
-        hidden = self.norm(self.dwconv(batch).values.mT)
-        hidden = self.gamma * self.pwconv2(gelu(self.pwconv1(hidden)))
-        return batch.with_values(batch.values + hidden.mT)
-
-
 class ResidualUnit(nn.Module):
     """x + conv2(snake(conv1(snake(x)))), the first convolution dilated."""
 
@@ -184,7 +168,12 @@ class Decoder(nn.Module):
         self.pre_conv = _conv(config.codebook_dim, latent, 3)
         self.pre_transformer = Transformer(config)
         self.upsample = nn.ModuleList(
-            nn.ModuleList([ConvTranspose1d(latent, latent, factor, factor), ConvNeXt(latent)])
+            nn.ModuleList(
+                [
+                    ConvTranspose1d(latent, latent, factor, factor),
+                    ConvNeXt(latent, 4 * latent, _conv(latent, latent, 7, groups=latent), nn.LayerNorm(latent, 1e-6)),
+                ]
+            )
             for factor in config.upsampling_ratios
         )
         layers: list[nn.Module] = [_conv(latent, width, 7)]

@@ -15,9 +15,12 @@ from torch.nn.functional import gelu
 
 from batch_tokenizer.codecs.layers.attention import Rotation
 from batch_tokenizer.codecs.layers.convolution import Conv1d, Padding
+from batch_tokenizer.codecs.layers.norms import LayerScale
 from batch_tokenizer.codecs.layers.padded import PaddedBatch
+from batch_tokenizer.codecs.layers.quantizers import residual_codes
+from batch_tokenizer.codecs.layers.seanet import SeanetEncoder
 from batch_tokenizer.codecs.qwen3_tts.config import EncoderConfig, TransformerConfig
-from batch_tokenizer.codecs.qwen3_tts.layers import CausalAttention, LayerScale, Pointwise, UsageCodebook, in_pieces
+from batch_tokenizer.codecs.qwen3_tts.layers import CausalAttention, Pointwise, UsageCodebook, in_pieces
 from batch_tokenizer.kernels.codebook import Float32Buffers
 
 #: Token frames whose convolutions are computed at once.
@@ -27,63 +30,6 @@ PIECE_FRAMES = 375
 def _conv(channels_in: int, channels_out: int, kernel_size: int, *, stride: int = 1, dilation: int = 1) -> Conv1d:
     padding = Padding.causal(kernel_size, stride, dilation)
     return Conv1d(channels_in, channels_out, kernel_size, padding=padding, stride=stride, dilation=dilation)
-
-
-class ResidualBlock(nn.Module):
-    """x + conv1(elu(conv(elu(x)))), the channels divided by ``compress`` in between."""
-
-    def __init__(self, width: int, config: EncoderConfig, dilation: int) -> None:
-        super().__init__()
-        narrow = width // config.compress
-        self.block = nn.ModuleList(
-            [
-                nn.ELU(),
-                _conv(width, narrow, config.residual_kernel_size, dilation=dilation),
-                nn.ELU(),
-                _conv(narrow, width, 1),
-            ]
-        )
-
-    def forward(self, batch: PaddedBatch) -> PaddedBatch:
-        """(B, C, T) to (B, C, T)."""
-        return batch.with_values(batch.values + _run(self.block, batch).values)
-
-
-def _run(layers: nn.ModuleList, batch: PaddedBatch) -> PaddedBatch:
-    """Layers in order; an activation works on single positions."""
-    for layer in layers:
-        batch = batch.map(layer) if isinstance(layer, nn.ELU) else layer(batch)
-    return batch
-
-
-class Convolutions(nn.Module):
-    """Samples to latent frames: for each stride residual blocks and a convolution that doubles the channels."""
-
-    def __init__(self, config: EncoderConfig) -> None:
-        super().__init__()
-        width = config.num_filters
-        layers: list[nn.Module] = [_conv(1, width, config.kernel_size)]
-        for stride in config.strides:
-            for index in range(config.num_residual_layers):
-                layers.append(ResidualBlock(width, config, config.dilation_growth_rate**index))
-            layers += [nn.ELU(), _conv(width, 2 * width, 2 * stride, stride=stride)]
-            width *= 2
-        layers += [nn.ELU(), _conv(width, config.transformer.hidden_size, config.last_kernel_size)]
-        self.layers = nn.ModuleList(layers)
-
-    def forward(self, batch: PaddedBatch) -> PaddedBatch:
-        """(B, 1, S) to (B, d, T)."""
-        return _run(self.layers, batch)
-
-    @property
-    def reach(self) -> int:
-        """Samples before a latent frame's own that it depends on."""
-        samples, hop = 0, 1
-        for module in self.modules():  # in the order in which they are called
-            if isinstance(module, Conv1d):
-                samples += module.padding.left * hop
-                hop *= module.stride
-        return samples
 
 
 class Layer(nn.Module):
@@ -129,7 +75,7 @@ class Transformer(nn.Module):
 
 
 class EncodingQuantizer(Float32Buffers):
-    """Codebooks that code, one after the other, what is left of a projection of the latent."""
+    """A projection of the latent and the codebooks that quantize it, each the residual of those before it."""
 
     def __init__(self, config: EncoderConfig, count: int) -> None:
         super().__init__()
@@ -147,12 +93,7 @@ class EncodingQuantizer(Float32Buffers):
 
     def forward(self, hidden: Tensor, count: int) -> list[Tensor]:
         """Hidden frames float32 (N, d) to the first ``count`` codes, int64 (N,) each."""
-        residual = self.input_proj(hidden)
-        codes = []
-        for codebook in self.codebooks[:count]:
-            codes.append(codebook.nearest(residual))
-            residual = residual - codebook(codes[-1])
-        return codes
+        return residual_codes(self.codebooks[:count], self.input_proj(hidden))
 
 
 class Encoder(nn.Module):
@@ -169,7 +110,7 @@ class Encoder(nn.Module):
         self.window: int | None = None
         self.piece = PIECE_FRAMES
         width, stride = config.transformer.hidden_size, config.downsample
-        self.encoder = Convolutions(config)
+        self.encoder = SeanetEncoder(config, _conv, width)
         self.encoder_transformer = Transformer(config.transformer)
         down = Padding.causal(2 * stride, stride, mode="replicate")
         self.downsample = Conv1d(width, width, 2 * stride, padding=down, stride=stride, bias=False)

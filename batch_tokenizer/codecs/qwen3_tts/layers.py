@@ -1,4 +1,4 @@
-"""What the encoder and the decoder share: causal rotary attention, codebooks, and long utterances in pieces."""
+"""Layers that the encoder and the decoder share: causal rotary attention, codebooks, and long utterances in pieces."""
 
 from __future__ import annotations
 
@@ -41,18 +41,6 @@ class CausalAttention(nn.Module):
         left = -1 if window is None else window - 1
         attended = padded_attention(rotation.halves(q), k, v, window=(left, 0))
         return self.o_proj(attended.transpose(1, 2).flatten(2))
-
-
-class LayerScale(nn.Module):
-    """x · scale, a factor per channel."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(…, d) to (…, d)."""
-        return x * self.scale
 
 
 class UsageCodebook(Codebook):
@@ -103,8 +91,8 @@ def in_pieces(
     Args:
         batch: ``positions_in`` positions per frame; the last frame of an utterance may have fewer.
         size: frames of a piece.
-        context: frames before a piece that go through with it and whose results are dropped. Where the module sees no
-            further back, the results are those of one pass.
+        context: frames before a piece that are computed with it and whose results are dropped. If the module's
+            receptive field is no longer, the results are those of one pass.
         positions_out: of ``compute``'s result, per frame.
     """
     frames = -(-batch.size // positions_in)

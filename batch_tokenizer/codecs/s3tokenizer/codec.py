@@ -11,10 +11,11 @@ import numpy.typing as npt
 import torch
 
 from batch_tokenizer.audio.mel import whisper_log_mel
-from batch_tokenizer.codecs.base import Codec, CodecInfo, CodecSpec
+from batch_tokenizer.codecs.base import CodecInfo, CodecSpec
 from batch_tokenizer.codecs.checkpoint import GRAPHS_KEY, Checkpoint
-from batch_tokenizer.codecs.execution import BatchRunner, to_host
+from batch_tokenizer.codecs.execution import codes_to_host
 from batch_tokenizer.codecs.loading import LoadRequest, log_attention
+from batch_tokenizer.codecs.packed_codec import PackedCodec
 from batch_tokenizer.codecs.s3tokenizer.config import SAMPLE_RATE, VERSIONS, S3Config
 from batch_tokenizer.codecs.s3tokenizer.model import DEFAULT_CAPACITY, S3Tokenizer
 from batch_tokenizer.codecs.s3tokenizer.published import is_published_graph, open_graph
@@ -62,7 +63,7 @@ class S3Spec(CodecSpec):
 
 
 def open_spec(checkpoint: Checkpoint) -> S3Spec:
-    """Reads the configuration, or what the graph says, and samples the weights for the fingerprint.
+    """Reads the configuration, or derives it from the graph, and samples the weights for the fingerprint.
 
     Raises:
         RunError: the configuration or the graph is not that of an S3Tokenizer, or the weights cannot be read.
@@ -107,36 +108,22 @@ def load_codec(request: LoadRequest[S3Spec]) -> S3Codec:
     return S3Codec(request.spec, model.requires_grad_(False).eval(), request.threads)
 
 
-class S3Codec(Codec):
+class S3Codec(PackedCodec):
     """An S3Tokenizer behind the codec protocol; ``threads`` as in ``BatchRunner``."""
 
     spec: S3Spec
+    model: S3Tokenizer
 
     def __init__(self, spec: S3Spec, model: S3Tokenizer, threads: int = 1) -> None:
-        self.spec = spec
-        self.model = model
-        self.frame_budget = DEFAULT_CAPACITY
-        self._run = BatchRunner(model.device, threads)
-        self.batch_limit = self._run.batch_limit
+        super().__init__(spec, model, threads, DEFAULT_CAPACITY)
 
     def encode_batch(self, features: Sequence[Samples], num_quantizers: int) -> list[Codes]:
         mels = [torch.from_numpy(feature) for feature in features]
         codes = self._run(self.model.encode_utterances, mels, lambda mel: mel.shape[1])
-        return [part.astype(np.uint16) for part in to_host(codes, torch.int32)]
+        return codes_to_host(codes)
 
     def decode_batch(self, codes: Sequence[Codes]) -> list[Samples]:
         raise RowError("decode", "S3Tokenizer has no decoder")
-
-    @property
-    def frame_budget(self) -> int:
-        """Token frames computed at once."""
-        return self._frame_budget
-
-    @frame_budget.setter
-    def frame_budget(self, frames: int) -> None:
-        self._frame_budget = max(1, frames)
-        if self.model.device.type == "cuda":
-            self.model.capacity = self._frame_budget
 
 
 def _opened(checkpoint: Checkpoint) -> tuple[Checkpoint, S3Config]:

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import conv1d, gelu, linear, normalize, pad
+from torch.nn.functional import conv1d, gelu, normalize, pad
 
-from batch_tokenizer.codecs.mimo.layers import Rotation
+from batch_tokenizer.codecs.layers.packed import Capacity, Rotation, convolve, fixed_capacity, packs_of
+from batch_tokenizer.codecs.layers.quantizers import Projection
 from batch_tokenizer.codecs.mimo.quantizer import Codebook
 from batch_tokenizer.codecs.s3tokenizer.config import FSQ_DIGITS, S3Config
 from batch_tokenizer.kernels.attention import choose_backend, varlen_attention
-from batch_tokenizer.kernels.codebook import Float32Buffers
-from batch_tokenizer.kernels.segments import GappedAxis, Segments, filler_runs, joined_on, packs
+from batch_tokenizer.kernels.segments import GappedAxis, Segments, filler_runs, joined_on
 from batch_tokenizer.records import WindowMerge
 
 #: Token frames of a pack on CUDA: at 25 Hz 164 s of audio.
@@ -32,14 +32,6 @@ ROPE_THETA = 10000.0
 
 #: What the tanh of a scalar quantizer is multiplied by, a float32 a little above 0.999.
 FSQ_BOUND = 0.9990000128746033
-
-
-def convolve(rows: Tensor, convolution: nn.Conv1d) -> Tensor:
-    """A convolution with padding 1 along rows (F, C_in), zeros beyond both ends, as one matrix product."""
-    kernel, stride = convolution.kernel_size[0], convolution.stride[0]
-    windows = pad(rows, (0, 0, 1, 1)).unfold(0, kernel, stride)  # (F', C_in, kernel)
-    weight = convolution.weight.transpose(1, 2).flatten(1)  # (C_out, kernel · C_in)
-    return linear(windows.transpose(1, 2).flatten(1), weight, convolution.bias)
 
 
 class SelfAttention(nn.Module):
@@ -117,7 +109,7 @@ class Layout:
 
 
 def span(config: S3Config, mel_frames: int) -> int:
-    """Token frames of axis that a window takes up: at least one row is left over on every axis."""
+    """Token frames of axis that a window takes up: at least one row stays empty on every axis."""
     return config.convolved(mel_frames) // 2 + 1
 
 
@@ -163,29 +155,16 @@ class NearestRow(Codebook):
         return self.nearest(normalize(hidden.float()))
 
 
-class ProjectDown(Float32Buffers):
-    """A linear layer that stays float32, under the published names."""
-
-    weight: Tensor
-    bias: Tensor
-
-    def __init__(self, width: int, digits: int) -> None:
-        super().__init__()
-        self.register_buffer("weight", torch.zeros(digits, width))
-        self.register_buffer("bias", torch.zeros(digits))
-
-
 class ScalarDigits(nn.Module):
     """The quantizer of v2 and v3: Σ digit_i · 3^i with digit = round(0.999 tanh(project_down(x))) + 1."""
 
     def __init__(self, config: S3Config) -> None:
         super().__init__()
-        self.project_down = ProjectDown(config.n_audio_state, FSQ_DIGITS)
+        self.project_down = Projection(config.n_audio_state, FSQ_DIGITS)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(N, d) to codes int64 (N,)."""
-        projected = linear(hidden.float(), self.project_down.weight, self.project_down.bias)
-        digits = (projected.tanh() * FSQ_BOUND).round().long() + 1
+        digits = (self.project_down(hidden.float()).tanh() * FSQ_BOUND).round().long() + 1
         powers = 3 ** torch.arange(FSQ_DIGITS, device=hidden.device)
         return (digits * powers).sum(dim=1)
 
@@ -204,7 +183,7 @@ class S3Tokenizer(nn.Module):
         super().__init__()
         self.config = config
         self.merge = merge
-        self.capacity: int | str | None = "auto"
+        self.capacity: Capacity = "auto"
         self.encoder = Encoder(config)
         self.quantizer = nn.Module()
         self.quantizer._codebook = (
@@ -224,17 +203,20 @@ class S3Tokenizer(nn.Module):
             for utterance, mel in enumerate(mels)
             for window in self.config.windows(mel.shape[1], self.merge)
         ]
-        parts: list[list[Tensor]] = [[] for _ in mels]
+        kept: dict[int, Tensor] = {}  # by window
+        spans = [span(self.config, window.length) for _, window in windows]
         with torch.autocast(self.device.type, enabled=False):
-            for group, capacity in self._packs([span(self.config, window.length) for _, window in windows]):
+            for group, capacity in packs_of(spans, fixed_capacity(self.capacity, DEFAULT_CAPACITY, self.device)):
                 members = [windows[index] for index in group]
                 rows = [mels[utterance][:, one.start : one.start + one.length].t() for utterance, one in members]
                 hidden, layout = self._hidden(rows, capacity)
                 codes = self.quantizer._codebook(hidden)  # type: ignore[operator]  # nn.Module's attributes are untyped
-                for (utterance, window), code in zip(
-                    members, codes.split(layout.segments.lengths.tolist()), strict=False
-                ):
-                    parts[utterance].append(code[window.skip : window.skip + window.tokens])
+                for index, code in zip(group, codes.split(layout.segments.lengths.tolist()), strict=False):
+                    window = windows[index][1]
+                    kept[index] = code[window.skip : window.skip + window.tokens]
+        parts: list[list[Tensor]] = [[] for _ in mels]
+        for index, (utterance, _) in enumerate(windows):
+            parts[utterance].append(kept[index])
         return [torch.cat(part)[:, None] for part in parts]
 
     @torch.no_grad()
@@ -248,12 +230,3 @@ class S3Tokenizer(nn.Module):
         layout = Layout(self.config, [len(mel) for mel in mels], self.device, capacity)
         rows = layout.mel.scatter(joined_on(list(mels), self.device))
         return self.encoder(rows.to(self.encoder.conv1.weight.dtype), layout), layout
-
-    def _packs(self, spans: Sequence[int]) -> list[tuple[list[int], int | None]]:
-        capacity = self.capacity
-        if capacity == "auto":
-            capacity = DEFAULT_CAPACITY if self.device.type == "cuda" else None
-        if capacity is None:
-            return [([index], None) for index in range(len(spans))]
-        fixed = max(int(capacity), *spans)
-        return [(members, fixed) for members in packs(spans, fixed)]

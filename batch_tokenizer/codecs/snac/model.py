@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import cast
 
 import torch
@@ -19,7 +19,7 @@ from batch_tokenizer.codecs.layers.activations import Snake
 from batch_tokenizer.codecs.layers.attention import Rotation
 from batch_tokenizer.codecs.layers.convolution import Conv1d, ConvTranspose1d, Padding, fold_weight_norms
 from batch_tokenizer.codecs.layers.padded import PaddedBatch
-from batch_tokenizer.codecs.layers.quantizers import Codebook
+from batch_tokenizer.codecs.layers.quantizers import Codebook, residual_codes
 from batch_tokenizer.codecs.snac.config import HEAD_DIM, SnacConfig
 
 _Conv = partial(Conv1d, weight_norm=True)
@@ -139,14 +139,14 @@ class Level(nn.Module):
         self.out_proj = _Conv(config.codebook_dim, config.latent_dim, 1, padding=Padding.same(1))
         self.codebook = Codebook(config.codebook_size, config.codebook_dim, by_direction=True)
 
-    def encode(self, residual: Tensor) -> Tensor:
+    def nearest(self, residual: Tensor) -> Tensor:
         """Residual (B, latent_dim, F) to codes int64 (B, F / stride)."""
         if self.stride > 1:
             residual = avg_pool1d(residual, self.stride, self.stride)
         vectors = self.in_proj(PaddedBatch(residual)).values.mT  # (B, F / stride, d)
         return self.codebook.nearest(vectors.flatten(0, 1)).unflatten(0, vectors.shape[:2])
 
-    def decode(self, codes: Tensor, absent: Tensor | None = None) -> Tensor:
+    def forward(self, codes: Tensor, absent: Tensor | None = None) -> Tensor:
         """Codes (B, F / stride) to float32 (B, latent_dim, F); those that are ``absent``, a mask, add nothing."""
         latent = self.out_proj(PaddedBatch(self.codebook(codes).mT)).values
         if absent is not None:
@@ -155,7 +155,7 @@ class Level(nn.Module):
 
 
 class Quantizer(nn.Module):
-    """Levels at several rates, each coding what the coarser ones left over; in float32."""
+    """Levels at several rates, each quantizing the residual of the coarser ones; in float32."""
 
     def __init__(self, config: SnacConfig) -> None:
         super().__init__()
@@ -163,20 +163,12 @@ class Quantizer(nn.Module):
 
     def encode(self, latent: Tensor) -> list[Tensor]:
         """Latent frames (B, latent_dim, F) to codes int64 (B, F / stride) of each level, coarse first."""
-        residual = latent.float()
-        codes = []
-        for level in cast("list[Level]", list(self.quantizers)):
-            codes.append(level.encode(residual))
-            residual = residual - level.decode(codes[-1])
-        return codes
+        return residual_codes(self.quantizers, latent.float())
 
     def decode(self, codes: Sequence[Tensor], absent: Sequence[Tensor | None]) -> Tensor:
         """Codes of each level to float32 (B, latent_dim, F)."""
-        levels = cast("list[Level]", list(self.quantizers))
-        total = levels[0].decode(codes[0], absent[0])
-        for level, code, missing in zip(levels[1:], codes[1:], absent[1:], strict=True):
-            total = total + level.decode(code, missing)
-        return total
+        latents = [level(code, missing) for level, code, missing in zip(self.quantizers, codes, absent, strict=True)]
+        return reduce(torch.add, latents)
 
 
 class NoiseBlock(nn.Module):

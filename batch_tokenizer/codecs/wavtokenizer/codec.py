@@ -27,7 +27,7 @@ def recognises(config: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True)
 class WavTokenizerSpec(CodecSpec):
-    """A WavTokenizer checkpoint without its weights. Features are samples (1, S), scaled where it says so."""
+    """A WavTokenizer checkpoint without its weights. Features are samples (1, S), scaled to ``target_peak`` if set."""
 
     batching = "padded"
 

@@ -20,7 +20,7 @@ class WavTokenizerConfig:
         sampling_rate: Hz.
         upsampling_ratios: in the decoder's order; the encoder's strides are the reverse.
         norm_type: of the encoder's convolutions; ``time_group_norm`` is a GroupNorm over time after each.
-        target_peak: what each utterance's greatest magnitude is scaled to before encoding; None to leave it.
+        target_peak: peak magnitude that each utterance is scaled to before encoding; None for no scaling.
     """
 
     sampling_rate: int
@@ -100,6 +100,11 @@ class WavTokenizerConfig:
         if front_end.value("sampling_rate", checked.sampling_rate) != checked.sampling_rate:
             raise front_end.wrong("sampling_rate", f"config.json says {checked.sampling_rate}")
         return checked
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Of the encoder's convolutions, from samples to frames."""
+        return self.upsampling_ratios[::-1]
 
     @property
     def hop(self) -> int:

@@ -7,18 +7,21 @@ positions do not depend on what comes after its end. ``fold`` must be called onc
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import elu, gelu, layer_norm, silu
+from torch.nn.functional import layer_norm, silu
 
 from batch_tokenizer.codecs.layers.attention import padded_attention
+from batch_tokenizer.codecs.layers.convnext import ConvNeXt
 from batch_tokenizer.codecs.layers.convolution import Conv1d, Padding, fold_weight_norms
 from batch_tokenizer.codecs.layers.inverse_stft import inverse_stft
 from batch_tokenizer.codecs.layers.norms import TimeGroupNorm
 from batch_tokenizer.codecs.layers.padded import PaddedBatch
 from batch_tokenizer.codecs.layers.quantizers import Codebook
+from batch_tokenizer.codecs.layers.seanet import SeanetEncoder
 from batch_tokenizer.codecs.wavtokenizer.config import WavTokenizerConfig
 
 
@@ -53,38 +56,6 @@ class SeanetConv(nn.Module):
         return cast(PaddedBatch, self.norm(self.conv(batch)))
 
 
-class Elu(nn.Module):
-    """ELU at its place in the list of layers."""
-
-    def forward(self, batch: PaddedBatch) -> PaddedBatch:
-        """(B, C, T) to (B, C, T)."""
-        return batch.map(elu)
-
-
-class SeanetBlock(nn.Module):
-    """shortcut(x) + conv1(elu(conv(elu(x)))), the first convolution dilated."""
-
-    def __init__(self, config: WavTokenizerConfig, width: int, dilation: int) -> None:
-        super().__init__()
-        hidden = width // config.compress
-        self.block = nn.ModuleList(
-            [
-                Elu(),
-                SeanetConv(config, width, hidden, config.residual_kernel_size, dilation=dilation),
-                Elu(),
-                SeanetConv(config, hidden, width, 1),
-            ]
-        )
-        self.shortcut = SeanetConv(config, width, width, 1) if config.use_conv_shortcut else nn.Identity()
-
-    def forward(self, batch: PaddedBatch) -> PaddedBatch:
-        """(B, C, T) to (B, C, T)."""
-        hidden = batch
-        for layer in self.block:
-            hidden = layer(hidden)
-        return batch.with_values(self.shortcut(batch).values + hidden.values)
-
-
 class Lstm(nn.Module):
     """x + lstm(x) over time."""
 
@@ -98,27 +69,15 @@ class Lstm(nn.Module):
         return batch.with_values((self.lstm(steps)[0] + steps).permute(1, 2, 0))
 
 
-class Encoder(nn.Module):
-    """Samples to frames before quantization."""
-
-    def __init__(self, config: WavTokenizerConfig) -> None:
-        super().__init__()
-        width = config.num_filters
-        layers: list[nn.Module] = [SeanetConv(config, 1, width, config.kernel_size)]
-        for stride in reversed(config.upsampling_ratios):
-            for index in range(config.num_residual_layers):
-                layers.append(SeanetBlock(config, width, config.dilation_growth_rate**index))
-            layers += [Elu(), SeanetConv(config, width, 2 * width, 2 * stride, stride)]
-            width *= 2
-        layers += [Lstm(width, config.num_lstm_layers), Elu()]
-        layers.append(SeanetConv(config, width, config.hidden_size, config.last_kernel_size))
-        self.layers = nn.ModuleList(layers)
-
-    def forward(self, batch: PaddedBatch) -> PaddedBatch:
-        """(B, 1, S) to (B, hidden_size, ceil(S / hop))."""
-        for layer in self.layers:
-            batch = layer(batch)
-        return batch
+def _encoder(config: WavTokenizerConfig) -> SeanetEncoder:
+    """Samples to frames before quantization, (B, 1, S) to (B, hidden_size, ceil(S / hop))."""
+    return SeanetEncoder(
+        config,
+        partial(SeanetConv, config),
+        config.hidden_size,
+        shortcut=config.use_conv_shortcut,
+        before_last=lambda width: [Lstm(width, config.num_lstm_layers)],
+    )
 
 
 class AdaLayerNorm(nn.Module):
@@ -171,25 +130,6 @@ class AttentionBlock(nn.Module):
         return batch.with_values(batch.values + self.proj_out(batch.with_values(attended)).values)
 
 
-class ConvNextBlock(nn.Module):
-    """x + gamma · pwconv2(gelu(pwconv1(norm(dwconv(x)))))."""
-
-    def __init__(self, config: WavTokenizerConfig) -> None:
-        super().__init__()
-        width = config.decoder_hidden_size
-        self.dwconv = Conv1d(width, width, 7, padding=Padding.same(7), groups=width)
-        self.norm = AdaLayerNorm(config)
-        self.pwconv1 = nn.Linear(width, config.decoder_intermediate_size)
-        self.pwconv2 = nn.Linear(config.decoder_intermediate_size, width)
-        self.gamma = nn.Parameter(torch.ones(width))
-
-    def forward(self, batch: PaddedBatch) -> PaddedBatch:
-        """(B, C, T) to (B, C, T)."""
-        frames = self.norm(self.dwconv(batch).values.mT)
-        frames = self.gamma * self.pwconv2(gelu(self.pwconv1(frames)))
-        return batch.with_values(batch.values + frames.mT)
-
-
 class Backbone(nn.Module):
     """Codebook rows to what the head makes spectra of."""
 
@@ -208,7 +148,15 @@ class Backbone(nn.Module):
             ]
         )
         self.norm = AdaLayerNorm(config)
-        self.convnext = nn.ModuleList(ConvNextBlock(config) for _ in range(config.decoder_num_layers))
+        self.convnext = nn.ModuleList(
+            ConvNeXt(
+                width,
+                config.decoder_intermediate_size,
+                Conv1d(width, width, 7, padding=Padding.same(7), groups=width),
+                AdaLayerNorm(config),
+            )
+            for _ in range(config.decoder_num_layers)
+        )
         self.final_layer_norm = nn.LayerNorm(width, config.norm_eps)
 
     def forward(self, batch: PaddedBatch) -> PaddedBatch:
@@ -243,7 +191,7 @@ class WavTokenizer(nn.Module):
     def __init__(self, config: WavTokenizerConfig, parts: Sequence[str] = ("encoder", "decoder")) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config) if "encoder" in parts else None
+        self.encoder = _encoder(config) if "encoder" in parts else None
         self.codebook = Codebook(config.codebook_size, config.hidden_size)
         self.backbone = Backbone(config) if "decoder" in parts else None
         self.head = SpectrumHead(config) if "decoder" in parts else None
