@@ -191,7 +191,7 @@ class StageClock:
     def mark(self) -> None:
         """Records the time now, or on a device when its queue reaches this point."""
         if self._cuda:
-            self._marks.append(torch.cuda.Event(enable_timing=True))
+            self._marks.append(torch.cuda.Event(enable_timing=True, blocking=True))
             self._marks[-1].record(torch.cuda.current_stream(self._device))
         else:
             self._marks.append(time.perf_counter())

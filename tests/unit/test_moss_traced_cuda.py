@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 import torch
 
-from batch_tokenizer.codecs.moss import quantizer
+from batch_tokenizer.codecs.layers import quantizers
 from batch_tokenizer.codecs.moss.config import MossConfig
 from batch_tokenizer.codecs.moss.layers import Stream
 from batch_tokenizer.codecs.moss.model import MossAudioTokenizer
@@ -26,7 +26,7 @@ CONFIG = MossConfig.from_json(
 
 def open_fake(*patches):
     # Equal codebook rows are found on the host, once after loading.
-    rows = mock.patch.object(quantizer, "first_equal_rows", lambda rows: torch.arange(len(rows), device=rows.device))
+    rows = mock.patch.object(quantizers, "first_equal_rows", lambda rows: torch.arange(len(rows), device=rows.device))
     return fake_cuda((9, 0), rows, *patches)
 
 

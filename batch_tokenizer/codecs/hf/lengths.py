@@ -1,9 +1,9 @@
 """How many frames a number of samples makes, and back, for each kind of model, without the model.
 
-What enters are layer sizes from a model's configuration. What leaves are picklable objects of plain integers, which
-loader workers use and which never import transformers. ``input_length`` says how many samples go into the model: those
-of the utterance, and zeros after them where the model or its feature extractor needs more. Those samples are the
-features, but where a model needs a spectrum beside them (``hf/spectrum.py``).
+``Lengths`` are made from layer sizes in a model's configuration. They are picklable, hold plain integers, are used by
+loader workers and never import transformers. ``input_length`` is the number of samples of the model's input: those of
+the utterance, and zeros after them where the model or its feature extractor needs more. These samples are the features;
+some models also need a spectrum (``hf/spectrum.py``).
 """
 
 from __future__ import annotations
@@ -46,6 +46,13 @@ def through(convs: Sequence[Conv], length: int) -> int:
     return length
 
 
+def through_transposed(convs: Sequence[Conv], length: int) -> int:
+    """Length after all of ``convs`` as transposed convolutions."""
+    for conv in convs:
+        length = conv.transposed(length)
+    return length
+
+
 class Lengths(ABC):
     """Exact lengths of one model's inputs and outputs.
 
@@ -59,7 +66,7 @@ class Lengths(ABC):
 
     @abstractmethod
     def input_length(self, num_samples: int) -> int:
-        """Samples that go into the model for an utterance of ``num_samples`` >= 1."""
+        """Samples of the model's input for an utterance of ``num_samples`` >= 1."""
 
     @abstractmethod
     def frames(self, length: int) -> int:
@@ -78,7 +85,7 @@ class Lengths(ABC):
         return self.frames(length)
 
     def inputs(self, features: Tensor) -> tuple[Tensor, ...]:
-        """Features (B, 1, length) to the model's samples (B, 1, S), and what it takes besides them."""
+        """Features (B, 1, length) to the model's samples (B, 1, S), and its other inputs."""
         return (features,)
 
     @abstractmethod
@@ -186,10 +193,7 @@ class PlainConvs(Lengths):
         return through(self.encoder, length)
 
     def output_samples(self, num_frames: int) -> int:
-        length = num_frames
-        for conv in self.decoder:
-            length = conv.transposed(length)
-        return length
+        return through_transposed(self.decoder, num_frames)
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +243,4 @@ class TwoEncoders(Lengths):
         return through(self.adapter, -(-frames // self.every)) if frames else 0
 
     def output_samples(self, num_frames: int) -> int:
-        length = num_frames
-        for conv in self.decoder:
-            length = conv.transposed(length)
-        return length
+        return through_transposed(self.decoder, num_frames)

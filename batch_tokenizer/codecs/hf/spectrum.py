@@ -1,7 +1,7 @@
 """The front end of X-Codec 2 and NeuCodec: samples for the acoustic encoder, a log-mel spectrum for the semantic one.
 
 It is that of the library's feature extractors to the bit, and runs in loader workers without the library. Both inputs
-travel as one array: the padded samples, and after them the spectrum, frame by frame.
+are stored in one array: the padded samples, then the spectrum, frame by frame.
 """
 
 from __future__ import annotations

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, normalize
+from torch.nn.functional import linear
 
+from batch_tokenizer.codecs.layers import quantizers
 from batch_tokenizer.codecs.layers.quantizers import residual_codes, summed_rows
 from batch_tokenizer.codecs.moss.config import QuantizerConfig
-from batch_tokenizer.kernels.codebook import Float32Buffers, first_equal_rows, nearest_rows
+from batch_tokenizer.kernels.codebook import Float32Buffers
 
 
 class WeightNorm(Float32Buffers):
@@ -57,49 +58,33 @@ class Projection(Float32Buffers):
         return linear(rows, self.weight, self.bias)
 
 
-class CodebookRows(Float32Buffers):
-    """Holds the published parameter name ``codebook.weight``, (size, d)."""
-
-    weight: Tensor
-
-    def __init__(self, size: int, dim: int) -> None:
-        super().__init__()
-        self.register_buffer("weight", torch.zeros(size, dim))
-
-
 class Codebook(Float32Buffers):
     """One codebook in a space of few dimensions, compared by direction.
 
     After ``fold``:
 
     Attributes:
-        directions: (size, d), its rows at length 1.
-        first: int64 (size,), for each row the first row of equal direction.
         table: (size + 1, rvq_dim), what each code adds to the sum; the last row is zero, for a codebook not used.
     """
 
-    directions: Tensor
-    first: Tensor
     table: Tensor
 
     def __init__(self, config: QuantizerConfig) -> None:
         super().__init__()
-        self.codebook = CodebookRows(config.codebook_size, config.codebook_dim)
+        self.codebook = quantizers.Codebook(config.codebook_size, config.codebook_dim, by_direction=True)
         self.in_proj = _projection(config.rvq_dim, config.codebook_dim)
         self.out_proj = _projection(config.codebook_dim, config.rvq_dim)
 
     def fold(self) -> None:
         """Makes the tables from the published parameters."""
-        rows = self.codebook.weight
-        added = self.out_proj(rows)
-        self.register_buffer("directions", normalize(rows))
-        self.register_buffer("first", first_equal_rows(self.directions))
+        self.codebook.fold()
+        added = self.out_proj(self.codebook.weight)
         self.register_buffer("table", torch.cat((added, added.new_zeros(1, added.shape[1]))))
-        del self.codebook, self.out_proj
+        del self.codebook.weight, self.out_proj
 
     def nearest(self, residual: Tensor) -> Tensor:
         """int64 (N,): for each residual (N, rvq_dim) the code."""
-        return nearest_rows(normalize(self.in_proj(residual)), self.directions, self.first)
+        return self.codebook.nearest(self.in_proj(residual))
 
     def forward(self, codes: Tensor) -> Tensor:
         """What codes (N,) add to the sum, (N, rvq_dim)."""

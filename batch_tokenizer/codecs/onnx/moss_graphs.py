@@ -338,12 +338,12 @@ def _quantize(builder: GraphBuilder, model: MossAudioTokenizer, hidden: str) -> 
         query = _projected(builder, f"{name}in_proj", codebook.in_proj, residual)
         norm = builder.op("ReduceL2", query, builder.integers(-1), keepdims=1)
         query = builder.op("Div", query, builder.op("Max", norm, builder.number(1e-12)))
-        rows = codebook.directions
-        scores = builder.op("MatMul", query, builder.weight(f"{name}directions", rows.t()))
-        halves = builder.weight(f"{name}halves", rows.square().sum(dim=1).mul(-0.5))
+        rows = codebook.codebook
+        scores = builder.op("MatMul", query, builder.weight(f"{name}directions", rows.compared.t()))
+        halves = builder.weight(f"{name}halves", rows.offsets)
         nearest = builder.op("ArgMax", builder.op("Add", scores, halves), axis=-1, keepdims=0)
         # Two equal rows may score unequally; the first of them is meant.
-        nearest = builder.op("Gather", builder.weight(f"{name}first", codebook.first), nearest, axis=0)
+        nearest = builder.op("Gather", builder.weight(f"{name}first", rows.first), nearest, axis=0)
         residual = builder.op("Sub", residual, _looked_up(builder, name, codebook, nearest))
         codes.append(builder.unsqueeze(nearest, 1))
     return builder.op("Concat", *codes, axis=1)
