@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import torchaudio
 
 pytest.importorskip("transformers")
 
@@ -20,6 +23,11 @@ PADDED = ("mimi", "encodec", "dac")
 EQUAL_LENGTHS = ("encodec_chunks", "xcodec", "higgs_audio_v2_tokenizer", "xcodec2")
 
 
+def resample(samples: torch.Tensor, from_rate: int, to_rate: int) -> torch.Tensor:
+    """The shape of torchaudio's, which Higgs calls, and which copies one number to the device for each batch."""
+    return samples.new_zeros(*samples.shape[:-1], math.ceil(samples.shape[-1] * to_rate / from_rate))
+
+
 @pytest.mark.parametrize("name", PADDED + EQUAL_LENGTHS)
 def test_batches_run_on_one_device_without_a_wait(name: str, tmp_path: Path) -> None:
     model = hf.save_checkpoint(tmp_path, name)
@@ -27,7 +35,8 @@ def test_batches_run_on_one_device_without_a_wait(name: str, tmp_path: Path) -> 
     assert (spec.batching == "padded") == (name in PADDED)
     lengths = (640, 700) if name in PADDED else (700, 700)
     features = [spec.features(np.zeros(length, np.float32)) for length in lengths]
-    with fake_cuda_for_batches() as trace, torch.no_grad():
+    resampling = mock.patch.object(torchaudio.functional, "resample", resample)
+    with fake_cuda_for_batches(resampling) as trace, torch.no_grad():
         codec = HfCodec(spec, move_to_fake_device(model))
         assert codec.together
         codec._run.frames = 64  # the tiny models have many short frames

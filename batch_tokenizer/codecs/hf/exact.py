@@ -77,12 +77,14 @@ def replace_convolutions(parts: Sequence[nn.Module]) -> BatchLengths:
 
 def _replace(parent: nn.Module, state: BatchLengths) -> None:
     for name, child in parent.named_children():
+        norm = getattr(child, "norm", None)  # after each convolution of EnCodec at 48 kHz
+        if norm is not None and isinstance(getattr(child, "conv", None), nn.ConvTranspose1d):
+            continue  # it is trimmed after the norm, and does not wait for the device
         layer = _exact(child)
         if layer is None:
             _replace(child, state)
         else:
             convolution = ExactConvolution(layer, state)
-            norm = getattr(child, "norm", None)  # over time, in EnCodec at 48 kHz
             setattr(parent, name, convolution if norm is None else nn.Sequential(convolution, norm))
 
 
@@ -100,8 +102,7 @@ def _exact(module: Any) -> Conv1d | ConvTranspose1d | None:
         right = 0 if module.causal else total // 2
         mode: Any = _PAD_MODES[module.pad_mode]
         return _convolution(inner, Padding(total - right, right, completes_stride=True, mode=mode))
-    if isinstance(inner, nn.ConvTranspose1d) and not hasattr(module, "norm"):
-        # MimiConvTranspose1d, EncodecConvTranspose1d; a norm would come before the trim.
+    if isinstance(inner, nn.ConvTranspose1d):  # MimiConvTranspose1d, EncodecConvTranspose1d
         total = inner.kernel_size[0] - inner.stride[0]
         right = math.ceil(total * module.trim_right_ratio) if module.causal else total // 2
         return _transposed(inner, total - right, right)

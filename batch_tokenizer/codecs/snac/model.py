@@ -167,8 +167,8 @@ class Quantizer(nn.Module):
 
     def decode(self, codes: Sequence[Tensor], absent: Sequence[Tensor | None]) -> Tensor:
         """Codes of each level to float32 (B, latent_dim, F)."""
-        latents = [level(code, missing) for level, code, missing in zip(self.quantizers, codes, absent, strict=True)]
-        return reduce(torch.add, latents)
+        levels = zip(self.quantizers, codes, absent, strict=True)
+        return reduce(torch.add, (level(code, missing) for level, code, missing in levels))
 
 
 class NoiseBlock(nn.Module):
