@@ -35,7 +35,7 @@ PARTS: Mapping[Task, tuple[Literal["encoder", "decoder"], ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class CodecInfo:
-    """What a checkpoint is, as written into every token file.
+    """Properties of a checkpoint, as written into every token file.
 
     Attributes:
         family: the model family, such as ``mimo`` or ``dac``.
@@ -104,7 +104,7 @@ class CodecSpec(ABC):
 
     info: CodecInfo
 
-    #: What ``--dtype auto`` means on CUDA.
+    #: The number format of ``--dtype auto`` on CUDA.
     cuda_dtype: ClassVar[Literal["float32", "bfloat16"]] = "bfloat16"
 
     #: How utterances share a batch.
@@ -113,7 +113,7 @@ class CodecSpec(ABC):
     #: Where features are made: in loader processes, or in the codec (``with_device_front_end``).
     front_end: Literal["host", "device"] = "host"
 
-    #: What the one channel is of a file with several, where the codec has one and the row names none.
+    #: How a mono codec makes one channel of a file with several, unless the row names one.
     downmix: ClassVar[Downmix] = "mean"
 
     #: Whether a run keeps the encoder's output before quantization (``Codec.encode_hidden``).
@@ -168,7 +168,7 @@ class CodecSpec(ABC):
         """
 
     def is_feature_length(self, length: int) -> bool:
-        """Whether ``features`` of some utterance have this length, of those that have no fewer or more."""
+        """Whether ``features`` can return arrays of this length."""
         return length >= 1
 
     def num_frames(self, num_samples: int) -> int:

@@ -32,10 +32,10 @@ from batch_tokenizer.records import RunError, first_line
 
 Config = TypeVar("Config")
 
-#: Where ``Checkpoint.config`` names the ONNX graphs of a folder that has no torch weights.
+#: Key of ``Checkpoint.config`` for the ONNX graphs of a folder without torch weights.
 GRAPHS_KEY = "onnx_graphs"
 
-#: Where language models keep their codec: Qwen3-TTS, MiMo-V2.5.
+#: Folders of the codec in checkpoints of language models: Qwen3-TTS, MiMo-V2.5.
 CODEC_FOLDERS = ("speech_tokenizer", "audio_tokenizer")
 
 #: Files of a repository, or of one of its folders, that are downloaded.

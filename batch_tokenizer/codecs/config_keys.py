@@ -76,7 +76,7 @@ class ConfigKeys:
         return RunError(f"{self.file}: {self.place}{key} = {short_repr(self.mapping[key])}: {rule}")
 
     def value(self, key: str, default: Any = _ABSENT) -> Any:
-        """Whatever is there."""
+        """The value, of any type."""
         if key not in self.mapping and default is _ABSENT:
             raise self.wrong(key, "")
         return self.mapping.get(key, default)

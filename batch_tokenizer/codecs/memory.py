@@ -41,7 +41,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def in_memory(stage: Stage, compute: Callable[[], Result]) -> Result:
-    """What ``compute`` returns.
+    """Calls ``compute`` and returns its result.
 
     Raises:
         DoesNotFit: there was not enough memory. Nothing that ``compute`` held is kept alive by the error.

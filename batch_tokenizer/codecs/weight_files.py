@@ -14,7 +14,7 @@ from batch_tokenizer.codecs import nemo_archive
 from batch_tokenizer.codecs.config_keys import read_json
 from batch_tokenizer.records import RunError, first_line, short_repr
 
-#: Where the weights may be, in order of preference: a file, or an index of several.
+#: Names of weight files, in order of preference: a file, or an index of several.
 WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",

@@ -172,7 +172,7 @@ def _dac_lengths(config: Any, settings: Settings) -> Lengths:
 
 
 def _multiple(settings: Settings) -> int:
-    """What the DAC feature extractor pads to a multiple of; 1 where the checkpoint comes without one."""
+    """The DAC feature extractor pads to a multiple of this; 1 where the checkpoint has none."""
     return _front_end(settings).size("hop_length", 512) if settings else 1
 
 

@@ -1,4 +1,4 @@
-"""How many frames a number of samples makes, and back, for each kind of model, without the model.
+"""Frames from samples and samples from frames, for each kind of model, without the model.
 
 ``Lengths`` are made from layer sizes in a model's configuration. They are picklable, hold plain integers, are used by
 loader workers and never import transformers. ``input_length`` is the number of samples of the model's input: those of

@@ -111,7 +111,7 @@ class FiniteScalarQuantizer(Float32Buffers):
         super().__init__()
         self.size = math.prod(levels)
         self._levels = tuple(levels)
-        #: What a digit of each dimension counts.
+        #: The place value of each dimension's digit.
         self._places = tuple(math.prod(levels[:index]) for index in range(len(levels)))
         self.register_buffer("levels", torch.tensor(self._levels, device="cpu"), persistent=False)
         self.register_buffer("places", torch.tensor(self._places, device="cpu"), persistent=False)

@@ -147,7 +147,7 @@ class MiMoConfig:
 
     @property
     def mel(self) -> MelForm:
-        """What the front end makes."""
+        """The form of the front end's mel spectrum."""
         return MelForm(
             sample_rate=self.sampling_rate, n_fft=self.nfft, hop_length=self.hop_length, window_size=self.window_size,
             n_mels=self.n_mels, f_min=self.fmin, f_max=self.f_max,

@@ -24,7 +24,7 @@ from batch_tokenizer.kernels.segments import GappedAxis, Segments, filler_runs
 
 @dataclass(frozen=True)
 class EncoderLayout:
-    """Where each utterance lies on the axes of the encoder.
+    """Positions of the utterances on the axes of the encoder.
 
     Attributes:
         mel: the input axis, ``mel.size`` rows.

@@ -90,7 +90,7 @@ class MiMoAudioTokenizer(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.encoder.quantizer.codebooks[0].embed.device
 
     def freeze(self) -> MiMoAudioTokenizer:

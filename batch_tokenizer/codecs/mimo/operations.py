@@ -1,4 +1,4 @@
-"""How many floating-point operations MiMo takes for an utterance, by its equations.
+"""Floating-point operations of MiMo for an utterance, from its equations.
 
 Counted are matrix products, two operations a multiply-add, and of attention only the pairs of frames that see each
 other. Filler, padding and masked pairs are not, so a share of peak from these numbers is a share of useful work.

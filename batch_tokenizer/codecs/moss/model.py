@@ -56,12 +56,12 @@ class MossAudioTokenizer(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return next(self.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the encoder and the decoder; the quantizer is float32 always."""
+        """The dtype of the encoder and the decoder; the quantizer is always float32."""
         return next(self.parameters()).dtype
 
     def freeze(self) -> MossAudioTokenizer:

@@ -87,7 +87,7 @@ class Codebook(Float32Buffers):
         return self.codebook.nearest(self.in_proj(residual))
 
     def forward(self, codes: Tensor) -> Tensor:
-        """What codes (N,) add to the sum, (N, rvq_dim)."""
+        """Codes (N,) to the vectors that they add to the sum, (N, rvq_dim)."""
         return self.table[codes]
 
 
@@ -113,7 +113,7 @@ class ResidualQuantizer(nn.Module):
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Once, after the published parameters are in place. Before it nothing can be computed."""
+        """Prepares projections and codebooks; called once, with the published parameters."""
         for projection in [module for module in self.modules() if isinstance(module, Projection)]:
             projection.fold()
         for codebook in self.codebooks:

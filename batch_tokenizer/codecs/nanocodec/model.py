@@ -156,7 +156,7 @@ class NanoCodec(nn.Module):
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Once, after the published tensors are in place, in float32."""
+        """Multiplies weight norms out; called once, with the published tensors in float32."""
         fold_weight_norms(self)
         self.quantizer.fold(next(self.parameters()).device)
 

@@ -251,7 +251,7 @@ class OnnxCodec(Codec):
         return np.concatenate(parts, axis=-1)
 
     def _report_seams(self, codes: Codes) -> None:
-        """Once, on the first utterance that needs pieces: how far they are from one pass."""
+        """Logs the difference of pieces from one pass, once, on the first utterance that needs pieces."""
         with self._lock:
             if self._measured:
                 return

@@ -106,7 +106,7 @@ def _write_published(
 
 
 def _weight_file(model: MossAudioTokenizer, path: Path, external_above: int) -> WeightFile | None:
-    """Where the weights go, if they are too large for the graph's own file."""
+    """The file of the weights, if they are too large for the graph's own file."""
     total = sum(tensor.nbytes for tensor in model.state_dict().values())
     log.info("%s: %.1f MB of weights", path.stem, total / 1e6)
     if total > external_above:

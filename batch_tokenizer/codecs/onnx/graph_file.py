@@ -46,7 +46,7 @@ class Port:
 
 @dataclass(frozen=True)
 class ExternalWeight:
-    """Where a weight lies outside the graph's file. Attributes: ``path``; ``offset`` and ``length`` in bytes."""
+    """The place of a weight outside the graph's file. Attributes: ``path``; ``offset`` and ``length`` in bytes."""
 
     path: Path
     offset: int
@@ -97,7 +97,7 @@ class GraphFile:
 
     @cached_property
     def outputs(self) -> tuple[Port, ...]:
-        """What it computes."""
+        """The outputs."""
         return tuple(_port(value) for value in self.proto.graph.output)
 
     @cached_property
@@ -112,7 +112,7 @@ class GraphFile:
 
     @property
     def producer(self) -> str:
-        """What wrote the file."""
+        """The program that wrote the file."""
         return f"{self.proto.producer_name} {self.proto.producer_version}".strip() or "unknown"
 
     @cached_property

@@ -83,7 +83,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class _Signature:
-    """What a published graph looks like.
+    """Inputs and output of a published graph.
 
     Attributes:
         inputs: the types and numbers of axes allowed of each.

@@ -219,7 +219,7 @@ def _past_shape(stage: TransformerStage) -> tuple[int | str, ...]:
 
 @dataclass
 class _Places:
-    """What all layers of a stage share: rows, rotation, and which keys each block of queries has and sees."""
+    """Values that all layers of a stage share: rows, rotation, and the keys of each block of queries and their mask."""
 
     length: str
     fill: str

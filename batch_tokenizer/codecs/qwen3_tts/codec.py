@@ -30,7 +30,7 @@ _UNUSED = re.compile(
 
 
 def recognises(config: Mapping[str, Any]) -> bool:
-    """By ``model_type``; the 25 Hz sibling too, to say that it is another model."""
+    """By ``model_type``; also the 25 Hz model, which ``open_spec`` refuses by name."""
     return config.get("model_type") in (_MODEL_TYPE, _OTHER_MODEL_TYPE)
 
 

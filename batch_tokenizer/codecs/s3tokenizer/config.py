@@ -1,4 +1,4 @@
-"""What an S3Tokenizer checkpoint computes: its version and sizes, and the windows that long audio is encoded in."""
+"""The configuration of an S3Tokenizer checkpoint, and the windows that long audio is encoded in."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ MEMORY_KERNEL = 31
 
 ROPE_THETA = 10000.0
 
-#: What the tanh of a scalar quantizer is multiplied by, a float32 a little above 0.999.
+#: Factor of a scalar quantizer's tanh, a float32 a little above 0.999.
 FSQ_BOUND = 0.9990000128746033
 
 
@@ -85,7 +85,7 @@ class Block(nn.Module):
 
 
 class Layout:
-    """Where the windows of a pack lie on each axis, from their mel frames.
+    """Positions of a pack's windows on each axis, from their mel frames.
 
     Windows start at multiples of both strides together, with at least one zero row after each.
     """
@@ -192,7 +192,7 @@ class S3Tokenizer(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.encoder.conv1.weight.device
 
     @torch.no_grad()

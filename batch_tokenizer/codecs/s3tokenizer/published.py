@@ -45,7 +45,7 @@ _NORMS = ("attn_ln", "mlp_ln")
 
 
 def is_published_graph(name: str) -> bool:
-    """Whether a file is called as the published graphs are."""
+    """Whether a file name is that of a published graph."""
     return _PUBLISHED.fullmatch(name) is not None
 
 

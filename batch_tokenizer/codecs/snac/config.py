@@ -92,7 +92,7 @@ class SnacConfig:
 
     @property
     def multiple(self) -> int:
-        """What the number of samples is padded to a multiple of."""
+        """The number of samples is padded to a multiple of this."""
         return self.hop * math.lcm(self.vq_strides[0], self.attn_window_size or 1)
 
 

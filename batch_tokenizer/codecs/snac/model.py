@@ -259,7 +259,7 @@ class Snac(nn.Module):
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Once, after the published tensors are in place, in float32."""
+        """Multiplies weight norms out and prepares codebooks; called once, with the published tensors in float32."""
         fold_weight_norms(self)
         for level in cast("list[Level]", list(self.quantizer.quantizers)):
             level.codebook.fold()

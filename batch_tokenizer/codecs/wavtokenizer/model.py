@@ -198,7 +198,7 @@ class WavTokenizer(nn.Module):
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Once, after the published tensors are in place, in float32."""
+        """Multiplies weight norms out and prepares the codebook; called once, with the published tensors in float32."""
         fold_weight_norms(self)
         self.codebook.fold()
 
