@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import gc
 import weakref
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from batch_tokenizer.codecs import offline
 from batch_tokenizer.codecs.checkpoint import Checkpoint
 from batch_tokenizer.codecs.memory import in_memory, is_out_of_memory
 from batch_tokenizer.codecs.opening import CodecSetup
@@ -51,6 +55,30 @@ def test_a_failed_batch_is_let_go(error: Exception) -> None:
         assert [reference() for reference in held] == [None, None]
     finally:
         gc.enable()
+
+
+def test_a_failed_batch_is_let_go_before_each_member_is_tried_alone() -> None:
+    held: list[Any] = []
+    released: list[bool] = []
+
+    def encode(members: list[np.ndarray], count: int) -> list[np.ndarray]:
+        activations = Activations()
+        held.append(weakref.ref(activations))
+        if len(members) > 1 or len(members[0]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return members
+
+    spec = SimpleNamespace(features=lambda samples: samples, num_frames=int)
+    release = lambda: released.append(all(reference() is None for reference in held))  # noqa: E731
+    codec: Any = SimpleNamespace(spec=spec, frame_budget=100, encode=encode, release=release)
+    gc.disable()
+    try:
+        first, second = offline.encode(codec, [np.zeros(2), np.zeros(3)], 1)
+    finally:
+        gc.enable()
+    assert released == [True, True]
+    assert len(first) == 2
+    assert isinstance(second, RowError)
 
 
 @pytest.mark.parametrize("message", [
