@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 _CONVS = {"conv_dim": [8] * 7, "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
@@ -88,3 +90,42 @@ def save_checkpoint(folder: Path, name: str, seed: int = 0, **changes: Any) -> A
     model = random_model(name, seed, **changes)
     model.save_pretrained(folder)
     return model
+
+
+@torch.inference_mode()
+def library_codes(model: Any, samples: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
+    """All codes (T, K) of one utterance, by the library's documented calls."""
+    import transformers
+
+    kind, config = model.config.model_type, model.config
+    whole = torch.from_numpy(samples)[None, None]
+    if kind in ("mimi", "dac", "xcodec", "higgs_audio_v2_tokenizer"):
+        codes = model.encode(whole).audio_codes[0]
+    elif kind in ("xcodec2", "neucodec"):
+        extractor = getattr(transformers, {"xcodec2": "Xcodec2", "neucodec": "NeuCodec"}[kind] + "FeatureExtractor")()
+        codes = model.encode(**extractor(samples, sampling_rate=16000, return_tensors="pt")).audio_codes[0]
+    elif config.chunk_length_s is None:
+        codes = model.encode(whole, bandwidth=config.target_bandwidths[-1]).audio_codes[0, 0]
+    else:
+        extractor = transformers.EncodecFeatureExtractor(2, 24000, 0.0, config.chunk_length_s, config.overlap)
+        inputs = extractor(np.stack([samples, samples]), sampling_rate=24000, return_tensors="pt")
+        output = model.encode(inputs["input_values"], inputs["padding_mask"], config.target_bandwidths[-1])
+        chunks = list(output.audio_codes[:, 0])
+        chunks[-1] = chunks[-1][:, : chunks[-1].shape[1] - output.last_frame_pad_length]
+        codes = torch.cat(chunks, dim=1)
+    return codes.T.numpy()
+
+
+@torch.inference_mode()
+def library_audio(model: Any, codes: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
+    """Samples (S,) of codes (T, K), by the library's documented calls."""
+    layout = torch.from_numpy(codes.astype(np.int64)).T[None]
+    if model.config.model_type != "encodec":
+        return model.decode(audio_codes=layout).audio_values.flatten().numpy()
+    if model.config.chunk_length_s is None:
+        return model.decode(layout[None], [None]).audio_values[0, 0].numpy()
+    chunks = list(layout.split(30, dim=2))  # 1200 samples a chunk, 40 a frame
+    missing = 30 - chunks[-1].shape[2]
+    chunks[-1] = torch.nn.functional.pad(chunks[-1], (0, missing))
+    output = model.decode(torch.stack(chunks), [None] * len(chunks), last_frame_pad_length=missing)
+    return output.audio_values[0].mean(0).numpy()

@@ -26,7 +26,7 @@ from batch_tokenizer.codecs.hf.lengths import Chunks, Conv  # noqa: E402
 from batch_tokenizer.codecs.loading import LoadRequest  # noqa: E402
 from batch_tokenizer.codecs.registry import FAMILIES, find_family  # noqa: E402
 from batch_tokenizer.records import RowError, RunError  # noqa: E402
-from tests.support.hf import CONFIGS, save_checkpoint  # noqa: E402
+from tests.support.hf import CONFIGS, library_audio, library_codes, save_checkpoint  # noqa: E402
 
 #: Lengths of one batch, in samples; each of these the models take as they are.
 MIXED = (2999, 640, 3201, 1999)
@@ -66,43 +66,6 @@ def open_codec(folder: Path, model: Any = None, **changes: Any) -> Opened:
 
 def noise(num_samples: int, seed: int = 0) -> Samples:
     return np.random.default_rng(seed).normal(0, 0.3, num_samples).astype(np.float32)
-
-
-@torch.inference_mode()
-def library_codes(model: Any, samples: Samples) -> npt.NDArray[np.int64]:
-    """All codes (T, K) of one utterance, by the library's documented calls."""
-    kind, config = model.config.model_type, model.config
-    whole = torch.from_numpy(samples)[None, None]
-    if kind in ("mimi", "dac", "xcodec", "higgs_audio_v2_tokenizer"):
-        codes = model.encode(whole).audio_codes[0]
-    elif kind in ("xcodec2", "neucodec"):
-        extractor = getattr(transformers, {"xcodec2": "Xcodec2", "neucodec": "NeuCodec"}[kind] + "FeatureExtractor")()
-        codes = model.encode(**extractor(samples, sampling_rate=16000, return_tensors="pt")).audio_codes[0]
-    elif config.chunk_length_s is None:
-        codes = model.encode(whole, bandwidth=config.target_bandwidths[-1]).audio_codes[0, 0]
-    else:
-        extractor = transformers.EncodecFeatureExtractor(2, 24000, 0.0, config.chunk_length_s, config.overlap)
-        inputs = extractor(np.stack([samples, samples]), sampling_rate=24000, return_tensors="pt")
-        output = model.encode(inputs["input_values"], inputs["padding_mask"], config.target_bandwidths[-1])
-        chunks = list(output.audio_codes[:, 0])
-        chunks[-1] = chunks[-1][:, : chunks[-1].shape[1] - output.last_frame_pad_length]
-        codes = torch.cat(chunks, dim=1)
-    return codes.T.numpy()
-
-
-@torch.inference_mode()
-def library_audio(model: Any, codes: npt.NDArray[np.uint16]) -> Samples:
-    """Samples (S,) of codes (T, K), by the library's documented calls."""
-    layout = torch.from_numpy(codes.astype(np.int64)).T[None]
-    if model.config.model_type != "encodec":
-        return model.decode(audio_codes=layout).audio_values.flatten().numpy()
-    if model.config.chunk_length_s is None:
-        return model.decode(layout[None], [None]).audio_values[0, 0].numpy()
-    chunks = list(layout.split(30, dim=2))  # 1200 samples a chunk, 40 a frame
-    missing = 30 - chunks[-1].shape[2]
-    chunks[-1] = torch.nn.functional.pad(chunks[-1], (0, missing))
-    output = model.decode(torch.stack(chunks), [None] * len(chunks), last_frame_pad_length=missing)
-    return output.audio_values[0].mean(0).numpy()
 
 
 def test_tokens_and_audio_equal_the_library_alone(opened: Opened) -> None:
