@@ -24,6 +24,7 @@ import torch
 
 from batch_tokenizer.codecs.base import PARTS, Codec
 from batch_tokenizer.codecs.checkpoint import Checkpoint
+from batch_tokenizer.codecs.execution import padded_size
 from batch_tokenizer.codecs.loading import LoadRequest
 from batch_tokenizer.codecs.padded_codec import PaddedCodec
 from batch_tokenizer.codecs.published_sizes import write_random_checkpoint
@@ -61,6 +62,8 @@ def measure(name: str, folder: Path, arguments: argparse.Namespace) -> dict[str,
             codec.together = together
         return timed(lambda: call(members) if together else [call([member])[0] for member in members])
 
+    if isinstance(codec, PaddedCodec):
+        codec._run.frames = arguments.rows * padded_size(max(spec.num_frames(len(wave)) for wave in waves))
     codes = codec.encode(features[:2])
     report: dict[str, Any] = {
         "name": name, "batching": spec.batching, "utterances": len(waves), "seconds_of_audio": round(sum(lengths), 1),
@@ -89,6 +92,7 @@ def main() -> None:
     )
     parser.add_argument("--small", action="store_true", help="the names are those of tests/support/families.py")
     parser.add_argument("--num_utterances", type=int, default=500)
+    parser.add_argument("--rows", type=int, default=8, help="of a padded batch of the longest utterances")
     parser.add_argument("--lengths", default="uniform:0.2-1", help="as bench takes them")
     parser.add_argument("--repeats", type=int, default=1)
     arguments = parser.parse_args()

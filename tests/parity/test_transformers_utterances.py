@@ -51,7 +51,7 @@ def test_200_utterances(name: str, tmp_path: Path) -> None:
     try:
         model = save_checkpoint(tmp_path, name)
         generator = np.random.default_rng(15)
-        lengths = [1, 2, *generator.integers(3, 1200, NUM_UTTERANCES - 2).tolist()]
+        lengths = [1, 2, *generator.integers(3, 500, NUM_UTTERANCES - 2).tolist()]
         utterances = [generator.normal(0, 0.3, length).astype(np.float32) for length in lengths]
         codes, worst = compare(model, opened(tmp_path), utterances)
     finally:
