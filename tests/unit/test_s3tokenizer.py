@@ -88,6 +88,8 @@ def test_published_graph_equals_the_folder(version, tmp_path):
     folder = write_s3_checkpoint(tmp_path / "folder", version, tensors)
     graph = write_s3_graph(tmp_path / "graph" / f"speech_tokenizer_{version[:2]}.onnx", version, tensors)
     (graph.parent / "campplus.onnx").write_bytes(b"another model")
+    graph.with_suffix(".batch.onnx").write_bytes(b"the same weights, for batches")  # as CosyVoice 3 comes
+    (graph.parent / "config.json").write_text("{}")
     mel = [open_codec(folder).spec.features(noise(9000))]
     for path in (graph, graph.parent):
         codec = open_codec(path)

@@ -36,6 +36,9 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 _PUBLISHED = re.compile(r"speech_tokenizer.*\.onnx", re.IGNORECASE)
 
+#: The ending of a second graph of the same weights, for batches, that CosyVoice 3 comes with.
+_FOR_BATCHES = ".batch.onnx"
+
 #: A node of a layer: which, the module in it, and the operation.
 _IN_LAYER = re.compile(r"(?:^|/)blocks\.(\d+)/(?:attn/)?(?:mlp/)?([\w.]+)/(\w+)$")
 
@@ -87,6 +90,8 @@ def open_graph(checkpoint: Checkpoint) -> tuple[GraphCheckpoint, S3Config]:
         RunError: the folder has two, or the graph is of no known version.
     """
     names = [name for name in checkpoint.config[GRAPHS_KEY] if is_published_graph(name)]
+    plain = {name for name in names if not name.endswith(_FOR_BATCHES)}
+    names = [name for name in names if name in plain or name.replace(_FOR_BATCHES, ".onnx") not in plain]
     if len(names) != 1:
         raise RunError(
             f"{checkpoint.folder}: has {', '.join(names)}; pass the path of the one that is meant as --model_path"
