@@ -32,6 +32,7 @@ from batch_tokenizer.runs.finished_run import FinishedRun
 from batch_tokenizer.runs.indexed_rows import stored_rows
 from batch_tokenizer.runs.stored_rows import StoredRow
 from batch_tokenizer.runtime.row_counter import RowCounter
+from batch_tokenizer.runtime.run_files import is_run_folder
 from batch_tokenizer.writers.row_encoding import tokens_as_json, tokens_as_npy
 from batch_tokenizer.writers.token_streams import Pattern
 
@@ -154,7 +155,7 @@ def _template(text: str) -> str:
 
 def _places_of(source: str) -> Callable[[str], int] | None:
     """Where each key stands in the manifest of a run folder; None of other sources, which are in their order."""
-    if not (Path(source) / "run.json").is_file():
+    if not is_run_folder(source):
         return None
     manifest = FinishedRun.open(Path(source)).manifest()
     order = np.argsort(manifest.key_hashes, kind="stable")

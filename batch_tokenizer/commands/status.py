@@ -18,6 +18,7 @@ from typing import Any
 
 from batch_tokenizer.records import RunError, printable
 from batch_tokenizer.runtime.progress import JobStatus, RankStatus, duration_text, read_status, speed_text
+from batch_tokenizer.runtime.run_files import is_run_folder
 
 #: Seconds without an update after which a rank that should be at work counts as silent. Ranks of a large job write
 #: every 30 s, and clocks of machines differ a little.
@@ -46,7 +47,7 @@ def main(arguments: argparse.Namespace) -> int:
     while True:
         if not run_dir.is_dir():
             raise RunError(f"run folder {run_dir} does not exist")
-        if not (run_dir / "run.json").exists() and not (run_dir / "status").is_dir():
+        if not is_run_folder(run_dir) and not (run_dir / "status").is_dir():
             raise RunError(f"{run_dir} is not a run folder: it has neither run.json nor status")
         job = read_status(run_dir)
         now = time.time()

@@ -35,6 +35,7 @@ from batch_tokenizer.runtime.environments import agree_on_environment, read_envi
 from batch_tokenizer.runtime.ledger import RowStatus, read_ledger, write_failures
 from batch_tokenizer.runtime.ledger_writer import LedgerWriter
 from batch_tokenizer.runtime.progress import JobStatus, ProgressReporter, RankStatus, read_status
+from batch_tokenizer.runtime.run_files import SUMMARY, read_record
 from batch_tokenizer.runtime.run_folder import RunFolder
 from batch_tokenizer.runtime.signals import StopRequest
 from batch_tokenizer.runtime.work_queue import WorkQueue
@@ -192,7 +193,7 @@ def _summarize(
         job.stage_seconds,
         folder.processes.world_size,
     )
-    earlier = {} if had_work else folder.read_summary()
+    earlier = {} if had_work else read_record(folder.path / SUMMARY)
     summary = {
         "rows": len(manifest),
         "done": state.num_done,
@@ -206,7 +207,7 @@ def _summarize(
     }
     # 2. Once every job is finished: a manifest of all outputs, written beside them. Shards of JSON lines are a
     #    manifest themselves, and a reader of all JSON-lines files in the folder would take a second one for rows.
-    known = folder.read_summary().get("manifest")
+    known = read_record(folder.path / SUMMARY).get("manifest")
     has_place = config.output_dir is not None and not is_url(config.output_dir) and config.sink != "jsonl"
     if has_place and not state.num_pending and (had_work or not known):
         run = FinishedRun.open(folder.path)

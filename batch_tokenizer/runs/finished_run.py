@@ -9,9 +9,16 @@ from typing import Any, NamedTuple, cast, get_args
 
 from batch_tokenizer.manifest.manifest import Manifest
 from batch_tokenizer.records import SHARD_SINKS, TASKS, RunError, Sink, Task, short_repr
-from batch_tokenizer.runs.source import find_manifest, read_record, recorded_source
+from batch_tokenizer.runs.source import find_manifest, recorded_source
 from batch_tokenizer.runtime.ledger_lines import read_shard_lines
-from batch_tokenizer.runtime.run_files import ledger_files, shard_name
+from batch_tokenizer.runtime.run_files import (
+    RUN,
+    SUMMARY,
+    is_run_folder,
+    ledger_files,
+    read_record,
+    shard_name,
+)
 from batch_tokenizer.runtime.run_settings import read_settings
 from batch_tokenizer.storage.atomic import os_error_ends_run
 from batch_tokenizer.writers.shard_folder import shard_folder
@@ -53,12 +60,12 @@ def find_run_folder(folder: Path) -> Path:
     Raises:
         RunError: there is none, or more than one.
     """
-    if not folder.is_dir() or (folder / "run.json").exists():
+    if not folder.is_dir() or is_run_folder(folder):
         return folder
-    found = {path.parent.resolve(): path.parent for path in sorted(folder.glob("*/run.json"))}
+    found = {path.parent.resolve(): path.parent for path in sorted(folder.glob(f"*/{RUN}"))}
     for marker in sorted(folder.glob(".batch_tokenizer.*.json")):
         named = read_record(marker).get("run_folder")
-        if isinstance(named, str) and (Path(named) / "run.json").exists():
+        if isinstance(named, str) and is_run_folder(named):
             found.setdefault(Path(named).resolve(), Path(named))
     if len(found) > 1:
         names = ", ".join(str(path) for path in found.values())
@@ -140,7 +147,7 @@ class FinishedRun:
 
     def summary(self) -> dict[str, Any]:
         """``summary.json``; empty where the run has not come to its end."""
-        return read_record(self.path / "summary.json")
+        return read_record(self.path / SUMMARY)
 
     def shards(self) -> Iterator[PublishedShard]:
         """The shards that count, earliest first. One whose ledger file is damaged does not: its rows are done again.

@@ -18,6 +18,7 @@ from batch_tokenizer.records import OUTPUT_FIELDS, ManifestRow, RowError, RunErr
 from batch_tokenizer.runs.finished_run import FinishedRun
 from batch_tokenizer.runs.shards import find_places
 from batch_tokenizer.runtime.ledger import RowStatus, read_ledger
+from batch_tokenizer.runtime.run_files import is_run_folder
 from batch_tokenizer.storage.atomic import atomic_write, os_error_ends_run
 from batch_tokenizer.storage.json_lines import dump_json
 from batch_tokenizer.storage.row_info import join_info, split_info
@@ -116,7 +117,7 @@ def run_as_source(data_list: str, folder: Path, idle: Callable[[], None] = lambd
     Raises:
         RunError: the run cannot be read, has no tokens, or the file not be written.
     """
-    if not os.path.isfile(os.path.join(data_list, "run.json")):
+    if not is_run_folder(data_list):
         return data_list
     run = FinishedRun.open(Path(data_list))
     if "quantized_tokens" not in OUTPUT_FIELDS[run.task]:

@@ -7,15 +7,14 @@ the sources.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from batch_tokenizer.config import RunConfig
 from batch_tokenizer.records import RunError
+from batch_tokenizer.runtime.run_files import SOURCE, SUMMARY, read_record
 from batch_tokenizer.sources.finishing import SourceSettings
 from batch_tokenizer.sources.listing import local_manifest, names_of_outputs
 from batch_tokenizer.sources.patterns import find_sources
@@ -28,7 +27,7 @@ def settings_of(config: RunConfig, run_dir: Path) -> SourceSettings:
     """What shapes the rows of a run. Where ``--names auto`` was decided when the run began, it stays so, although there
     may be more files by now."""
     names: str = config.names
-    path = run_dir / "source.json"
+    path = run_dir / SOURCE
     record = read_record(path) if path.is_file() else {}
     before = record.get("settings")
     if names == "auto" and isinstance(before, dict) and record.get("data_list") == str(config.data_list):
@@ -63,7 +62,7 @@ def prepare(config: RunConfig, run_dir: Path, source: str, idle: Callable[[], No
         "settings": asdict(settings),
     }
     with os_error_ends_run(f"run folder {run_dir}: source.json cannot be written"):
-        replace_json(run_dir / "source.json", record)
+        replace_json(run_dir / SOURCE, record)
     return manifest
 
 
@@ -74,7 +73,7 @@ def find_manifest(run_dir: Path, data_list: str | Path | None) -> Path:
     Raises:
         RunError: it is not to be found.
     """
-    record = read_record(run_dir / "source.json")
+    record = read_record(run_dir / SOURCE)
     if record and data_list in (None, record.get("data_list")):
         path = run_dir / "index" / str(record.get("manifest"))  # an absolute path stays itself
         if path.is_file():
@@ -83,7 +82,7 @@ def find_manifest(run_dir: Path, data_list: str | Path | None) -> Path:
         settings = record.get("settings")
         known = SourceSettings(**settings) if isinstance(settings, dict) else SourceSettings()
         return local_manifest(str(data_list), run_dir / "index", known)
-    recorded = read_record(run_dir / "summary.json").get("data_list")
+    recorded = read_record(run_dir / SUMMARY).get("data_list")
     if isinstance(recorded, str) and Path(recorded).is_file():
         return Path(recorded)
     parts = run_dir.resolve().name.rsplit(".", 2)
@@ -96,7 +95,7 @@ def find_manifest(run_dir: Path, data_list: str | Path | None) -> Path:
 
 def recorded_source(run_dir: Path) -> str | None:
     """What the user named as the source of a run's rows, without credentials; None where nothing recorded it."""
-    record = read_record(run_dir / "source.json").get("data_list")
+    record = read_record(run_dir / SOURCE).get("data_list")
     return display_source(record) if isinstance(record, str) else None
 
 
@@ -104,18 +103,3 @@ def typed(data_list: str | Path) -> str:
     """What a summary calls the source: a file's or folder's whole path, anything else as the user named it."""
     path = Path(data_list)
     return str(path.resolve()) if path.exists() else display_source(str(data_list))
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of a run folder; empty where there is none, or the file is damaged.
-
-    Raises:
-        RunError: the file cannot be read (exit code 1).
-    """
-    try:
-        content = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
-        return {}
-    except OSError as error:
-        raise RunError(f"{path}: {error.strerror}", exit_code=1) from error
-    return content if isinstance(content, dict) else {}

@@ -12,7 +12,7 @@ from typing import Literal
 from batch_tokenizer.records import TASKS, RunError
 from batch_tokenizer.runs.finished_run import FinishedRun
 from batch_tokenizer.runs.token_stream import is_stream
-from batch_tokenizer.runtime.run_files import parse_shard_name
+from batch_tokenizer.runtime.run_files import is_run_folder, parse_shard_name
 from batch_tokenizer.sources.patterns import find_sources
 from batch_tokenizer.storage.json_lines import parse_json
 from batch_tokenizer.storage.jsonl_rows import holds_codes, numbered_lines
@@ -57,7 +57,7 @@ def find_parts(source: str) -> Iterator[Part]:
                 yield from _folder_parts(Path(found.location))
             else:
                 yield Part("files", found.location)
-    elif (folder / "run.json").exists():
+    elif is_run_folder(folder):
         run = FinishedRun.open(folder)
         if not run.has_shards:
             yield Part("run", source)
@@ -118,7 +118,7 @@ def token_files(location: str) -> Iterator[str]:
         yield location
         return
     for place, folders, names in os.walk(location):
-        folders[:] = sorted(name for name in folders if not os.path.exists(os.path.join(place, name, "run.json")))
+        folders[:] = sorted(name for name in folders if not is_run_folder(os.path.join(place, name)))
         for name in sorted(names):
             if name.endswith(_FILE_ENDINGS) and not name.endswith(HIDDEN_STATES_ENDING) and not name.startswith("."):
                 yield os.path.join(place, name)

@@ -17,7 +17,7 @@ from batch_tokenizer.runs.source_parts import shard_kind
 from batch_tokenizer.sources.lines import lines_of
 from batch_tokenizer.storage.files import open_file
 from batch_tokenizer.storage.json_lines import json_lines_reader, parse_json
-from batch_tokenizer.storage.jsonl_rows import numbered_lines
+from batch_tokenizer.storage.jsonl_rows import numbered_lines, parse_line
 from batch_tokenizer.storage.names import (
     HIDDEN_STATES_ENDING,
     display_name,
@@ -268,11 +268,8 @@ def line_row(line: bytes, name: str, *, with_audio: bool = True) -> StoredRow:
     Raises:
         RowError, RunError: it is no row, or a file that it names cannot be read.
     """
-    try:
-        row = parse_json(line)
-    except ValueError as error:
-        raise RowError("load", f"{name} is not JSON: {first_line(error)}") from error
-    if not isinstance(row, dict) or not isinstance(row.get("key"), str):
+    row = parse_line(line, name)
+    if not isinstance(row.get("key"), str):
         raise RowError("load", f"{name} is no object with a key")
     return manifest_row(row, with_audio=with_audio)
 

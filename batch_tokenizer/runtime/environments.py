@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from batch_tokenizer.records import RunError
+from batch_tokenizer.runtime.run_files import ENVIRONMENTS
 from batch_tokenizer.runtime.run_folder import RunFolder
 from batch_tokenizer.storage.atomic import os_error_ends_run, replace_json
 
@@ -28,7 +29,7 @@ def read_environments(run_dir: Path) -> list[dict[str, Any]]:
     Raises:
         RunError: the file cannot be read (exit code 1).
     """
-    path = run_dir / "environments.json"
+    path = run_dir / ENVIRONMENTS
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -71,4 +72,4 @@ def agree_on_environment(
                 )
             logger.warning("%s", reason)
         with os_error_ends_run(f"run folder {folder.path}: environments.json cannot be written"):
-            replace_json(folder.path / "environments.json", [*known, environment])
+            replace_json(folder.path / ENVIRONMENTS, [*known, environment])

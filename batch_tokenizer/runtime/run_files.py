@@ -19,10 +19,14 @@ A shard of the output folder is named TASK-ATTEMPT-RANK-SHARD.SUFFIX after its l
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from batch_tokenizer.records import RunError
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +35,10 @@ _ATTEMPT_FILE = re.compile(rf"{_ATTEMPT}\.json")
 _LEDGER_FILE = re.compile(rf"{_ATTEMPT}-{_RANK}(?:\.{_SHARD})?\.jsonl")
 _UNPUBLISHED_FILE = re.compile(rf"{_RANK}\.{_SHARD}\.jsonl")
 _STATUS_FILE = re.compile(rf"{_ATTEMPT}-{_RANK}\.json")
+
+#: Files that several modules read or write.
+RUN, SOURCE, SUMMARY = "run.json", "source.json", "summary.json"
+ENVIRONMENTS, COLUMNS = "environments.json", "columns.json"
 
 #: Folders that a run folder always has.
 FOLDERS = ("ledger", "attempts", "resume", "status", "index")
@@ -46,11 +54,31 @@ RUN_PATTERNS = (
     "resume/*.npy",
     "failures.jsonl",
     "verify.jsonl",
-    "summary.json",
-    "environments.json",
-    "columns.json",
-    "run.json",
+    SUMMARY,
+    ENVIRONMENTS,
+    COLUMNS,
+    RUN,
 )
+
+
+def is_run_folder(folder: str | Path) -> bool:
+    """Whether a folder is that of a run."""
+    return os.path.isfile(os.path.join(folder, RUN))
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a run folder; empty where there is none, or the file is damaged.
+
+    Raises:
+        RunError: the file cannot be read (exit code 1).
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    except OSError as error:
+        raise RunError(f"{path}: {error.strerror}", exit_code=1) from error
+    return content if isinstance(content, dict) else {}
 
 
 class LedgerFile(NamedTuple):

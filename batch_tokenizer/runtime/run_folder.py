@@ -7,7 +7,6 @@ SIGKILL, it is free at once.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import io
 import json
@@ -27,16 +26,18 @@ from batch_tokenizer.runtime.ledger_lines import has_done_rows
 from batch_tokenizer.runtime.processes import ProcessGroup
 from batch_tokenizer.runtime.rank_channel import FIRST, open_channel
 from batch_tokenizer.runtime.run_files import (
+    ENVIRONMENTS,
     FOLDERS,
     LEDGER_PATTERNS,
     RUN_PATTERNS,
+    SUMMARY,
     attempt_file,
     attempt_numbers,
     ledger_file,
     part_name,
 )
 from batch_tokenizer.runtime.run_settings import other_version, read_run, read_settings, setting_differences, write_run
-from batch_tokenizer.runtime.work_queue import no_idle
+from batch_tokenizer.runtime.work_queue import no_idle, poll
 from batch_tokenizer.storage.atomic import replace_file
 from batch_tokenizer.storage.file_lock import FileLock, exclusive_lock
 
@@ -180,7 +181,7 @@ class RunFolder:
         # 2. A start that failed before any row was done fixes neither settings nor device.
         unused = before is not None and not other and not self._is_shared() and not has_done_rows(self.path)
         if unused:
-            self._remove(("environments.json",))
+            self._remove((ENVIRONMENTS,))
         # 3. Equal settings resume; others are refused, or, with --overwrite, what the folder has is removed.
         differences = [f"it is of {other}"] if other else setting_differences(before or {}, settings)
         if not differences:
@@ -281,16 +282,13 @@ class RunFolder:
     def _join(self, settings: Mapping[str, Any], timeout: float) -> None:
         message = self._receive(FIRST, timeout, self._idle)
         self.attempt, self.attempt_id = message["attempt"], message["attempt_id"]
-        deadline = time.monotonic() + _VISIBLE_SECONDS
-        while (before := read_settings(self.path)) is None:
-            if time.monotonic() > deadline:
-                raise RunError(
-                    f"run folder {self.path} of rank 0 is not visible on {self.processes.host}: "
-                    "it must lie on a file system that all machines share",
-                    exit_code=1,
-                )
-            self._idle()
-            time.sleep(0.5)
+        before = poll(lambda: read_settings(self.path), _VISIBLE_SECONDS, self._idle)
+        if before is None:
+            raise RunError(
+                f"run folder {self.path} of rank 0 is not visible on {self.processes.host}: "
+                "it must lie on a file system that all machines share",
+                exit_code=1,
+            )
         if differences := setting_differences(before, settings):
             raise RunError(f"rank {self.processes.rank} on {self.processes.host} differs: {'; '.join(differences)}")
 
@@ -303,19 +301,10 @@ class RunFolder:
         try:
             message = self._receive(self._resume_message, timeout, idle)
             self.manifest = Path(message["manifest"]) if message.get("manifest") else None
-            deadline = time.monotonic() + _VISIBLE_SECONDS
-            # Rank 0 listed it a moment ago. If it stays missing, opening it raises the better message.
-            while self.manifest is not None and not self.manifest.exists() and time.monotonic() < deadline:
-                idle()
-                time.sleep(0.5)
-            while True:
-                try:
-                    return np.asarray(np.load(self._resume_path))
-                except FileNotFoundError:
-                    if time.monotonic() > deadline:
-                        raise
-                    idle()
-                    time.sleep(0.5)
+            # Rank 0 wrote both a moment ago. If one stays missing, opening it raises the better message.
+            for path in filter(None, (self.manifest, self._resume_path)):
+                poll(lambda path=path: path.exists() or None, _VISIBLE_SECONDS, idle)  # type: ignore[misc]
+            return np.asarray(np.load(self._resume_path))
         except OSError as error:
             raise _failure(self.path, error) from error
 
@@ -355,21 +344,13 @@ class RunFolder:
     def _resume_message(self) -> str:
         return f"{self.attempt_id}.resume"
 
-    def read_summary(self) -> dict[str, Any]:
-        """``summary.json`` of an earlier attempt; empty where there is none that can be read."""
-        with contextlib.suppress(OSError, ValueError):
-            summary = json.loads((self.path / "summary.json").read_bytes())
-            if isinstance(summary, dict):
-                return summary
-        return {}
-
     def write_summary(self, summary: Mapping[str, Any]) -> Path:
         """Replace ``summary.json``; returns its path.
 
         Raises:
             RunError: it cannot be written (exit code 1).
         """
-        path = self.path / "summary.json"
+        path = self.path / SUMMARY
         try:
             replace_file(path, (json.dumps(summary, indent=2, ensure_ascii=False) + "\n").encode())
         except OSError as error:

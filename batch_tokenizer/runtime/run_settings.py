@@ -10,6 +10,7 @@ from typing import Any
 
 from batch_tokenizer.config import RunConfig, beside
 from batch_tokenizer.records import RunError
+from batch_tokenizer.runtime.run_files import RUN, is_run_folder
 from batch_tokenizer.storage.atomic import replace_json
 
 #: Of the ledger's lines. Those of batch_tokenizer 0.1, which wrote no format, had no check values.
@@ -23,7 +24,7 @@ def write_run(run_dir: Path, settings: Mapping[str, Any], run_id: str = "") -> N
         OSError: it cannot be written.
     """
     content = {"settings": settings, "id": run_id or uuid.uuid4().hex[:16], "format": FORMAT}
-    replace_json(run_dir / "run.json", content)
+    replace_json(run_dir / RUN, content)
 
 
 def read_run(run_dir: Path) -> dict[str, Any] | None:
@@ -32,7 +33,7 @@ def read_run(run_dir: Path) -> dict[str, Any] | None:
     Raises:
         RunError: it cannot be read, or holds something else (exit code 1).
     """
-    path = run_dir / "run.json"
+    path = run_dir / RUN
     damaged = f"{path} is damaged: remove it and start the same command with --overwrite"
     try:
         content = json.loads(path.read_bytes())
@@ -83,7 +84,7 @@ def run_dir_of(config: RunConfig) -> Path:
         return config.run_dir
     default = config.default_run_dir()
     earlier = beside(config.data_list, f".{config.task}.run")
-    if earlier != default and not (default / "run.json").exists():
+    if earlier != default and not is_run_folder(default):
         content = read_run(earlier)
         if content is not None and content["settings"].get("output_dir") == config.output_dir:
             return earlier

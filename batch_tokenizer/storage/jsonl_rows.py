@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any, cast
 
-from batch_tokenizer.records import CODES_FIELD, RowError
+from batch_tokenizer.records import CODES_FIELD, RowError, first_line
 from batch_tokenizer.storage.files import open_file
 from batch_tokenizer.storage.json_lines import parse_json
 from batch_tokenizer.storage.names import display_name, is_url
@@ -127,7 +127,7 @@ def parse_line(content: bytes, name: str) -> dict[str, Any]:
     try:
         row = parse_json(content)
     except ValueError as error:
-        raise RowError("load", f"{name}: not JSON: {' '.join(str(error).split())[:200]}") from error
+        raise RowError("load", f"{name}: not JSON: {first_line(error)}") from error
     if not isinstance(row, dict):
         raise RowError("load", f"{name}: not a JSON object")
     return row
