@@ -26,7 +26,10 @@ import numpy as np
 import numpy.typing as npt
 import soundfile
 
+from batch_tokenizer.audio.loading import load_samples
 from batch_tokenizer.audio.resampling import resample
+from batch_tokenizer.records import RowError
+from batch_tokenizer.storage.atomic import replace_file
 
 SAMPLE_RATE = 24000
 
@@ -141,8 +144,15 @@ def chosen_packages() -> dict[str, Package]:
 
 
 def decode(source: Path) -> npt.NDArray[np.float32]:
-    """Samples (S,) of any audio file at 24 kHz, mono."""
-    with av.open(str(source), format=HEADERLESS.get(source.suffix), metadata_errors="replace") as container:
+    """Samples (S,) of any audio file at 24 kHz, mono.
+
+    Raises:
+        RowError: it cannot be decoded.
+        av.FFmpegError: likewise, of a format without a header.
+    """
+    if source.suffix not in HEADERLESS:
+        return load_samples(str(source), SAMPLE_RATE, "soxr")
+    with av.open(str(source), format=HEADERLESS[source.suffix]) as container:
         mono = av.AudioResampler(format="flt", layout="mono")
         pieces = [piece.to_ndarray()[0] for frame in container.decode(audio=0) for piece in mono.resample(frame)]
         rate = container.streams.audio[0].rate
@@ -184,7 +194,7 @@ def write_wav(source: Path, target: Path) -> float | None:
     """Decodes a file. Returns its length in seconds; None, and nothing written, where it is too short or silent.
 
     Raises:
-        av.FFmpegError: it cannot be decoded.
+        RowError, av.FFmpegError: it cannot be decoded.
     """
     samples = decode(source)
     peak = float(np.abs(samples).max(initial=0.0))
@@ -205,7 +215,7 @@ def main() -> None:
             target = folder / "wav" / source.relative_to(folder / "unpacked").with_suffix(".wav")
             try:
                 seconds = write_wav(source, target)
-            except av.FFmpegError as error:
+            except (RowError, av.FFmpegError) as error:
                 print(f"left out: {source}: {error}", file=sys.stderr)
                 continue
             if seconds is None:
@@ -219,9 +229,7 @@ def main() -> None:
     manifests["scored"] = scored(manifests, int(os.environ.get("CLIPS", "10")))
     for title, rows in manifests.items():
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        beside = folder / f"{title}.jsonl.part"
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(folder / f"{title}.jsonl")
+        replace_file(folder / f"{title}.jsonl", text.encode())
         minutes = sum(float(str(row["duration"])) for row in rows) / 60
         print(f"{title}: {len(rows)} files, {len({row['speaker'] for row in rows})} voices, {minutes:.0f} minutes")
 

@@ -243,14 +243,14 @@ def _open_sample(
 
 
 def _estimate_seconds(manifest: Manifest, rows: npt.NDArray[np.int64], opened: Sequence[Sampled]) -> float | None:
-    """Prints and returns the audio of all rows to do, or None where nothing tells."""
+    """Prints and returns the seconds of audio of all rows to do; None where they are unknown."""
     durations = manifest.durations[rows]
     known = ~np.isnan(durations)
     seconds = float(durations[known].sum(dtype=np.float64))
     num_unknown = int(np.count_nonzero(~known))
     lengths = [sampled.seconds for sampled in opened if sampled.seconds is not None]
     if num_unknown and not lengths:
-        _print("audio", f"unknown: {num_unknown:,} rows have no duration, and no header of the sample tells")
+        _print("audio", f"unknown: {num_unknown:,} rows have no duration, and no header of the sample says one")
         return None
     if not num_unknown:
         source = "by the manifest's durations"

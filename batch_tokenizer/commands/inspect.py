@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Does it and returns 0.
+    """Encodes, decodes, scores and draws one recording. Returns 0.
 
     Raises:
         RunError: the file or the checkpoint cannot be used, or the results not be written.
@@ -59,7 +59,7 @@ def main(arguments: argparse.Namespace) -> int:
     wanted = () if arguments.num_quantizers is None else (arguments.num_quantizers,)
     (num_quantizers,) = check_num_quantizers(wanted, info.num_codebooks)
     out: Path = arguments.out or Path(f"{name}.inspect")
-    # 2. There and back, and the files that a run would write.
+    # 2. Encode and decode, and write the files that a run would write.
     try:
         samples = load_samples(location, info.sample_rate, max_samples=info.max_samples, channels=info.channels)
         codes = _result(encode(codec, [samples], num_quantizers))
@@ -100,7 +100,7 @@ def _result(results: list[Any]) -> Any:
 
 
 def summary(source: str, info: CodecInfo, codes: npt.NDArray[np.uint16], num_samples: int, scores: Scores) -> list[str]:
-    """What there is to say, as lines of text."""
+    """The lines that the command prints."""
     frames, used = codes.shape
     sizes = info.codebook_sizes[:used]
     lines = [

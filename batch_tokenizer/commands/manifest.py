@@ -252,7 +252,7 @@ def _stats(source: str, model_path: str | None, num_quantizers: int | None, rtf:
     if num_unknown:
         lengths = [length for length in sample.seconds if length is not None]
         extrapolated = num_unknown * float(np.mean(lengths)) if lengths else None
-        length = "nothing tells how long they are" if extrapolated is None else (
+        length = "how long they are is unknown" if extrapolated is None else (
             f"about {extrapolated / 3600:,.2f} h by a sample of {len(lengths):,}"
         )  # fmt: skip
         print(

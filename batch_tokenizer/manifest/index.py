@@ -204,7 +204,7 @@ def _positions(values: npt.NDArray[Any], ordered: npt.NDArray[Any]) -> npt.NDArr
     return np.where(ordered[found] == values, found, -1)
 
 
-class _Claims:
+class _Owners:
     """Who owns each name that may occur more than once, in the order of the lines.
 
     Names are known by a hash, and a hash may stand for several names, so a match is believed only after the owner's
@@ -225,7 +225,7 @@ class _Claims:
                 return line
         return None
 
-    def claim(self, position: int, line: int) -> None:
+    def add(self, position: int, line: int) -> None:
         """Make ``line`` the owner of a name that has none."""
         if position < 0:
             return
@@ -255,8 +255,8 @@ def _find_duplicates(
     output_positions = _positions(output_hashes.ravel(), repeated_outputs).reshape(output_hashes.shape)
     candidates = np.flatnonzero(rows & ((key_positions >= 0) | (output_positions >= 0).any(axis=1)))
     # 2. Their names, read again line by line: equal hashes may be of different names.
-    keys = _Claims(len(repeated_keys), lambda line, name: names_of(line).key == name)
-    outputs = _Claims(len(repeated_outputs), lambda line, name: name in names_of(line).outputs)
+    keys = _Owners(len(repeated_keys), lambda line, name: names_of(line).key == name)
+    outputs = _Owners(len(repeated_outputs), lambda line, name: name in names_of(line).outputs)
     found: list[npt.NDArray[np.int64]] = []
     for line in map(int, candidates):
         names = names_of(line)
@@ -271,9 +271,9 @@ def _find_duplicates(
         if first is not None:
             found.append(np.array((line, shared, first), np.int64))
             continue
-        keys.claim(int(key_positions[line]), line)
+        keys.add(int(key_positions[line]), line)
         for position in positions:
-            outputs.claim(position, line)
+            outputs.add(position, line)
     return np.array(found, np.int64).reshape(-1, 3)
 
 

@@ -20,7 +20,7 @@ HEADER = 512
 #: Most bytes of a header that carries a long name or further fields, and members of a kind that a message names.
 _MOST_EXTENSION = 1 << 20
 
-#: Sizes are 12 octal digits, or binary; a member beyond this is a damaged header or a trap.
+#: Sizes are 12 octal digits, or binary; a member beyond this has a damaged or a forged header.
 MOST_MEMBER = 1 << 40
 
 _REGULAR = (b"0", b"\0", b"7")

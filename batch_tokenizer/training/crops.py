@@ -7,7 +7,6 @@ resumed run continues with the crops that it had not used. Files shorter than a 
 from __future__ import annotations
 
 import bisect
-import json
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -24,9 +23,11 @@ from batch_tokenizer.audio.loading import load_samples
 from batch_tokenizer.audio.mel import log_mel
 from batch_tokenizer.codecs.mimo.config import MiMoConfig
 from batch_tokenizer.manifest.row import cut_of
-from batch_tokenizer.records import AudioCut, RowError, RunError
+from batch_tokenizer.records import AudioCut, RowError, RunError, first_line
 from batch_tokenizer.sources.finishing import SourceSettings
 from batch_tokenizer.sources.listing import local_manifest
+from batch_tokenizer.storage.atomic import os_error_ends_run
+from batch_tokenizer.storage.json_lines import parse_json
 from batch_tokenizer.training.augmentation import Augmentation, Samples, augment
 
 log = logging.getLogger(__name__)
@@ -60,17 +61,14 @@ def read_manifest(source: Path | str, folder: Path) -> list[AudioFile]:
     """
     path = local_manifest(str(source), folder, SourceSettings(sink="tar"))
     files: list[AudioFile] = []
-    try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):  # noqa: B007 (named below)
+    with os_error_ends_run(f"{source}: cannot be read"), path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
                 if line.strip():
-                    files.append(_audio_file(json.loads(line)))
-    except OSError as error:
-        raise RunError(f"{source}: cannot be read: {error}") from error
-    except json.JSONDecodeError as error:
-        raise RunError(f"{source}, line {number}: is not JSON: {error}") from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{source}, line {number}: must be an object with a path in wav: {error}") from error
+                    files.append(_audio_file(parse_json(line)))
+            except (KeyError, TypeError, ValueError) as error:  # also of what is no JSON
+                reason = first_line(error)
+                raise RunError(f"{source}, line {number}: must be an object with a path in wav: {reason}") from error
     if not files:
         raise RunError(f"{source}: has no rows")
     return files
