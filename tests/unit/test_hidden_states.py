@@ -16,7 +16,7 @@ from batch_tokenizer.codecs.base import Codec
 from batch_tokenizer.codecs.mimo.codec import MiMoCodec
 from batch_tokenizer.codecs.opening import open_codec
 from batch_tokenizer.records import RowError
-from batch_tokenizer.runs.indexed_rows import stored_rows
+from batch_tokenizer.runs.indexed_rows import IndexedRows, stored_rows
 from batch_tokenizer.sources.folder_rows import walk_folder
 from batch_tokenizer.sources.tar_rows import tar_rows
 from batch_tokenizer.writers.row_encoding import RowEncoder
@@ -171,8 +171,10 @@ def test_convert_takes_them_along(tmp_path, checkpoints, form):
     for name, flags in (("all", []), ("tokens", ["--tokens_only"])):
         assert main(["convert", str(source), "--to", form, "--out", str(tmp_path / name), *flags]) == 0
     before = {row.key: row for row in stored_rows(str(source))}
-    for row in stored_rows(str(tmp_path / "all")):
+    by_number = IndexedRows.open(str(tmp_path / "all"))
+    for number, row in enumerate(stored_rows(str(tmp_path / "all"))):
         np.testing.assert_array_equal(row.hidden_states, before[row.key].hidden_states)
+        np.testing.assert_array_equal(by_number.read(number).hidden_states, row.hidden_states)
     for row in stored_rows(str(tmp_path / "tokens")):
         np.testing.assert_array_equal(row.codes, before[row.key].codes)
         assert (row.hidden_states, row.info.get("hidden_states")) == (None, None)
