@@ -298,8 +298,8 @@ def _first_piece(load: RowLoader, loaded: LoadedRow) -> LoadedRow:
 def _measure(context: RunContext, codec: Codec, loaded: Sequence[LoadedRow]) -> Measured | None:
     """Computes the loaded rows; None if they do not fit in memory."""
     batch = list(loaded)
-    # On a device batches have one shape whatever is in them, so a few rows would overstate the cost of a second. A CPU
-    # computes one utterance after the other.
+    # 1. The batch. On a device batches have one shape whatever is in them, so a few rows would overstate the cost of a
+    #    second. A CPU computes one utterance after the other.
     while (
         context.compute.device.type != "cpu"
         and len(batch) < context.batch_size
@@ -312,7 +312,7 @@ def _measure(context: RunContext, codec: Codec, loaded: Sequence[LoadedRow]) -> 
     samples: list[Any] = []
     hidden_states: list[Any] = []
     try:
-        # One row first, not timed: libraries start up on it.
+        # 2. One row first, whose times do not count: libraries start up on it.
         for members in ([min(batch, key=lambda row: row.frames)], batch):
             codes = [row.codes for row in members]
             samples = hidden_states = [None] * len(members)
@@ -333,6 +333,7 @@ def _measure(context: RunContext, codec: Codec, loaded: Sequence[LoadedRow]) -> 
             raise
         codec.release()
         return None
+    # 3. What the results would take on disk, and all of it for a second of audio.
     results = [
         TokenizedRow(row.row, code, wav, row.num_samples, hidden_states=hidden)
         for row, code, wav, hidden in zip(batch, codes, samples, hidden_states, strict=True)

@@ -106,6 +106,7 @@ def open_source(
     Raises:
         RunError: the run folder, the manifest or the checkpoint cannot be used, or do not fit together.
     """
+    # 1. Without a run: a manifest, and a codec that encodes and decodes.
     if run_dir is None:
         if data_list is None:
             raise RunError("evaluate needs a run folder or --data_list")
@@ -119,13 +120,14 @@ def open_source(
             check_num_quantizers(num_quantizers, info.num_codebooks),
             info.sample_rate, info.frame_rate, "reference", encoder, info, info.fingerprint,
         )  # fmt: skip
-    # A run's outputs. A codec is needed only where audio has to be decoded from the run's tokens.
+    # 2. A run's outputs.
     run = FinishedRun.open(run_dir)
     settings = run.settings
     manifest = run.manifest(data_list)
     lines = np.flatnonzero(read_ledger(run_dir, manifest).status == RowStatus.DONE)
     model_path = model_path or run.model_path
     numbers = check_num_quantizers(num_quantizers, settings["num_quantizers"])
+    # 3. A codec is needed only where audio has to be decoded from the run's tokens.
     needs_codec = run.task == "wav2token" or numbers != (settings["num_quantizers"],)
     codec = open_codec(model_path, device, dtype, settings) if needs_codec else None
     known: CodecInfo | None
