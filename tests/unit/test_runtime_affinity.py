@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from batch_tokenizer.runtime import affinity
+from batch_tokenizer.runtime import devices
 
 NODES = {0: set(range(8)), 1: set(range(8, 16))}
 
@@ -17,9 +17,9 @@ class Machine:
 
     def __init__(self, monkeypatch, gpu_nodes, allowed):
         self.gpu_nodes, self.allowed, self.error = gpu_nodes, set(allowed), None
-        monkeypatch.setattr(affinity, "_numa_node", gpu_nodes.__getitem__)
-        monkeypatch.setattr(affinity.os, "sched_getaffinity", lambda _: set(self.allowed))
-        monkeypatch.setattr(affinity.os, "sched_setaffinity", lambda _, cores: setattr(self, "allowed", set(cores)))
+        monkeypatch.setattr(devices, "_numa_node", gpu_nodes.__getitem__)
+        monkeypatch.setattr(devices.os, "sched_getaffinity", lambda _: set(self.allowed))
+        monkeypatch.setattr(devices.os, "sched_setaffinity", lambda _, cores: setattr(self, "allowed", set(cores)))
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpu_nodes))
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=device.index))
         monkeypatch.setattr("pynvml.nvmlInit", lambda: None)
@@ -33,7 +33,7 @@ class Machine:
         self.allowed = set(NODES[self.gpu_nodes[index - 1]])
 
     def cores(self, gpu, num_ranks):
-        affinity.bind_to_numa_node(torch.device("cuda", gpu), num_ranks)
+        devices.bind_to_numa_node(torch.device("cuda", gpu), num_ranks)
         return self.allowed
 
 
@@ -66,6 +66,6 @@ def test_the_node_of_a_device_is_that_of_its_place_on_the_bus(monkeypatch, tmp_p
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda gpu: place)
     read = []
     for text, node in (("1\n", 1), ("-1\n", None), ("", None)):
-        monkeypatch.setattr(affinity.Path, "read_text", lambda path, encoding: read.append(str(path)) or text)  # noqa: B023
-        assert affinity._numa_node(0) == node
+        monkeypatch.setattr(devices.Path, "read_text", lambda path, encoding: read.append(str(path)) or text)  # noqa: B023
+        assert devices._numa_node(0) == node
     assert set(read) == {"/sys/bus/pci/devices/0000:1b:02.0/numa_node"}
