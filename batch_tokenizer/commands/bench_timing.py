@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import re
 import statistics
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
@@ -16,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.benchmark import Timer
 
 from batch_tokenizer.codecs.base import Codec, Computation, Computed
 from batch_tokenizer.data.loader import Loader
@@ -199,26 +199,11 @@ def peak_rate(device: torch.device, dtype: torch.dtype, threads: int) -> float:
 
     The best of several tries: it is a bound to compare with.
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
     best = 0.0
     for size in (4096, 8192) if device.type == "cuda" else (1024, 2048):
         first, second = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-        for _ in range(10):
-            if device.type == "cuda":
-                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                start.record()
-                for _ in range(10):
-                    first @ second
-                end.record()
-                end.synchronize()
-                elapsed = start.elapsed_time(end) / 1e4
-            else:
-                began = time.perf_counter()
-                first @ second
-                elapsed = time.perf_counter() - began
-            best = max(best, 2 * size**3 / elapsed)
-    torch.set_num_threads(before)
+        product = Timer("first @ second", globals={"first": first, "second": second}, num_threads=threads)
+        best = max(best, 2 * size**3 / min(product.blocked_autorange().times))
     return best
 
 
