@@ -29,9 +29,9 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from batch_tokenizer import __version__
-from batch_tokenizer.config import RunConfig, add_options, shard_of_slurm_array
+from batch_tokenizer.config import RunConfig, add_options
 from batch_tokenizer.records import RunError, printable_lines
-from batch_tokenizer.runtime.processes import ProcessGroup
+from batch_tokenizer.runtime.processes import ProcessGroup, shard_of_slurm_array
 from batch_tokenizer.runtime.signals import Aborted, Stopped
 
 #: Subcommand to the module that has ``add_arguments(parser)`` and ``main(arguments) -> int``, and a line of help.

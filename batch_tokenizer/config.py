@@ -13,6 +13,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from batch_tokenizer.audio_fields import OtherAudio, check_codes_field, parse_audio_fields
 from batch_tokenizer.records import (
     CODES_FIELD,
     OUTPUT_FIELDS,
@@ -31,7 +32,7 @@ Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Resampler = Literal["reference", "soxr"]
 AudioFormat = Literal["wav", "flac"]
-Channels = Literal["mean", "left", "right", "split"]
+Channels = Literal["mean", "left", "right", "split", "split_row"]
 Names = Literal["auto", "mirror", "hash"]
 StopMetric = Literal["stoi", "si_sdr", "level_change"]
 FrontEnd = Literal["auto", "host", "device"]
@@ -40,13 +41,6 @@ Group = Literal["input", "output", "model", "single codecs", "speed", "long audi
 
 #: Settings of a run that decide where its outputs go and in which form, but not what is computed.
 OUTPUT_SETTINGS = ("sink", "output_dir", "audio_format")
-
-
-#: Fields and columns that stand beside the codes of a row.
-_OTHER_FIELDS = frozenset(
-    ("key", "codec", "fingerprint", "num_frames", "num_samples", "duration", "audio", "hidden_states", "info",
-     "manifest_row", "batch_tokenizer")
-)  # fmt: skip
 
 _METAVARS = {int: "N", float: "SECONDS"}
 
@@ -179,7 +173,11 @@ class RunConfig:
         "lists, audio files, URLs (docs/corpora.md); several are one after the other", metavar="SOURCE", joined=True)
     task: Task = option("wav2token", "input", "encode audio to tokens, decode tokens to audio, or both in one run")
     channels: Channels = option("mean", "input",
-        "of audio with several channels, take their mean, the first, the second, or make a row of each")
+        "of audio with several channels, take their mean, the first, the second, make a row of each (split), or one "
+        "row with the codes of both (split_row)")
+    audio_fields: str | None = option(None, "input",
+        "fields of a row that name audio, the row's own first, each with the name of its codes, such as "
+        "wav=audio_codes,ref_audio=ref_audio_codes", metavar="FIELD=CODES,…", unset="the row's own audio alone")
     audio_column: str | None = option(None, "input", "of parquet and Arrow files, the column that holds the audio",
         metavar="NAME", unset="found by its type or name")
     allow_pipe: bool = option(False, "input", "let pipe: sources and rows run their shell commands")
@@ -285,6 +283,7 @@ class RunConfig:
                 raise RunError(f"--stop_below {metric}: choose one of {', '.join(get_args(StopMetric))}")
         if self.sink in SHARD_SINKS and self.output_dir is None:
             raise RunError(f"--sink {self.sink} needs --output_dir, the folder of its shards")
+        self._check_audio_fields()
         check_codes_field(self.codes_field)
         if self.sink == "jsonl" and "reconstructed_wav" in OUTPUT_FIELDS[self.task]:
             raise RunError(
@@ -296,6 +295,45 @@ class RunConfig:
             raise RunError("--sink jsonl holds tokens and fields, and --hidden_states makes arrays: use another --sink")
         if self.shard >= self.num_shards:
             raise RunError(f"--shard {self.shard}: must be below --num_shards {self.num_shards}")
+
+    def _check_audio_fields(self) -> None:
+        """Checks ``audio_fields``, and takes the name of the codes of a row's own audio from it."""
+        flag = "--channels split_row" if self.channels == "split_row" else f"--audio_fields {self.audio_fields}"
+        if self.audio_fields is not None:
+            own = parse_audio_fields(self.audio_fields)[0].codes
+            if self.task == "token2wav":
+                raise RunError(f"{flag}: token2wav decodes the codes of a row's own audio: leave it out")
+            if self.codes_field not in (own, CODES_FIELD):
+                raise RunError(f"{flag}: --codes_field says {self.codes_field}: leave one of them out")
+            object.__setattr__(self, "codes_field", own)
+        for other in self.other_audio:
+            check_codes_field(other.codes)
+            if self.channels == "split_row" and self.audio_fields is not None and "," in self.audio_fields:
+                raise RunError(f"{flag} and --audio_fields with several: leave one of them out")
+            if self.task == "wav2token2wav":
+                raise RunError(
+                    f"{flag}: only codes can be made of several: use --task wav2token, and then --task token2wav, "
+                    "which decodes the codes of a row's own audio"
+                )
+            if self.hidden_states:
+                raise RunError(f"{flag}: there can be no --hidden_states of several: leave one of them out")
+
+    @property
+    def audio_field(self) -> str:
+        """The field that names a row's own audio."""
+        return "wav" if self.audio_fields is None else str(parse_audio_fields(self.audio_fields)[0].field)
+
+    @property
+    def other_audio(self) -> tuple[OtherAudio, ...]:
+        """What is encoded of a row beside its own audio."""
+        if self.task == "token2wav":
+            return ()
+        if self.channels == "split_row":
+            return (OtherAudio(f"{self.codes_field}_1", channel=1),)
+        if self.audio_fields is None:
+            return ()
+        channel = {"left": 0, "right": 1}.get(self.channels)
+        return tuple(replace(other, channel=channel) for other in parse_audio_fields(self.audio_fields)[1:])
 
     @property
     def codec_options(self) -> dict[str, Any]:
@@ -325,16 +363,6 @@ class RunConfig:
         path = Path(str(self.data_list).partition("\n")[0].lower().removesuffix(".gz"))
         is_shard = path.suffix in (".tar", ".tgz", ".parquet", ".arrow") and len(path.parts) == len(source.parts)
         return Path(source.name) if is_shard else source
-
-
-def check_codes_field(name: str) -> None:
-    """
-    Raises:
-        RunError: the name cannot be that of the codes, as it is empty or that of something else beside them.
-    """
-    if not name or name in _OTHER_FIELDS:
-        others = ", ".join(sorted(_OTHER_FIELDS))
-        raise RunError(f"--codes_field {name!r}: a name other than {others}")
 
 
 @lru_cache(maxsize=1)
@@ -409,29 +437,3 @@ def beside(data_list: str | Path, ending: str) -> Path:
     else:
         name = Path(path.name.removesuffix(".gz")).stem
     return Path(f"{name}{ending}") if elsewhere else path.with_name(f"{name}{ending}")
-
-
-def shard_of_slurm_array(environment: Mapping[str, str], num_shards: int | None = None) -> tuple[int, int]:
-    """(num_shards, shard) of this task of a Slurm job array, for ``--shard slurm``.
-
-    Tasks ``--array=F-L:S`` are shards 0, 1, … of as many as there are tasks. With ``num_shards`` given, a task's own
-    number is its shard, so that single ones of them can be submitted again.
-
-    Raises:
-        RunError: this is no array task, or its numbers are not a range.
-    """
-    try:
-        task, first, step, count = (
-            int(environment[f"SLURM_ARRAY_TASK_{name}"]) for name in ("ID", "MIN", "STEP", "COUNT")
-        )
-    except (KeyError, ValueError) as error:
-        raise RunError("--shard slurm: this is not a task of a Slurm job array (sbatch --array=0-9)") from error
-    if num_shards is not None:
-        return num_shards, task
-    shard, rest = divmod(task - first, max(1, step))
-    if rest or shard >= count:
-        raise RunError(
-            "--shard slurm: the array's task numbers are not a range; submit one such as --array=0-9, "
-            "or say how many shards there are with --num_shards"
-        )
-    return count, shard

@@ -3,6 +3,8 @@
     manifest ─ManifestRow─► loader ─LoadedRow─► packer ─Batch─► codec ─TokenizedRow─► writers ─LedgerEntry─► ledger
                                └───────────────── RowFailure ──────────────────────────────────────────────────┘
 
+A row with other audio beside its own (``--audio_fields``) is several rows up to the codec, and one again after it.
+
 Every record is frozen: a stage makes a new one instead of changing what it was given. Arrays are numpy, not torch, so
 that a record crosses a process border as plain bytes.
 """
@@ -167,6 +169,7 @@ class ManifestRow:
         fields: the whole row as it stood, for pass-through to the output's ``info``.
         cut: the part of ``wav`` that is meant; None for all of it.
         piece: which piece of a long row this is, from 0, ``cut`` being that piece's; None for a whole row.
+        other_codes: where ``wav`` is other audio of the row, the name of its codes; None where it is the row's own.
     """
 
     line: int
@@ -178,6 +181,7 @@ class ManifestRow:
     fields: Mapping[str, Any]
     cut: AudioCut | None = None
     piece: int | None = None
+    other_codes: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,20 +205,24 @@ class Pieces:
 
 @dataclass(frozen=True, slots=True)
 class RowFailure:
-    """A row that ends as failed. ``key`` is None where the line could not be read far enough to know it."""
+    """A row that ends as failed. ``key`` is None where the line could not be read far enough to know it, and
+    ``other_codes`` names those whose audio has failed, unless that is the row's own."""
 
     line: int
     digest: str
     key: str | None
     stage: Stage
     reason: str
+    other_codes: str | None = None
 
     @classmethod
     def of(cls, row: ManifestRow, stage: Stage, reason: str) -> RowFailure:
-        """The failure of a row. If it is that of a piece, the reason says where the piece is."""
+        """The failure of a row. Where it is that of a piece or of other audio, the reason says which."""
         if row.piece is not None and row.cut is not None and row.cut.end is not None:
             reason = f"{reason} (in its piece from {row.cut.start:g} to {row.cut.end:g} s)"
-        return cls(row.line, row.digest, row.key, stage, reason)
+        if row.other_codes is not None:
+            reason = f"for {row.other_codes}: {reason}"
+        return cls(row.line, row.digest, row.key, stage, reason, row.other_codes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,6 +276,7 @@ class TokenizedRow:
         num_samples: as in ``LoadedRow``.
         segments: of a row that was encoded in segments, the first frame and the first sample of each.
         hidden_states: float16 (T, d), the encoder's output before quantization; None where it is not kept.
+        others: results of the row's other audio, by the name of their codes.
     """
 
     row: ManifestRow
@@ -276,6 +285,13 @@ class TokenizedRow:
     num_samples: int
     segments: tuple[tuple[int, int], ...] | None = None
     hidden_states: npt.NDArray[np.float16] | None = None
+    others: Mapping[str, TokenizedRow] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of array data this record holds."""
+        own = sum(array.nbytes for array in (self.codes, self.samples, self.hidden_states) if array is not None)
+        return own + sum(other.nbytes for other in self.others.values())
 
 
 @dataclass(frozen=True, slots=True)

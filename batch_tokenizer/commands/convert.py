@@ -12,31 +12,41 @@ their numbers are made (``writers/token_streams.py``), a Lhotse Shar folder, or 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
 
+from batch_tokenizer.audio_fields import check_codes_field
 from batch_tokenizer.commands.convert_energon import EnergonTarget
 from batch_tokenizer.commands.convert_shar import SharTarget
 from batch_tokenizer.commands.convert_streams import StreamTarget, settings_of
 from batch_tokenizer.commands.convert_targets import FileTarget, ShardTarget, Target
-from batch_tokenizer.config import add_options, check_codes_field, check_least
+from batch_tokenizer.config import add_options, check_least
 from batch_tokenizer.records import RowError, RunError
 from batch_tokenizer.runs.finished_run import FinishedRun
 from batch_tokenizer.runs.indexed_rows import stored_rows
 from batch_tokenizer.runs.stored_rows import StoredRow
 from batch_tokenizer.runtime.row_counter import RowCounter
 from batch_tokenizer.runtime.run_files import is_run_folder
+from batch_tokenizer.storage.row_info import other_names
 from batch_tokenizer.writers.row_encoding import tokens_as_json, tokens_as_npy
 from batch_tokenizer.writers.token_streams import Pattern
 
 Form = Literal["json", "npy", "jsonl", "tar", "parquet", "shar", "energon", "megatron", "flat"]
+
+
+#: What has one place for codes.
+_OWN_CODES_ONLY: tuple[Form, ...] = ("shar", "megatron", "flat")
+
+log = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,6 +91,8 @@ def main(arguments: argparse.Namespace) -> int:
     rows = stored_rows(arguments.source)
     with _new_folder(arguments.out) as folder:
         target: Target = _target(arguments, folder)
+        if arguments.form in _OWN_CODES_ONLY:
+            rows = _own_codes_only(rows, arguments.form)
         num_rows, num_codes = _fill(target, rows, tokens_only=arguments.tokens_only)
         if not num_rows:
             raise RunError(f"{arguments.source}: has no rows")
@@ -100,7 +112,7 @@ def _fill(target: Target, rows: Iterator[StoredRow], *, tokens_only: bool) -> tu
                 except RowError as error:
                     raise RunError(f"row {row.key}: {error.reason}", exit_code=1) from error
                 num_rows += 1
-                num_codes += 0 if row.codes is None else row.codes.size
+                num_codes += sum(codes.size for codes in (row.codes, *row.other_codes.values()) if codes is not None)
                 counter.update()
     except BaseException:
         with suppress(OSError):
@@ -164,7 +176,21 @@ def _places_of(source: str) -> Callable[[str], int] | None:
 
 
 def _tokens_only(row: StoredRow) -> StoredRow:
-    return StoredRow(row.key, row.codes, {name: value for name, value in row.info.items() if name != "hidden_states"})
+    info = {name: value for name, value in row.info.items() if name != "hidden_states"}
+    return StoredRow(row.key, row.codes, info, other_codes=row.other_codes)
+
+
+def _own_codes_only(rows: Iterator[StoredRow], form: Form) -> Iterator[StoredRow]:
+    """Rows without the codes of other audio, which a warning names once."""
+    warned = False
+    for row in rows:
+        if names := other_names(row.info):
+            if not warned:
+                log.warning("--to %s holds the own codes of rows: %s are left behind", form, ", ".join(names))
+            warned = True
+            info = {name: value for name, value in row.info.items() if name not in ("other_audio", "other_codes")}
+            row = replace(row, info=info, other_codes={})
+        yield row
 
 
 def _count(folder: Path) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from batch_tokenizer.runs.stored_rows import StoredRow
 from batch_tokenizer.sources.finishing import output_path
 from batch_tokenizer.storage.json_lines import json_lines_writer
 from batch_tokenizer.storage.names import HIDDEN_STATES_ENDING
-from batch_tokenizer.storage.row_info import RUN_INFO_FIELDS, split_info
+from batch_tokenizer.storage.row_info import RUN_INFO_FIELDS, other_names, split_info
 from batch_tokenizer.writers.row_encoding import EncodedRow, npy_bytes
 from batch_tokenizer.writers.shard_sink import MOST_ROWS, OpenShard, ShardForm, shard_form
 
@@ -24,7 +24,7 @@ ToBytes = Callable[[npt.NDArray[np.uint16], Mapping[str, Any]], bytes]
 #: Of what a run says of its rows alike, what all rows of a shard or stream must have in common.
 _MUST_AGREE = (
     "codec", "fingerprint", "sample_rate", "frame_rate", "codebook_sizes",
-    "loudness", "attention_window", "window_merge", "hidden_states",
+    "loudness", "attention_window", "window_merge", "hidden_states", "other_audio",
 )  # fmt: skip
 
 
@@ -67,10 +67,11 @@ class FileTarget:
 
     def add(self, row: StoredRow) -> None:
         codes = codes_of(row)
-        fields, _ = split_info(row.info)
+        fields, about = split_info(info_of(row, codes))
+        encoded = EncodedRow(row.key, fields, about, codes, other_codes=row.other_codes)
         line: dict[str, Any] = {"key": row.key, **{name: value for name, value in fields.items() if name != "key"}}
         line.pop("reconstructed_wav", None)
-        line["quantized_tokens"] = self._write(row.key, self._ending, self._to_bytes(codes, info_of(row, codes)))
+        line["quantized_tokens"] = self._write(row.key, self._ending, self._to_bytes(codes, encoded.info_with_codes))
         if row.hidden_states is not None:
             self._write(row.key, f"{self._ending}{HIDDEN_STATES_ENDING}", npy_bytes(row.hidden_states))
         if row.audio is not None:
@@ -115,6 +116,8 @@ class ShardTarget:
         if self._form is None:
             self._has_audio = row.audio is not None
             width = None if codes is None else codes.shape[1]
+            if self._codes_field in other_names(self._common.fields):
+                raise RunError(f"--codes_field {self._codes_field}: other codes of the rows have this name")
             self._form = shard_form(self._kind, self._common.fields, width, self._has_audio, self._codes_field)
         if self._kind == "jsonl" and codes is None:
             raise RunError(f"row {row.key}: has no tokens")
@@ -130,7 +133,7 @@ class ShardTarget:
             )
         fields, about = split_info({**row.info, "key": row.key} if codes is None else info_of(row, codes))
         encoded = self._form.encode(
-            EncodedRow(row.key, fields, about, codes, row.audio, row.audio_format, row.hidden_states)
+            EncodedRow(row.key, fields, about, codes, row.audio, row.audio_format, row.hidden_states, row.other_codes)
         )
         if self._shard is None:
             self._stream = (self._folder / f"tokens-{self._num_shards:06d}.{self._form.suffix}").open("xb")

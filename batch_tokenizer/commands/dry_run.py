@@ -7,10 +7,8 @@ earlier run's folder is only read.
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,16 +19,18 @@ import numpy.typing as npt
 
 from batch_tokenizer import __version__
 from batch_tokenizer.audio.decoding import probe_audio
+from batch_tokenizer.audio_fields import parts_of
 from batch_tokenizer.codecs.base import Codec, CodecSpec
 from batch_tokenizer.codecs.memory import is_out_of_memory
+from batch_tokenizer.commands.dry_run_places import check_places, print_fact
 from batch_tokenizer.commands.status import format_duration, format_size, seems_at_work
 from batch_tokenizer.data.loading import RowLoader
 from batch_tokenizer.data.pieces import PassLimit, piece_of
 from batch_tokenizer.manifest.manifest import Manifest
 from batch_tokenizer.manifest.row import LineState
 from batch_tokenizer.manifest.units import in_shard, plan_units
-from batch_tokenizer.pipeline.setup import RunContext
-from batch_tokenizer.records import LoadedRow, ManifestRow, RowError, RowForm, RunError, TokenizedRow
+from batch_tokenizer.pipeline.setup import RunContext, warn_of_absent_fields
+from batch_tokenizer.records import LoadedRow, ManifestRow, RowError, RunError, TokenizedRow
 from batch_tokenizer.runs.output_rows import run_as_source
 from batch_tokenizer.runs.source import settings_of
 from batch_tokenizer.runtime.ledger import RowStatus, read_ledger
@@ -38,7 +38,7 @@ from batch_tokenizer.runtime.ledger_lines import has_done_rows
 from batch_tokenizer.runtime.processes import ProcessGroup
 from batch_tokenizer.runtime.run_settings import read_settings, run_dir_of, setting_differences
 from batch_tokenizer.sources.listing import local_manifest
-from batch_tokenizer.storage.names import display_name, is_url
+from batch_tokenizer.storage.names import display_name
 from batch_tokenizer.writers.open import output_bytes
 
 #: Rows of which the input is opened, and of these, rows that are decoded.
@@ -53,7 +53,8 @@ _EXAMPLES = 3
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """A row that was opened. ``seconds`` is its length of audio, or None where the header does not say."""
+    """A row, or other audio of one, that was opened. ``seconds`` is its length, or None where the header does not
+    say."""
 
     row: ManifestRow
     seconds: float | None
@@ -87,9 +88,9 @@ def dry_run(context: RunContext) -> int:
     run_dir = run_dir_of(config)
     trouble: list[str] = []
     codebooks = f"{context.num_quantizers} of {spec.info.num_codebooks} codebooks"
-    _print("dry run", f"batch_tokenizer {__version__}, {config.task}, {codebooks}")
-    _print("model", f"{context.codec.checkpoint.folder} ({spec.info.family}, fingerprint {spec.info.fingerprint})")
-    _print("device", context.compute.reason.removeprefix("device "))
+    print_fact("dry run", f"batch_tokenizer {__version__}, {config.task}, {codebooks}")
+    print_fact("model", f"{context.codec.checkpoint.folder} ({spec.info.family}, fingerprint {spec.info.fingerprint})")
+    print_fact("device", context.compute.reason.removeprefix("device "))
     with tempfile.TemporaryDirectory(prefix="batch_tokenizer-") as scratch:
         # 1. The rows, and what an earlier run did of them.
         idle = context.stop.check
@@ -99,6 +100,7 @@ def dry_run(context: RunContext) -> int:
         path = local_manifest(source, Path(scratch), settings_of(config, run_dir), idle)
         manifest = Manifest.open(path, config.task, scratch, sink=config.sink, progress=lambda done, total: idle())
         trouble += _describe_manifest(manifest, display_name(str(config.data_list)))
+        warn_of_absent_fields(manifest, config.other_audio)
         status, troubles = _earlier_run(context, run_dir, manifest)
         trouble += troubles
         todo = status == RowStatus.PENDING
@@ -111,7 +113,7 @@ def dry_run(context: RunContext) -> int:
         rows = np.flatnonzero(todo & manifest.is_row)
         of_shard = f" of shard {config.shard} of {config.num_shards}" if config.num_shards > 1 else ""
         ranks = f"{processes.world_size} ranks ({processes.launcher})"
-        _print("to do", f"{len(rows):,} rows{of_shard} in {len(units):,} units for {ranks}")
+        print_fact("to do", f"{len(rows):,} rows{of_shard} in {len(units):,} units for {ranks}")
         trouble += _too_long(manifest, rows, spec, context.limit)
         # 2. A sample of the inputs is opened, and some of it is decoded.
         load = RowLoader(config.task, spec, config.resampler, context.num_quantizers, context.limit)
@@ -129,13 +131,13 @@ def dry_run(context: RunContext) -> int:
         measured = _measure(context, codec, loaded) if loaded else None
     needed: dict[str, float] = {}
     if measured is None or seconds is None:
-        _print("time", "unknown, as no row of the sample could be computed" if len(rows) else "none: nothing to do")
+        print_fact("time", "unknown, as no row of the sample could be computed" if len(rows) else "none: nothing to do")
     else:
         _print_time(context.num_workers, processes, measured, seconds)
         needed = {field: share * seconds for field, share in measured.bytes_written.items()}
-        _print("bytes", ", ".join(f"{field} {format_size(size)}" for field, size in needed.items()))
+        print_fact("bytes", ", ".join(f"{field} {format_size(size)}" for field, size in needed.items()))
     # 4. Whether the outputs can be written.
-    trouble += _check_places(sample, manifest.form, config.output_dir, run_dir, needed)
+    trouble += check_places(sample, manifest.form, config.output_dir, run_dir, needed)
 
     print()
     for line in trouble:
@@ -147,10 +149,6 @@ def dry_run(context: RunContext) -> int:
         flush=True,
     )
     return 1 if trouble else 0
-
-
-def _print(name: str, text: str) -> None:
-    print(f"{name:<10} {text}".encode(errors="backslashreplace").decode(), flush=True)
 
 
 # ------------------------------------------------------------------------------------------------ manifest, run folder
@@ -167,7 +165,7 @@ def _describe_manifest(manifest: Manifest, source: str) -> Iterator[str]:
             yield f"line {line + 1}, {item.key or 'without key'}: {getattr(item, 'reason', name)}"
         if len(lines) > _EXAMPLES:
             yield f"{len(lines) - _EXAMPLES:,} more {name} lines"
-    _print(
+    print_fact(
         "manifest",
         f"{source}: {len(manifest):,} rows, " + ", ".join(f"{count:,} {kind}" for kind, count in counts.items()),
     )
@@ -178,7 +176,7 @@ def _earlier_run(context: RunContext, run_dir: Path, manifest: Manifest) -> tupl
     config = context.config
     fresh = np.where(manifest.is_blank, RowStatus.BLANK, RowStatus.PENDING).astype(np.uint8)
     if not run_dir.exists():
-        _print("run folder", f"{run_dir}, new")
+        print_fact("run folder", f"{run_dir}, new")
         return fresh, []
     if not run_dir.is_dir():
         return fresh, [f"run folder {run_dir} is a file: choose another with --run_dir"]
@@ -188,10 +186,10 @@ def _earlier_run(context: RunContext, run_dir: Path, manifest: Manifest) -> tupl
     before = read_settings(run_dir)
     differences = [] if before is None else setting_differences(before, context.run_settings)
     if differences and not has_done_rows(run_dir):
-        _print("run folder", f"{run_dir}: no row is done in it, it begins anew")
+        print_fact("run folder", f"{run_dir}: no row is done in it, it begins anew")
         return fresh, trouble
     if differences and config.overwrite:
-        _print("run folder", f"{run_dir}: discarded, it is of a run with other settings ({'; '.join(differences)})")
+        print_fact("run folder", f"{run_dir}: discarded, it is of a run with other settings ({'; '.join(differences)})")
         return fresh, trouble
     if differences:
         return fresh, [
@@ -201,10 +199,10 @@ def _earlier_run(context: RunContext, run_dir: Path, manifest: Manifest) -> tupl
     if state.num_changed:
         changed = f"{state.num_changed} finished rows changed in the manifest ({', '.join(state.changed_keys)})"
         if config.overwrite:
-            _print("run folder", f"{run_dir}: discarded, as {changed}")
+            print_fact("run folder", f"{run_dir}: discarded, as {changed}")
             return fresh, trouble
         trouble.append(f"run folder {run_dir}: {changed}")
-    _print("run folder", f"{run_dir}: resumed, {state.num_done:,} rows are done, {state.num_failed:,} failed")
+    print_fact("run folder", f"{run_dir}: resumed, {state.num_done:,} rows are done, {state.num_failed:,} failed")
     return state.status, trouble
 
 
@@ -225,10 +223,16 @@ def _too_long(manifest: Manifest, rows: npt.NDArray[np.int64], spec: CodecSpec, 
 def _open_sample(
     context: RunContext, load: RowLoader, manifest: Manifest, rows: npt.NDArray[np.int64], trouble: list[str]
 ) -> tuple[list[ManifestRow], list[Sampled]]:
-    """Rows spread evenly over those to do, and those of them whose input opens."""
+    """Rows spread evenly over those to do, and their inputs that open: their own, and other audio of theirs."""
     sampled = [item for item in manifest.sample(rows, SAMPLE_ROWS) if isinstance(item, ManifestRow)]
     opened = []
+    inputs: list[ManifestRow] = []
     for row in sampled:
+        try:
+            inputs += parts_of(row, context.config.other_audio)
+        except RowError as error:
+            trouble.append(f"line {row.line + 1}, {row.key}: {error}")
+    for row in inputs:
         context.stop.check()
         try:
             if context.config.task == "token2wav":
@@ -248,9 +252,9 @@ def _estimate_seconds(manifest: Manifest, rows: npt.NDArray[np.int64], opened: S
     known = ~np.isnan(durations)
     seconds = float(durations[known].sum(dtype=np.float64))
     num_unknown = int(np.count_nonzero(~known))
-    lengths = [sampled.seconds for sampled in opened if sampled.seconds is not None]
+    lengths = _seconds_of(opened, other=False)
     if num_unknown and not lengths:
-        _print("audio", f"unknown: {num_unknown:,} rows have no duration, and no header of the sample says one")
+        print_fact("audio", f"unknown: {num_unknown:,} rows have no duration, and no header of the sample says one")
         return None
     if not num_unknown:
         source = "by the manifest's durations"
@@ -258,8 +262,23 @@ def _estimate_seconds(manifest: Manifest, rows: npt.NDArray[np.int64], opened: S
         seconds += num_unknown * float(np.mean(lengths))
         part = f" for the {num_unknown:,} rows without duration" if known.any() else ""
         source = f"extrapolated from the headers of {len(lengths)} rows{part}"
-    _print("audio", f"{seconds / 3600:,.3f} h, {source}")
+    print_fact("audio", f"{seconds / 3600:,.3f} h, {source}")
+    # Of other audio the manifest says nothing: the sample has it in proportion.
+    others = _seconds_of(opened, other=True)
+    if others and sum(lengths):
+        more = seconds * sum(others) / sum(lengths)
+        print_fact("", f"{more / 3600:,.3f} h of other audio, extrapolated from the headers of {len(others)} files")
+        seconds += more
     return seconds
+
+
+def _seconds_of(opened: Sequence[Sampled], *, other: bool) -> list[float]:
+    """The lengths of rows' own audio, or of their other audio, so far as headers say."""
+    return [
+        sampled.seconds
+        for sampled in opened
+        if sampled.seconds is not None and (sampled.row.other_codes is not None) == other
+    ]
 
 
 def _load_some(context: RunContext, load: RowLoader, opened: Sequence[Sampled], trouble: list[str]) -> list[LoadedRow]:
@@ -280,7 +299,7 @@ def _load_some(context: RunContext, load: RowLoader, opened: Sequence[Sampled], 
             loaded.append(_first_piece(load, load(sampled.row)))
         except RowError as error:
             trouble.append(f"line {sampled.row.line + 1}, {sampled.row.key}: {error}")
-    _print("sample", f"{len(opened)} inputs opened, {len(loaded)} of {len(chosen)} decoded")
+    print_fact("sample", f"{len(opened)} inputs opened, {len(loaded)} of {len(chosen)} decoded")
     return loaded
 
 
@@ -353,89 +372,10 @@ def _print_time(loaders: int, processes: ProcessGroup, measured: Measured, secon
     computing = sum(measured.stages.values()) * seconds / processes.world_size
     loading = measured.load * seconds / processes.world_size / max(1, loaders)
     total = max(computing, loading) if loaders else computing + loading
-    _print(
+    print_fact(
         "time",
         f"about {format_duration(total)}: computing {format_duration(computing)}, loading {format_duration(loading)} "
         f"({loaders} loader processes a rank)",
     )
     shares = {**measured.stages, "load": measured.load}
-    _print("", "seconds for one of audio: " + ", ".join(f"{name} {share:.5f}" for name, share in shares.items()))
-
-
-# ------------------------------------------------------------------------------------------------------------- outputs
-
-
-def _check_places(
-    sample: Sequence[ManifestRow], form: RowForm, output_dir: str | None, run_dir: Path, needed: Mapping[str, float]
-) -> Iterator[str]:
-    """Prints where there is how much space; yields a line for each place where the sampled outputs cannot go.
-
-    Args:
-        needed: estimated bytes of all outputs, by output field, or of ``shards``, which go to ``output_dir``.
-    """
-    # 1. Where the sampled outputs go, each with its share of the estimated bytes.
-    places: dict[Path, str | None] = {}
-    shares: Counter[int] = Counter()
-    spaces: dict[int, tuple[Path, int]] = {}
-    num_existing = 0
-    outputs = [
-        (f"line {row.line + 1}, {row.key}", str(row.fields[field]), needed.get(field, 0.0) / len(sample))
-        for field in form.outputs
-        for row in sample
-    ]
-    if not form.outputs and output_dir is not None:
-        outputs = [("--output_dir", f"{output_dir}/shard", needed.get("shards", 0.0))]
-    # 2. The nearest folder that exists above each of them, and its file system. Every folder is tried once.
-    for whose, output, size in outputs:
-        if is_url(output):
-            continue  # a store says what it does not take when it is asked to
-        path = Path(output)
-        if path.is_dir():
-            yield f"{whose}: {path}: is a folder, where the output should go"
-            continue
-        num_existing += path.exists()
-        try:
-            ancestor = _existing_ancestor(path)
-            if ancestor not in places:
-                places[ancestor] = _why_not_writable(ancestor)
-            device = ancestor.stat().st_dev
-            spaces[device] = ancestor, shutil.disk_usage(ancestor).free
-        except OSError as error:
-            yield f"{whose}: {path}: cannot be written: {error.strerror}"
-            continue
-        shares[device] += round(size)
-    ancestor = run_dir if run_dir.is_dir() else _existing_ancestor(run_dir)
-    places.setdefault(ancestor, _why_not_writable(ancestor))
-    # 3. What cannot be written, and which disks are too small.
-    for place, reason in places.items():
-        if reason is not None:
-            yield f"{place}: nothing can be written there: {reason}"
-    for device, (place, free) in spaces.items():
-        share = format_size(shares[device])
-        _print("free space", f"{format_size(free)} on the disk of {place}, about {share} to be written there")
-        if shares[device] > free:
-            yield f"{place}: about {share} would be written where {format_size(free)} are free"
-    if num_existing:
-        _print("outputs", f"{num_existing} of the sample's exist and would be replaced")
-
-
-def _existing_ancestor(path: Path) -> Path:
-    """The folder, or whatever stands in its place, that a path would be created in or below."""
-    for folder in path.parents:
-        try:
-            folder.stat()
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        return folder
-    return Path()
-
-
-def _why_not_writable(folder: Path) -> str | None:
-    try:
-        # Where the system has files without names, this is one, and vanishes even if the process is killed.
-        with tempfile.TemporaryFile(dir=folder):
-            return None
-    except NotADirectoryError:
-        return "it is not a folder"
-    except OSError as error:
-        return error.strerror or str(error)
+    print_fact("", "seconds for one of audio: " + ", ".join(f"{name} {share:.5f}" for name, share in shares.items()))

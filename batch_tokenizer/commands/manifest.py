@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from batch_tokenizer.audio.decoding import probe_audio
+from batch_tokenizer.audio_fields import parse_audio_fields
 from batch_tokenizer.commands.status import format_size
 from batch_tokenizer.config import add_options, check_least
 from batch_tokenizer.manifest.manifest import Manifest
@@ -65,7 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("source", help="a folder, tars ('shards/{000..999}.tar'), NeMo or Lhotse JSON lines, a URL")
     add("--out", type=Path, default=Path("data.jsonl"), help="the manifest (%(default)s)")
     add("--overwrite", action="store_true", help="replace the manifest if it is there; the source itself never is")
-    add_options(make, "task", "output_dir", "names", "sink", "audio_format", "channels", "audio_column", "allow_pipe")
+    add_options(make, "task", "output_dir", "names", "sink", "audio_format", "channels", "audio_fields", "audio_column",
+        "allow_pipe")  # fmt: skip
     add("--workers", type=int, default=min(32, 4 * (os.cpu_count() or 1)),
         help="files opened at once (%(default)s); more help on network disks")  # fmt: skip
     stats = commands.add_parser("stats", help="count, hours, histogram, expected tokens, bytes and GPU-hours")
@@ -90,9 +92,10 @@ def main(arguments: argparse.Namespace) -> int:
         os.environ[ALLOW_PIPE] = "1"
     # Rows of a sink that makes shards need no outputs, and neither do rows that get them later.
     sink: Sink = arguments.sink if arguments.output_dir is not None else "tar"
+    fields = [] if arguments.audio_fields is None else [one.field for one in parse_audio_fields(arguments.audio_fields)]
     settings = SourceSettings(
         arguments.task, sink, arguments.output_dir, arguments.audio_format, arguments.channels, arguments.audio_column,
-        arguments.names,
+        arguments.names, *((fields[0], tuple(fields[1:])) if fields else ()),
     )  # fmt: skip
     return make_manifest(arguments.source, arguments.out, settings, arguments.workers, overwrite=arguments.overwrite)
 

@@ -37,7 +37,8 @@ def main(arguments: argparse.Namespace) -> int:
         raise RunError(f"{arguments.source}: has no {arguments.key}", exit_code=1)
     if arguments.json:
         tokens = None if row.codes is None else row.codes.tolist()
-        print(json.dumps({"quantized_tokens": tokens, "info": dict(row.info)}))
+        others = {name: codes.tolist() for name, codes in row.other_codes.items()}
+        print(json.dumps({"quantized_tokens": tokens, "info": {**row.info, **others}}))
         return 0
     for line in describe(row):
         print(printable(line))
@@ -60,6 +61,9 @@ def describe(row: StoredRow) -> list[str]:
     if row.codes is not None:
         lines.append(f"codes      {row.codes.shape[0]} frames of {row.codes.shape[1]} codebooks")
         lines += _frames(row.codes)
+    for name, codes in row.other_codes.items():
+        lines.append(f"{name:<10} {codes.shape[0]} frames of {codes.shape[1]} codebooks")
+        lines += _frames(codes)
     others = {name: value for name, value in info.items() if name not in ("key", "text")}
     lines.append(f"info       {json.dumps(others, ensure_ascii=False)}")
     return lines

@@ -17,12 +17,14 @@ import numpy as np
 import numpy.typing as npt
 
 from batch_tokenizer.audio.loading import load_samples
+from batch_tokenizer.audio_fields import from_settings, parts_of
 from batch_tokenizer.codecs.base import Codec
 from batch_tokenizer.codecs.checkpoint import Checkpoint
 from batch_tokenizer.codecs.offline import encode
 from batch_tokenizer.codecs.opening import CodecSetup
 from batch_tokenizer.commands.verify_rows import Problem
 from batch_tokenizer.config import Device, Dtype
+from batch_tokenizer.data.other_codes import read_other_codes
 from batch_tokenizer.data.token_files import read_tokens
 from batch_tokenizer.manifest.manifest import Manifest
 from batch_tokenizer.records import ManifestRow, RowError, RowFailure, RunError
@@ -40,7 +42,7 @@ Codes = npt.NDArray[np.uint16]
 
 @dataclass(frozen=True, slots=True)
 class StoredCodes:
-    """A sampled row: its audio at the codec's rate, and the codes that the run stored."""
+    """A sampled row, or other audio of one: its samples at the codec's rate, and the codes that the run stored."""
 
     row: ManifestRow
     samples: npt.NDArray[np.float32]
@@ -70,7 +72,8 @@ class Comparison:
         what = self._difference(stored.codes, computed)
         if what is not None:
             row = stored.row
-            self.problems.append(Problem(row.line + 1, row.key, "recomputed", None, f"{self.name}: {what}"))
+            way = self.name if row.other_codes is None else f"{row.other_codes}, {self.name}"
+            self.problems.append(Problem(row.line + 1, row.key, "recomputed", None, f"{way}: {what}"))
 
     def _difference(self, stored: Codes, computed: Codes | RowError) -> str | None:
         if isinstance(computed, RowError):
@@ -136,7 +139,8 @@ class Recomputation:
             other = Comparison(f"in {self.dtype}", False)
             _compare_together(other, self._open_codec(run, self.dtype)[0], sample, width)
             comparisons.append(other)
-        _print_table(comparisons, len(sample), f"{device}, {run_dtype}")
+        num_rows = sum(one.row.other_codes is None for one in sample)
+        _print_table(comparisons, num_rows, f"{device}, {run_dtype}")
         return comparisons
 
     def _open_codec(self, run: FinishedRun, dtype: Any) -> tuple[Codec, str]:
@@ -160,11 +164,15 @@ class Recomputation:
                     raise RowError(row.stage, row.reason)
                 if row.wav is None or row.quantized_tokens is None:
                     raise RowError("load", "the row has no wav or no quantized_tokens")
-                codes, _ = read_tokens(row.quantized_tokens, info, known)
-                samples = load_samples(
-                    row.wav, info.sample_rate, run.settings.get("resampler", "reference"), cut=row.cut
-                )
-                yield StoredCodes(row, samples, codes)
+                codes, about = read_tokens(row.quantized_tokens, info, known)
+                stored = {None: codes, **read_other_codes(row.quantized_tokens, about)}
+                for part in parts_of(row, from_settings(run.settings)):
+                    if part.other_codes is not None and about["other_codes"][part.other_codes]["num_samples"] > most:
+                        continue
+                    samples = load_samples(
+                        str(part.wav), info.sample_rate, run.settings.get("resampler", "reference"), cut=part.cut
+                    )
+                    yield StoredCodes(part, samples, stored[part.other_codes])
             except RowError as error:
                 log.warning("row %s is not computed again: %s", row.key, error.reason)
 

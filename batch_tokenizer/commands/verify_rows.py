@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from batch_tokenizer.audio_fields import from_settings, parts_of
 from batch_tokenizer.codecs.base import CodecSpec
 from batch_tokenizer.manifest.manifest import Manifest
 from batch_tokenizer.records import ManifestRow
@@ -271,7 +272,11 @@ class RowChecker:
                     check_audio_file(path, self.form, int(chunk.output_samples[number]))
                 else:
                     num_samples, num_frames = int(chunk.num_samples[number]), int(chunk.frames[number])
-                    check_token_file(path, self.form, key=row.key, num_samples=num_samples, num_frames=num_frames)
+                    others = parts_of(row, from_settings(self.form.info))[1:]
+                    check_token_file(
+                        path, self.form, key=row.key, num_samples=num_samples, num_frames=num_frames,
+                        other_names=[part.other_codes for part in others if part.other_codes is not None],
+                    )  # fmt: skip
                 if name in chunk.checksums and chunk.checksums[name][number] >= 0:
                     check_file_checksum(path, int(chunk.checksums[name][number]))
             except CheckFailed as error:

@@ -28,6 +28,7 @@ from batch_tokenizer.runs.checks import (
     check_codes,
     check_hidden_states,
     check_info,
+    check_other_codes,
 )
 from batch_tokenizer.runs.finished_run import FinishedRun
 from batch_tokenizer.runs.shards import shard_entries
@@ -35,6 +36,7 @@ from batch_tokenizer.runs.stored_rows import StoredRow, shard_rows
 from batch_tokenizer.runtime.ledger_lines import read_shard_lines
 from batch_tokenizer.runtime.run_files import parse_shard_name, shard_ledger_file
 from batch_tokenizer.storage.atomic import os_error_ends_run
+from batch_tokenizer.writers.row_encoding import OTHER_CHECKSUM
 from batch_tokenizer.writers.shard_folder import ShardFolder
 
 #: Rows of one shard that are named, before the rest is only counted.
@@ -57,6 +59,11 @@ class Entry:
     frames: int
     output_samples: int
     checksums: Mapping[str, int]
+
+    @property
+    def other_names(self) -> list[str]:
+        """The names of the codes of its other audio."""
+        return [name.removeprefix(OTHER_CHECKSUM) for name in self.checksums if name.startswith(OTHER_CHECKSUM)]
 
     def problem(self, kind: str, path: str, what: str) -> Problem:
         """A finding about this row."""
@@ -176,6 +183,7 @@ class ShardChecker:
             if row.codes is None:
                 raise CheckFailed("missing", "has no tokens")
             check_codes(row.codes, form.codebook_sizes, num_samples=entry.num_samples, num_frames=entry.frames)
+            check_other_codes(row.other_codes, row.info, form.codebook_sizes, entry.other_names)
         if form.info.get("hidden_states"):
             if row.hidden_states is None:
                 raise CheckFailed("missing", "has no hidden states")

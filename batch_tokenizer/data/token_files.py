@@ -7,9 +7,8 @@
     jsonl://1536+480::x.jsonl       a line of JSON that has the codes in one of its fields
 
 Token files may come from anywhere, so nothing in them is believed, and none takes much more memory than its own size: a
-large JSON file is parsed some frames at a time, as Python's numbers take 34 times the space of their digits. The check
-of frames is one numpy conversion; only those that fail it are searched for the place to name. Arrays are read without
-pickle.
+large JSON file is parsed some frames at a time, as Python's numbers take 34 times the space of their digits. Arrays are
+read without pickle. ``code_checks.py`` checks what comes out.
 """
 
 from __future__ import annotations
@@ -17,8 +16,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
@@ -27,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from batch_tokenizer.codecs.base import CodecInfo
+from batch_tokenizer.data.code_checks import ANY_CODEBOOKS, Codebooks, UncheckedArray, UncheckedFrames, kind_of
 from batch_tokenizer.records import CODES_FIELD, RowError
 from batch_tokenizer.storage.files import open_file
 from batch_tokenizer.storage.json_lines import dump_json, parse_json
@@ -45,8 +44,8 @@ from batch_tokenizer.storage.parquet_rows import read_row
 #: Largest token file that is read; a day of audio at 20 codebooks takes about 200 MB.
 _MOST_BYTES = 1 << 30
 
-#: Largest ``info`` of a large JSON file.
-_MOST_INFO_BYTES = 16 << 20
+#: Largest ``info`` of a large JSON file, with the codes of the row's other audio.
+_MOST_INFO_BYTES = 64 << 20
 
 #: Bytes of JSON that are turned into Python's numbers at a time.
 _PIECE_BYTES = 1 << 20
@@ -65,23 +64,6 @@ Rest = TypeVar("Rest")
 
 #: Places that are tried as the beginning of the frames.
 _MOST_PLACES = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Codebooks:
-    """What codes may be.
-
-    Attributes:
-        name: of the codec, for messages.
-        sizes: codes of each codebook; there may be fewer codebooks, at least one.
-    """
-
-    name: str
-    sizes: tuple[int, ...]
-
-
-#: For tokens of an unknown codec.
-ANY_CODEBOOKS = Codebooks("any codec", (1 << 16,) * 256)
 
 
 def read_tokens(
@@ -153,11 +135,11 @@ def read_any_tokens(location: str) -> tuple[npt.NDArray[np.uint16], Mapping[str,
     return raw.check(display_name(location), ANY_CODEBOOKS), origin if isinstance(origin, Mapping) else {}
 
 
-def _open(location: str) -> tuple[_Frames | _Array, object]:
+def _open(location: str) -> tuple[UncheckedFrames | UncheckedArray, object]:
     row = parse_row_location(location)
     if row is not None:
         values, about = read_row(*row)
-        return _Array(values), about
+        return UncheckedArray(values), about
     line = parse_line_location(location)
     if line is not None:
         return parse_token_line(read_line(*line), display_name(location))
@@ -175,7 +157,7 @@ def _read(location: str) -> bytes:
             raise RowError("load", f"{display_name(location)}: cannot be read: {error.strerror}") from error
 
 
-def parse_token_file(content: bytes, name: str) -> tuple[_Frames | _Array, object]:
+def parse_token_file(content: bytes, name: str) -> tuple[UncheckedFrames | UncheckedArray, object]:
     """What stands for codes in a JSON or npy file's bytes, yet to be checked, and its ``info``.
 
     Raises:
@@ -188,11 +170,11 @@ def parse_token_file(content: bytes, name: str) -> tuple[_Frames | _Array, objec
     document = _parse_json(content, name)
     tokens, origin = _tokens_of(document, name)
     if not isinstance(tokens, list):
-        raise RowError("load", f"{name}: quantized_tokens is {_kind(tokens)}, not a list of frames")
-    return _Frames(lambda: [(tokens, _may_hold_bools(content))]), origin
+        raise RowError("load", f"{name}: quantized_tokens is {kind_of(tokens)}, not a list of frames")
+    return UncheckedFrames(lambda: [(tokens, _may_hold_bools(content))]), origin
 
 
-def parse_token_line(content: bytes, name: str) -> tuple[_Frames | _Array, dict[str, Any]]:
+def parse_token_line(content: bytes, name: str) -> tuple[UncheckedFrames | UncheckedArray, dict[str, Any]]:
     """As ``parse_token_file``, of a line of JSON that has codes in one of its fields."""
     if len(content) > _PIECE_BYTES:
         named = _CODES_FIELD_NAMED.findall(content)
@@ -201,7 +183,7 @@ def parse_token_line(content: bytes, name: str) -> tuple[_Frames | _Array, dict[
         frames, (row, field) = _split_large_json(content, name, begins, partial(_line_parts, name=name))
         return frames, line_info(row, field)
     tokens, (row, field) = _line_parts(parse_line(content, name), name)
-    return _Frames(lambda: [(tokens, _may_hold_bools(content))]), line_info(row, field)
+    return UncheckedFrames(lambda: [(tokens, _may_hold_bools(content))]), line_info(row, field)
 
 
 def _line_parts(row: Any, name: str) -> tuple[Any, tuple[dict[str, Any], str]]:
@@ -209,38 +191,6 @@ def _line_parts(row: Any, name: str) -> tuple[Any, tuple[dict[str, Any], str]]:
     if field is None:
         raise RowError("load", f"{name}: has no field with codes, such as {CODES_FIELD}")
     return row[field], (row, field)
-
-
-# --------------------------------------------------------------------------------------------------------------- arrays
-
-
-@dataclass(frozen=True, slots=True)
-class _Array:
-    """Codes as an array of any integers."""
-
-    values: npt.NDArray[Any]
-
-    def check(self, name: str, codebooks: Codebooks) -> npt.NDArray[np.uint16]:
-        """uint16 (T, K) within the codebooks, or ``RowError`` with the first fault."""
-        values, sizes = self.values, codebooks.sizes
-        if values.ndim != 2 or values.dtype.kind not in "iu":
-            raise RowError("load", f"{name}: an array {values.shape} of {values.dtype}, not integers (T, K)")
-        num_frames, width = values.shape
-        if num_frames == 0 or width == 0:
-            raise RowError("load", f"{name}: has no {'frames' if num_frames == 0 else 'codes'}")
-        if width > len(sizes):
-            raise RowError(
-                "load", f"{name}: frames have {width} codes where {codebooks.name} has {len(sizes)} codebooks"
-            )
-        ends = np.array(sizes[:width])
-        if (values.min(axis=0) < 0).any() or (values.max(axis=0) >= ends).any():
-            frame, codebook = map(int, np.argwhere((values < 0) | (values >= ends))[0])
-            raise RowError(
-                "load",
-                f"{name}: frame {frame}, codebook {codebook}: code {values[frame, codebook]} is outside "
-                f"0 to {sizes[codebook] - 1}",
-            )
-        return np.ascontiguousarray(values, dtype=np.uint16)
 
 
 def parse_hidden_states(content: bytes, name: str) -> npt.NDArray[np.float16]:
@@ -253,7 +203,9 @@ def parse_hidden_states(content: bytes, name: str) -> npt.NDArray[np.float16]:
     return np.asarray(array.values, np.float16)
 
 
-def _parse_npy(content: bytes, name: str, kinds: str = "iu", wanted: str = "integers (T, K)") -> tuple[_Array, object]:
+def _parse_npy(
+    content: bytes, name: str, kinds: str = "iu", wanted: str = "integers (T, K)"
+) -> tuple[UncheckedArray, object]:
     """The array, whose dtype must be one of ``kinds``, and the JSON behind it."""
     stream = io.BytesIO(content)
     try:
@@ -270,41 +222,20 @@ def _parse_npy(content: bytes, name: str, kinds: str = "iu", wanted: str = "inte
         raise RowError("load", f"{name}: cut short: {len(content) - begin} of {end - begin} bytes of codes are there")
     values = np.frombuffer(content, dtype, count, begin).reshape(shape, order="F" if fortran else "C")
     if end == len(content):
-        return _Array(values), None
+        return UncheckedArray(values), None
     try:
         document = parse_json(content[end:])
     except ValueError as error:
         raise RowError("load", f"{name}: {len(content) - end} bytes behind the array that are not JSON") from error
-    return _Array(values), document.get("info") if isinstance(document, Mapping) else None
+    return UncheckedArray(values), document.get("info") if isinstance(document, Mapping) else None
 
 
 # ----------------------------------------------------------------------------------------------------------------- JSON
 
 
-@dataclass(frozen=True, slots=True)
-class _Frames:
-    """Codes as whatever JSON had in their place: lists of frames, each with whether it may hold true or false."""
-
-    pieces: Callable[[], Iterable[tuple[list[Any], bool]]]
-
-    def check(self, name: str, codebooks: Codebooks) -> npt.NDArray[np.uint16]:
-        """As ``_Array.check``."""
-        checked: list[npt.NDArray[np.uint16]] = []
-        num_frames, width = 0, None
-        for tokens, may_hold_bools in self.pieces():
-            sound = not may_hold_bools or _all_integers(tokens)
-            codes = _as_array(tokens, codebooks.sizes, width) if sound and tokens else None
-            if codes is None:
-                fault = _first_fault(tokens, codebooks, num_frames, width) if tokens else "has no frames"
-                raise RowError("load", f"{name}: {fault}")
-            checked.append(codes)
-            num_frames, width = num_frames + len(codes), codes.shape[1]
-        return checked[0] if len(checked) == 1 else np.concatenate(checked)
-
-
 def _split_large_json(
     content: bytes, name: str, begins: re.Pattern[bytes], parts: Callable[[Any], tuple[Any, Rest]]
-) -> tuple[_Frames, Rest]:
+) -> tuple[UncheckedFrames, Rest]:
     """As ``parse_token_file``. Frames are found by their brackets, and parsed only when they are checked.
 
     Args:
@@ -325,7 +256,7 @@ def _split_large_json(
             continue
         if tokens == FRAMES_MARK:
             end = last.start() + 1
-            return _Frames(lambda: _parse_pieces(content, begin, end, name)), origin  # noqa: B023 - returned at once
+            return UncheckedFrames(lambda: _parse_pieces(content, begin, end, name)), origin  # noqa: B023 - returned at once
     raise RowError("load", f"{name}: not JSON with a list of frames of codes as its quantized_tokens")
 
 
@@ -358,54 +289,3 @@ def _tokens_of(document: Any, name: str) -> tuple[Any, object]:
 def _may_hold_bools(content: bytes) -> bool:
     """Whether to look for true and false, which numpy takes for 1 and 0 when they stand among integers."""
     return b"true" in content or b"false" in content
-
-
-def _as_array(tokens: list[Any], sizes: tuple[int, ...], width: int | None) -> npt.NDArray[np.uint16] | None:
-    """Codes (T, K), or None if anything about them is wrong. ``width`` is K where frames before these have shown it."""
-    try:
-        values = np.array(tokens)
-    except ValueError:  # ragged
-        return None
-    if values.ndim != 2 or values.dtype.kind not in "iu" or not 1 <= values.shape[1] <= len(sizes):
-        return None
-    if width is not None and values.shape[1] != width:
-        return None
-    ends = np.array(sizes[: values.shape[1]])
-    if (values.min(axis=0) < 0).any() or (values.max(axis=0) >= ends).any():
-        return None
-    return values.astype(np.uint16)
-
-
-def _all_integers(tokens: list[Any]) -> bool:
-    return all(isinstance(frame, list) and all(type(code) is int for code in frame) for frame in tokens)
-
-
-def _first_fault(tokens: list[Any], codebooks: Codebooks, first_frame: int, width: int | None) -> str:
-    """What is wrong with tokens that ``_as_array`` refused; they begin with frame ``first_frame``."""
-    most = len(codebooks.sizes)
-    if width is None:
-        width = len(tokens[0]) if isinstance(tokens[0], list) else 0
-    for time_step, frame in enumerate(tokens, first_frame):
-        if not isinstance(frame, list):
-            return f"frame {time_step} is {_kind(frame)}, not a list of codes"
-        if not frame:
-            return f"frame {time_step} has no codes"
-        if len(frame) > most:
-            return f"frame {time_step} has {len(frame)} codes where {codebooks.name} has {most} codebooks"
-        if len(frame) != width:
-            return f"frame {time_step} has {len(frame)} codes where frame 0 has {width}"
-        for codebook, (code, size) in enumerate(zip(frame, codebooks.sizes, strict=False)):
-            place = f"frame {time_step}, codebook {codebook}"
-            if type(code) is not int:
-                return f"{place}: {_kind(code)}, not an integer"
-            if not 0 <= code < size:
-                return f"{place}: code {code} is outside 0 to {size - 1}"
-    raise AssertionError("the tokens were refused, but no fault is found")
-
-
-def _kind(value: object) -> str:
-    """A JSON value's kind, for a message; a number is shown."""
-    if isinstance(value, float):
-        return f"the number {value}"
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", int: "a number"}
-    return names.get(type(value), "null")

@@ -100,9 +100,10 @@ def collate_tokens(
     Returns:
         ``tokens``: int64 (B, L), L the largest T_i * K, or delayed (B, L, K), L the largest T_i + K - 1;
         ``lengths``: int64 (B,), of each row along L: ``tokens[i, :lengths[i]]`` is what ``unflatten_codes`` and
-        ``undelay_codes`` take; ``keys``: list of B str; ``fields``: list of B dict; and where all rows have audio,
-        ``audio``: float32 (B, S), or (B, channels, S), padded with zeros, ``audio_lengths``: int64 (B,), and
-        ``sample_rate``: list of B Hz.
+        ``undelay_codes`` take; ``keys``: list of B str; ``fields``: list of B dict; where rows have other codes,
+        ``other_codes``: list of B dict, as the rows have them; and where all rows have audio, ``audio``: float32
+        (B, S), or (B, channels, S), padded with zeros, ``audio_lengths``: int64 (B,), and ``sample_rate``: list of B
+        Hz.
 
     Raises:
         ValueError: the rows have different numbers of codebooks or of channels, or another number than there are
@@ -122,6 +123,8 @@ def collate_tokens(
         "keys": [row["key"] for row in batch],
         "fields": [row["fields"] for row in batch],
     }
+    if any("other_codes" in row for row in batch):
+        result["other_codes"] = [row.get("other_codes", {}) for row in batch]
     if all("audio" in row for row in batch):
         audio = [row["audio"] for row in batch]
         _same([1 if item.ndim == 1 else len(item) for item in audio], batch, "channels")

@@ -36,6 +36,7 @@ class TokenDataset(IterableDataset[dict[str, Any]]):
 
     - ``key``: str, the utterance's name
     - ``codes``: int64 (T, K), T frames of K codebooks
+    - ``other_codes``: where the run had ``--audio_fields``, int64 (T, K) of the row's other audio, by their name
     - ``fields``: dict, what is stored of the row: the fields of its manifest, and codec, sample rate and so on
     - ``audio``, ``sample_rate``: where the row has audio, float32 (S,), or (channels, S) of several channels, and Hz
     - ``hidden_states``: where the row has some, float16 (T, d), those from which the codes were made
@@ -243,6 +244,9 @@ class TokenDataset(IterableDataset[dict[str, Any]]):
             "codes": torch.from_numpy(row.codes.astype(np.int64)),
             "fields": dict(row.info),
         }
+        if row.other_codes:
+            others = {name: torch.from_numpy(codes.astype(np.int64)) for name, codes in row.other_codes.items()}
+            sample["other_codes"] = others
         if not self._audio:
             return sample
         if row.hidden_states is not None:

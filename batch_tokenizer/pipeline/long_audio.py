@@ -28,7 +28,7 @@ from batch_tokenizer.runtime.signals import StopRequest
 
 Samples = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.uint16]
-RowId = tuple[int, str | None]
+RowId = tuple[int, str | None, str | None]
 
 _SAMPLE_BYTES = 4
 
@@ -110,7 +110,7 @@ class LongRows:
 
     def _fail(self, failure: RowFailure) -> RowFailure | None:
         """The failure, unless another piece of its row failed before."""
-        row = (failure.line, failure.key)
+        row = _id(failure)
         if row in self._failed:
             return None
         if self._rows.pop(row, None) is not None:
@@ -136,8 +136,8 @@ class LongRows:
             self._loader.submit(pieces)
 
 
-def _id(row: ManifestRow) -> RowId:
-    return row.line, row.key
+def _id(row: ManifestRow | RowFailure) -> RowId:
+    return row.line, row.key, row.other_codes
 
 
 class _LongRow:

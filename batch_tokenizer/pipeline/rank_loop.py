@@ -21,6 +21,7 @@ from batch_tokenizer.config import RunConfig
 from batch_tokenizer.data.batching import Packer, split
 from batch_tokenizer.data.loader import Loader
 from batch_tokenizer.pipeline.claimed_rows import ClaimedRows
+from batch_tokenizer.pipeline.joined_rows import JoinedRows
 from batch_tokenizer.pipeline.long_audio import LongRows
 from batch_tokenizer.pipeline.row_feed import RowFeed
 from batch_tokenizer.quality.live import LiveQuality
@@ -70,6 +71,7 @@ class RankLoop:
     claimed: ClaimedRows
     loader: Loader
     codec: Codec
+    joined_rows: JoinedRows
     long_rows: LongRows
     sink: ResultSink
     ledger: LedgerWriter
@@ -109,8 +111,9 @@ class RankLoop:
         most_ahead = self.batch_size * self.config.prefetch
         held = 0
         feed = RowFeed(
-            self.claimed, self.loader, self.long_rows, self.stop, self.progress, most_ahead, on_failure=self._end
-        )
+            self.claimed, self.loader, self.joined_rows, self.long_rows, self.stop, self.progress, most_ahead,
+            on_failure=self._end,
+        )  # fmt: skip
         for ready in feed:
             # 1. Live quality may end the run, between batches.
             if self.quality is not None:
@@ -250,8 +253,9 @@ class RankLoop:
     # ------------------------------------------------------------------------------------------------- ends of rows
 
     def _end(self, outcome: TokenizedRow | RowFailure) -> None:
-        """A row, or a piece of a long one, was computed or failed."""
-        whole = self.long_rows.fold(outcome)
+        """A row, a piece of a long one, or one of several audio fields of a row was computed or failed."""
+        one = self.long_rows.fold(outcome)
+        whole = None if one is None else self.joined_rows.join(one)
         if isinstance(whole, RowFailure):
             self._record_failure(whole)
         elif whole is not None:
@@ -288,7 +292,8 @@ class RankLoop:
         """The row is published, or in a shard that will be."""
         info = self.codec.info
         rate = info.output_sample_rate if self.config.task == "token2wav" else info.sample_rate
-        self.progress.row_done(result.num_samples / rate)
+        num_samples = result.num_samples + sum(other.num_samples for other in result.others.values())
+        self.progress.row_done(num_samples / rate)
         if self.quality is not None:
             self.quality.offer(result)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from batch_tokenizer.codecs.base import CodecStream
 from batch_tokenizer.data.loader import Loader
 from batch_tokenizer.pipeline.claimed_rows import ClaimedRows
+from batch_tokenizer.pipeline.joined_rows import JoinedRows
 from batch_tokenizer.pipeline.long_audio import LongRows
 from batch_tokenizer.records import LoadedRow, ManifestRow, RowFailure
 from batch_tokenizer.runtime.progress import ProgressReporter
@@ -31,6 +32,7 @@ class RowFeed:
 
     claimed: ClaimedRows
     loader: Loader
+    joined_rows: JoinedRows
     long_rows: LongRows
     stop: StopRequest
     progress: ProgressReporter
@@ -79,8 +81,10 @@ class RowFeed:
                 more = False
             elif isinstance(item, RowFailure):
                 self.on_failure(item)
+            elif isinstance(parts := self.joined_rows.split(item), RowFailure):
+                self.on_failure(parts)
             else:
-                rows.append(item)
+                rows += parts
         if rows:
             self.loader.submit(rows)
         return more

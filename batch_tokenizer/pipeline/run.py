@@ -22,6 +22,7 @@ from batch_tokenizer.manifest.manifest import Manifest
 from batch_tokenizer.manifest.units import in_shard, plan_units
 from batch_tokenizer.pipeline.claimed_rows import ClaimedRows
 from batch_tokenizer.pipeline.ending import ending_lines, work_figures
+from batch_tokenizer.pipeline.joined_rows import JoinedRows
 from batch_tokenizer.pipeline.long_audio import LongRows
 from batch_tokenizer.pipeline.rank_loop import RankLoop
 from batch_tokenizer.pipeline.setup import RunContext, open_live_quality, open_manifest
@@ -112,6 +113,7 @@ def run_job(context: RunContext) -> int:
                             claimed=ClaimedRows(queue, units, manifest, todo, processes.world_size),
                             loader=loader,
                             codec=codec,
+                            joined_rows=JoinedRows(config.other_audio),
                             long_rows=LongRows(codec, loader, stop, max(2, context.num_workers + 1), folder.path),
                             sink=sink,
                             ledger=ledger,

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from batch_tokenizer import __version__
+from batch_tokenizer.audio_fields import OtherAudio
 from batch_tokenizer.codecs.base import Codec, CodecSpec
 from batch_tokenizer.codecs.checkpoint import Checkpoint
 from batch_tokenizer.codecs.opening import CodecSetup
@@ -24,7 +25,7 @@ from batch_tokenizer.data.pieces import PassLimit
 from batch_tokenizer.manifest.manifest import Manifest
 from batch_tokenizer.pipeline.other_outputs import warn_of_other_outputs
 from batch_tokenizer.quality.live import LiveQuality
-from batch_tokenizer.records import SHARD_SINKS, RunError
+from batch_tokenizer.records import SHARD_SINKS, ManifestRow, RunError
 from batch_tokenizer.runs.output_rows import run_as_source
 from batch_tokenizer.runs.source import allow_pipes, prepare
 from batch_tokenizer.runtime.devices import ComputeDevice
@@ -39,6 +40,9 @@ log = logging.getLogger(__name__)
 
 #: Bytes of loaded input that a process holds at most.
 _LOADED_BYTES = 1 << 30
+
+#: Rows in which fields of other audio are looked for.
+_ROWS_LOOKED_AT = 1000
 
 #: Seconds that the other ranks give rank 0 to list and index a corpus.
 _LISTING_SECONDS = 6 * 3600.0
@@ -146,6 +150,7 @@ class RunContext:
     @property
     def info(self) -> dict[str, Any]:
         """What every token file of the run says about how it was made, not when, where or beside which rows."""
+        others = self.config.other_audio
         return {
             "codec": self.spec.info.family,
             "fingerprint": self.spec.info.fingerprint,
@@ -157,6 +162,7 @@ class RunContext:
             **({"columns": list(self.spec.info.columns[: self.num_quantizers])} if self.spec.info.columns else {}),
             **({"channels": self.spec.info.channels} if self.spec.info.channels > 1 else {}),
             **self.spec.settings,
+            **({"other_audio": {one.codes: one.setting for one in others}} if others else {}),
             "version": __version__,
         }
 
@@ -235,10 +241,20 @@ def open_manifest(context: RunContext, folder: RunFolder) -> tuple[Manifest, npt
         recover_shards(config, folder)
         state = read_ledger(folder.path, manifest, idle=idle)
     _report_state(state)
+    warn_of_absent_fields(manifest, config.other_audio)
     if config.sink not in SHARD_SINKS:
         warn_of_other_outputs(manifest, state.status, context.info)
     folder.share_status(state.status, path)
     return manifest, state.status
+
+
+def warn_of_absent_fields(manifest: Manifest, others: tuple[OtherAudio, ...]) -> None:
+    """Log a warning for each field of other audio that none of the first rows has."""
+    first_rows = manifest.read(0, min(manifest.num_lines, _ROWS_LOOKED_AT)) if others else []
+    rows = [row for row in first_rows if isinstance(row, ManifestRow)]
+    for other in others:
+        if other.field is not None and rows and not any(other.field in row.fields for row in rows):
+            log.warning("--audio_fields: none of the first %d rows has a field %s", len(rows), other.field)
 
 
 def _report_state(state: LedgerState) -> None:

@@ -10,7 +10,7 @@ import os
 import stat
 import struct
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
@@ -20,12 +20,14 @@ import numpy.typing as npt
 
 from batch_tokenizer.codecs.base import CodecInfo
 from batch_tokenizer.config import OUTPUT_SETTINGS
-from batch_tokenizer.data.token_files import ANY_CODEBOOKS, parse_hidden_states, parse_token_file
+from batch_tokenizer.data.code_checks import ANY_CODEBOOKS
+from batch_tokenizer.data.other_codes import take_other_codes
+from batch_tokenizer.data.token_files import parse_hidden_states, parse_token_file
 from batch_tokenizer.records import RowError
 from batch_tokenizer.runs.stored_rows import StoredRow
 from batch_tokenizer.storage.files import open_file
 from batch_tokenizer.storage.names import is_url
-from batch_tokenizer.writers.row_encoding import codes_checksum
+from batch_tokenizer.writers.row_encoding import OTHER_CHECKSUM, codes_checksum
 
 #: Bytes of an audio file's beginning that the checks want.
 AUDIO_HEADER_BYTES = 4096
@@ -129,8 +131,13 @@ def check_audio_file(path: str, form: OutputForm, num_samples: int) -> None:
     )  # fmt: skip
 
 
-def check_token_file(path: str, form: OutputForm, *, key: str, num_samples: int, num_frames: int) -> None:
+def check_token_file(
+    path: str, form: OutputForm, *, key: str, num_samples: int, num_frames: int, other_names: Collection[str] = ()
+) -> None:
     """Whether ``path`` is a token file of the run with ``num_frames`` frames, whose ``info`` names key and length.
+
+    Args:
+        other_names: of the codes of the row's other audio.
 
     Raises:
         CheckFailed: it is not.
@@ -150,6 +157,37 @@ def check_token_file(path: str, form: OutputForm, *, key: str, num_samples: int,
     check_codes(codes, form.codebook_sizes, num_samples=num_samples, num_frames=num_frames)
     own = {"key": key, "num_samples": num_samples, "num_frames": num_frames}
     check_info(info, {**form.info, **own, "num_quantizers": len(form.codebook_sizes)})
+    try:
+        _, other_codes = take_other_codes(info, "")
+    except RowError as error:
+        raise CheckFailed("content", error.reason[2:]) from error
+    check_other_codes(other_codes, info, form.codebook_sizes, other_names)
+
+
+def check_other_codes(
+    other_codes: Mapping[str, npt.NDArray[Any]],
+    info: Mapping[str, Any],
+    codebook_sizes: tuple[int, ...],
+    names: Collection[str],
+) -> None:
+    """Whether a row has codes of its other audio under these names, each as long as its ``info`` says.
+
+    Raises:
+        CheckFailed: it has not.
+    """
+    if set(names) != set(other_codes):
+        found = ", ".join(sorted(other_codes)) or "none"
+        raise CheckFailed("missing", f"codes of other audio: {found}, and not {', '.join(sorted(names)) or 'none'}")
+    for name, codes in other_codes.items():
+        try:
+            lengths = info["other_codes"][name]
+            num_samples, num_frames = lengths["num_samples"], lengths["num_frames"]
+        except (KeyError, TypeError) as error:
+            raise CheckFailed("content", f"its info does not say how long {name} is") from error
+        try:
+            check_codes(codes, codebook_sizes, num_samples=num_samples, num_frames=num_frames)
+        except CheckFailed as error:
+            raise CheckFailed(error.kind, f"{name}: {error.reason}") from error
 
 
 def check_hidden_states_file(path: str, num_frames: int) -> None:
@@ -206,6 +244,10 @@ def check_checksums(row: StoredRow, checksums: Mapping[str, int]) -> None:
             # In token2wav shards there are none.
             if row.codes is not None and codes_checksum(row.codes) != checksum:
                 raise CheckFailed("changed", "its codes are not those that were written")
+        elif name.startswith(OTHER_CHECKSUM):
+            other = row.other_codes.get(name.removeprefix(OTHER_CHECKSUM))
+            if other is None or codes_checksum(other) != checksum:
+                raise CheckFailed("changed", f"its {name.removeprefix(OTHER_CHECKSUM)} are not those that were written")
         elif name not in row.stored or zlib.crc32(row.stored[name]) != checksum:
             raise CheckFailed("changed", f"its bytes ({name}) are not those that were written")
 

@@ -32,9 +32,11 @@ def settings_of(config: RunConfig, run_dir: Path) -> SourceSettings:
     before = record.get("settings")
     if names == "auto" and isinstance(before, dict) and record.get("data_list") == str(config.data_list):
         names = str(before.get("names", names))
+    others = tuple(other.field for other in config.other_audio if other.field is not None)
     return SourceSettings(
-        config.task, config.sink, config.output_dir, config.audio_format, config.channels, config.audio_column, names
-    )
+        config.task, config.sink, config.output_dir, config.audio_format, config.channels, config.audio_column, names,
+        config.audio_field, others,
+    )  # fmt: skip
 
 
 def allow_pipes(config: RunConfig) -> None:

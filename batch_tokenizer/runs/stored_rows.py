@@ -11,6 +11,7 @@ import jsonlines
 import numpy as np
 import numpy.typing as npt
 
+from batch_tokenizer.data.other_codes import check_other_names, read_other_codes, take_other_codes
 from batch_tokenizer.data.token_files import parse_codes_line, parse_hidden_states, parse_tokens, read_any_tokens
 from batch_tokenizer.records import RowError, RunError, first_line
 from batch_tokenizer.runs.source_parts import shard_kind
@@ -28,7 +29,7 @@ from batch_tokenizer.storage.names import (
 )
 from batch_tokenizer.storage.opening import open_location
 from batch_tokenizer.storage.parquet_rows import AUDIO_COLUMNS, TokenParquet, find_tokens
-from batch_tokenizer.storage.row_info import join_info
+from batch_tokenizer.storage.row_info import join_info, other_names
 from batch_tokenizer.storage.tar import ByteStream, SeekableByteStream, TornTar, walk
 
 #: Bytes that one member of a row may have.
@@ -51,6 +52,7 @@ class StoredRow:
         audio: an audio file's bytes; None where the shard has none.
         audio_format: ``wav`` or ``flac``, of those bytes.
         hidden_states: float16 (T, d); None where there are none.
+        other_codes: uint16 (T, K) of the row's other audio, by name; ``info`` does not have them.
         stored: of a row of a shard, its bytes by the names under which the ledger keeps their checksums.
     """
 
@@ -61,6 +63,7 @@ class StoredRow:
     audio_format: str = "wav"
     stored: Mapping[str, bytes] = field(default_factory=dict)
     hidden_states: npt.NDArray[np.float16] | None = None
+    other_codes: Mapping[str, npt.NDArray[np.uint16]] = field(default_factory=dict)
 
 
 def shard_rows(path: str, kind: str | None = None) -> Iterator[StoredRow]:
@@ -97,7 +100,8 @@ def jsonl_row(line: bytes, name: str) -> StoredRow:
     key = info.get("key")
     if not isinstance(key, str):
         raise RowError("load", f"{name} has no key")
-    return StoredRow(key, codes, info, stored={"line": line})
+    info, other_codes = take_other_codes(info, name)
+    return StoredRow(key, codes, info, stored={"line": line}, other_codes=other_codes)
 
 
 @dataclass(slots=True)
@@ -168,15 +172,22 @@ def _tar_row(name: str, group: _Group) -> StoredRow:
     audio_format = next((ending for ending in _AUDIO if ending in members), None)
     if codes is None and audio_format is None:
         raise RowError("load", f"{name}: {group.base} has neither tokens (.tokens.npy) nor audio (.wav, .flac)")
+    others = {
+        other: parse_tokens(members[f"{other}.npy"], f"{name}: {group.base}.{other}.npy")[0]
+        for other in other_names(info)
+        if f"{other}.npy" in members
+    }
+    check_other_names(info, others, f"{name}: {group.base}")
     if audio_format is None:
-        return StoredRow(key, codes, info, stored=members, hidden_states=hidden)
-    return StoredRow(key, codes, info, members[audio_format], audio_format, members, hidden)
+        return StoredRow(key, codes, info, stored=members, hidden_states=hidden, other_codes=others)
+    return StoredRow(key, codes, info, members[audio_format], audio_format, members, hidden, others)
 
 
 def _parquet_rows(path: str) -> Iterator[StoredRow]:
     parquet = TokenParquet.open(path)
     try:
-        for _, table in parquet.all_windows(parquet.there([*parquet.token_columns, *AUDIO_COLUMNS])):
+        columns = [*parquet.token_columns, *AUDIO_COLUMNS, *parquet.other_codes_columns]
+        for _, table in parquet.all_windows(parquet.there(columns)):
             for number in range(len(table)):
                 yield _parquet_row(parquet, table, number)
     finally:
@@ -189,7 +200,7 @@ def parquet_row_at(path: str, number: int, *, with_audio: bool = True) -> Stored
     Raises:
         RowError: it cannot be read, or is no row.
     """
-    return _parquet_row(*find_tokens(path, number, with_audio=with_audio))
+    return _parquet_row(*find_tokens(path, number, with_audio=with_audio, with_other_codes=True))
 
 
 def _parquet_row(parquet: TokenParquet, table: Any, number: int) -> StoredRow:
@@ -198,13 +209,13 @@ def _parquet_row(parquet: TokenParquet, table: Any, number: int) -> StoredRow:
     key = table.column("key")[number].as_py()
     if not isinstance(key, str):
         raise RowError("load", f"{parquet.name}: a row has no key")
+    name = f"{parquet.name}: row {key!a}"
     codes = None
     if parquet.codes_column is not None:
-        values = parquet.codes_of(table, number)
-        if values.size and (values.min() < 0 or values.max() > 0xFFFF):
-            raise RowError("load", f"{parquet.name}: row {key!a} has codes beyond 16 bits")
-        codes = values.astype(np.uint16)
+        codes = _in_16_bits(parquet.codes_of(table, number), name)
+    others = {column: _in_16_bits(values, name) for column, values in parquet.other_codes_of(table, number).items()}
     info = join_info(*parquet.parts_of(table, number))
+    check_other_names(info, others, name)
     stored: dict[str, bytes] = {}
     hidden, audio_format = None, "wav"
     content = table.column("hidden_states")[number].as_py() if "hidden_states" in table.column_names else None
@@ -219,7 +230,13 @@ def _parquet_row(parquet: TokenParquet, table: Any, number: int) -> StoredRow:
         stored["audio"] = audio["bytes"]
         ending = os.path.splitext(str(audio.get("path")))[1].removeprefix(".")
         audio_format = ending if ending in _AUDIO else "wav"
-    return StoredRow(key, codes, info, stored.get("audio"), audio_format, stored, hidden)
+    return StoredRow(key, codes, info, stored.get("audio"), audio_format, stored, hidden, others)
+
+
+def _in_16_bits(values: npt.NDArray[Any], name: str) -> npt.NDArray[np.uint16]:
+    if values.size and (values.min() < 0 or values.max() > 0xFFFF):
+        raise RowError("load", f"{name} has codes beyond 16 bits")
+    return values.astype(np.uint16)
 
 
 def token_file_row(location: str, path: str, *, with_audio: bool = True) -> StoredRow:
@@ -236,7 +253,8 @@ def token_file_row(location: str, path: str, *, with_audio: bool = True) -> Stor
     audio = info.get("reconstructed_wav")
     if isinstance(audio, str) and not os.path.exists(audio):  # of a folder that was moved
         audio = os.path.join(os.path.dirname(path), os.path.basename(audio))
-    return _with_others(StoredRow(key, codes, info), path, audio, with_audio=with_audio)
+    info, others = take_other_codes(info, display_name(path))
+    return _with_others(StoredRow(key, codes, info, other_codes=others), path, audio, with_audio=with_audio)
 
 
 def line_rows(location: str, key: str | None) -> Iterator[StoredRow]:
@@ -285,7 +303,11 @@ def manifest_row(row: Mapping[str, Any], *, with_audio: bool = True) -> StoredRo
     if not isinstance(tokens, str):
         raise RunError(f"row {row['key']}: has no quantized_tokens")
     codes, info = read_any_tokens(tokens)
-    return _with_others(StoredRow(row["key"], codes, {**row, **info}), tokens, audio, with_audio=with_audio)
+    known = info or row  # of tokens in a tar, the row says what the tar does
+    others = read_other_codes(tokens, known)
+    beside = {name: value for name, value in {**row, **info}.items() if name not in other_names(known)}
+    stored = StoredRow(row["key"], codes, beside, other_codes=others)
+    return _with_others(stored, tokens, audio, with_audio=with_audio)
 
 
 def _with_others(row: StoredRow, tokens: str, audio: object, *, with_audio: bool) -> StoredRow:

@@ -115,3 +115,29 @@ def num_cores() -> int:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not on this operating system
         return os.cpu_count() or 1
+
+
+def shard_of_slurm_array(environment: Mapping[str, str], num_shards: int | None = None) -> tuple[int, int]:
+    """(num_shards, shard) of this task of a Slurm job array, for ``--shard slurm``.
+
+    Tasks ``--array=F-L:S`` are shards 0, 1, … of as many as there are tasks. With ``num_shards`` given, a task's own
+    number is its shard, so that single ones of them can be submitted again.
+
+    Raises:
+        RunError: this is no array task, or its numbers are not a range.
+    """
+    try:
+        task, first, step, count = (
+            int(environment[f"SLURM_ARRAY_TASK_{name}"]) for name in ("ID", "MIN", "STEP", "COUNT")
+        )
+    except (KeyError, ValueError) as error:
+        raise RunError("--shard slurm: this is not a task of a Slurm job array (sbatch --array=0-9)") from error
+    if num_shards is not None:
+        return num_shards, task
+    shard, rest = divmod(task - first, max(1, step))
+    if rest or shard >= count:
+        raise RunError(
+            "--shard slurm: the array's task numbers are not a range; submit one such as --array=0-9, "
+            "or say how many shards there are with --num_shards"
+        )
+    return count, shard

@@ -25,11 +25,19 @@ from batch_tokenizer.storage.table_files import TableFile
 _RESERVED = frozenset(REQUIRED_FIELDS["wav2token2wav"])
 
 
-def dataset_rows(location: str, audio_column: str | None, note: Note) -> Iterator[dict[str, Any]]:
+def dataset_rows(
+    location: str,
+    audio_column: str | None,
+    note: Note,
+    audio_field: str = "wav",
+    other_fields: tuple[str, ...] = (),
+) -> Iterator[dict[str, Any]]:
     """The rows of one file, in its order; a refused one for a file that cannot be read, or not to its end.
 
     Args:
         audio_column: the column with the audio; None to find it.
+        audio_field: the column that has it where none is given, if it is not called ``wav`` and is there.
+        other_fields: columns with the rows' other audio.
 
     Raises:
         RunError: no column holds audio, or several do.
@@ -40,8 +48,10 @@ def dataset_rows(location: str, audio_column: str | None, note: Note) -> Iterato
         yield {"key": location, REFUSED: error.reason}
         return
     try:
-        column = find_audio_column(file, audio_column)
-        yield from _rows(file, location, column, note)
+        if audio_column is None and audio_field != "wav" and audio_field in file.schema.names:
+            audio_column = audio_field
+        column = find_audio_column(file, audio_column, other_fields)
+        yield from _rows(file, location, column, note, other_fields)
         if file.torn is not None:
             yield {"key": location, REFUSED: file.torn}
     except RowError as error:
@@ -50,9 +60,9 @@ def dataset_rows(location: str, audio_column: str | None, note: Note) -> Iterato
         file.close()
 
 
-def find_audio_column(file: TableFile, asked: str | None) -> str:
+def find_audio_column(file: TableFile, asked: str | None, other_fields: tuple[str, ...] = ()) -> str:
     """The column of a file that holds audio: the one that was asked for, or that the file declares as such, or the only
-    one of structs with bytes, or one of paths or bytes with a usual name.
+    one of structs with bytes, or one of paths or bytes with a usual name; none of ``other_fields``.
 
     Raises:
         RunError: there is none, or there are several.
@@ -70,7 +80,8 @@ def find_audio_column(file: TableFile, asked: str | None) -> str:
     declared = [name for name in _declared_audio(schema) if name in schema.names and _is_audio(schema.field(name).type)]
     structs = [item.name for item in schema if pa.types.is_struct(item.type) and _is_audio(item.type)]
     usual = [name for name in ("wav", *AUDIO_FIELDS) if name in schema.names and _is_audio(schema.field(name).type)]
-    for found in (declared, structs):
+    for candidates in (declared, structs):
+        found = [name for name in candidates if name not in other_fields]
         preferred = [name for name in usual if name in found] or found
         if len(preferred) > 1 and preferred is found:
             raise RunError(f"{file.name}: columns {', '.join(found)} hold audio: choose one with --audio_column")
@@ -86,7 +97,13 @@ def _is_audio(kind: Any) -> bool:
 
     if pa.types.is_struct(kind):
         return any(item.name == "bytes" and _is_bytes(item.type) for item in kind)
-    return _is_bytes(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    return _is_bytes(kind) or _is_text(kind)
+
+
+def _is_text(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def _is_bytes(kind: Any) -> bool:
@@ -105,19 +122,26 @@ def _declared_audio(schema: Any) -> list[str]:
         return []
 
 
-def _rows(file: TableFile, location: str, column: str, note: Note) -> Iterator[dict[str, Any]]:
+def _rows(
+    file: TableFile, location: str, column: str, note: Note, other_fields: tuple[str, ...]
+) -> Iterator[dict[str, Any]]:
     import pyarrow as pa
     import pyarrow.compute as pc
 
     kind = file.schema.field(column).type
-    is_path = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    is_path = _is_text(kind)
     has_path = pa.types.is_struct(kind) and "path" in [item.name for item in kind]
     path_column = [column] if is_path else [f"{column}.path"] if has_path else []
     # 1. Columns that a JSON object can hold, and of which only some fields can be.
     fields: list[str] = []
     leaves: list[str] = []
+    others: list[str] = []  # of audio, of which is read whether it is there
     for item in file.schema:
-        if item.name != column:
+        is_other = item.name in other_fields and _is_audio(item.type) and not _is_text(item.type)
+        if is_other and item.name != column:
+            others.append(item.name)
+            leaves += list(_leaves(item.name, item.type))[:1] or [item.name]
+        elif item.name != column:
             parts = list(_leaves(item.name, item.type))
             if item.name in _RESERVED - {"key"} or not parts:
                 note("columns that no row can hold", f"{item.name} ({item.type})")
@@ -127,7 +151,7 @@ def _rows(file: TableFile, location: str, column: str, note: Note) -> Iterator[d
     # 2. Where nothing but the audio is there, some column is read for the number of rows alone.
     stem = file_name(location).rpartition("/")[2].rpartition(".")[0]
     for group in range(file.num_groups):
-        if not fields and not path_column:
+        if not leaves and not path_column:
             size = int(file.first_rows[group + 1] - file.first_rows[group])
             tables: Iterator[tuple[int, int, Any]] = iter([(int(file.first_rows[group]), size, None)])
         else:
@@ -138,8 +162,11 @@ def _rows(file: TableFile, location: str, column: str, note: Note) -> Iterator[d
                 found = table.column(column)
                 paths = (found if is_path else pc.struct_field(found, "path")).to_pylist()
             values = [map(_plain, table.column(name).to_pylist()) for name in fields]
+            there = {name: table.column(name).is_valid().to_pylist() for name in others}
             for number in range(count):
                 row = dict(zip(fields, (next(column_values) for column_values in values), strict=True))
+                for name, is_there in there.items():
+                    row[name] = cell_location(location, first + number, name) if is_there[number] else None
                 yield _row(location, column, first + number, row, paths[number], stem, is_path=is_path)
 
 

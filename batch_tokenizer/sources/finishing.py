@@ -1,6 +1,6 @@
 """``Finisher``: rows as a source has them to lines of our manifest.
 
-It turns foreign rows into ours, makes a row of each channel where that was asked for, and gives rows outputs that name
+It turns foreign rows into ours, counts and splits channels where that was asked for, and gives rows outputs that name
 none. A line that is no JSON object stays as it is: the manifest refuses it, by its line.
 """
 
@@ -16,6 +16,7 @@ from hashlib import blake2b
 from typing import Any, NamedTuple
 
 from batch_tokenizer.audio.decoding import probe_audio
+from batch_tokenizer.audio_fields import SPLIT_CHANNELS
 from batch_tokenizer.manifest.row import MAX_LINE, REFUSED
 from batch_tokenizer.records import RowError, RowForm, Sink, Task
 from batch_tokenizer.sources.foreign_rows import MADE_KEY, Refused, complete, makes_key
@@ -84,7 +85,12 @@ def _outputs(task: Task, sink: Sink, audio_format: str) -> Mapping[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class SourceSettings:
-    """What rows are made for; fields as in ``RunConfig``."""
+    """What rows are made for; fields as in ``RunConfig``.
+
+    Attributes:
+        audio_field: the field that names a row's own audio, where it is not one of the usual ones.
+        other_fields: those that name its other audio.
+    """
 
     task: Task = "wav2token"
     sink: Sink = "json"
@@ -93,6 +99,11 @@ class SourceSettings:
     channels: str = "mean"
     audio_column: str | None = None
     names: str = "auto"
+    audio_field: str = "wav"
+    other_fields: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "other_fields", tuple(self.other_fields))  # a list in what a run records
 
     @property
     def input_field(self) -> str:
@@ -103,6 +114,14 @@ class SourceSettings:
     def outputs(self) -> Mapping[str, str]:
         """The fields that must name a file to write, and its ending."""
         return _outputs(self.task, self.sink, self.audio_format)
+
+    def complete(self, row: dict[str, Any], base: str) -> dict[str, Any]:
+        """The row with a key and an input, as ``foreign_rows.complete`` makes it.
+
+        Raises:
+            Refused: it is none that can be read.
+        """
+        return complete(row, self.input_field, base, self.audio_field, self.other_fields)
 
     @property
     def picks_channels(self) -> bool:
@@ -180,7 +199,7 @@ class Finisher:
             row = {"key": row[MADE_KEY], **others}
         if REFUSED not in row:
             try:
-                row = complete(row, self.settings.input_field, self.base)
+                row = self.settings.complete(row, self.base)
             except Refused as refused:
                 row = {**({"key": refused.key} if refused.key else {}), REFUSED: refused.reason}
         key = row.get("key")
@@ -205,7 +224,7 @@ class Finisher:
         wanted = self.settings.channels
         if not self.settings.picks_channels or row.get("channel") is not None:
             yield row
-        elif wanted != "split":
+        elif wanted in ("left", "right"):
             yield row | {"channel": 0 if wanted == "left" else 1}
         else:
             yield from self._split(row, key)
@@ -220,6 +239,12 @@ class Finisher:
         except RowError as error:
             # Whatever is wrong with the file, it fails as one row, and by this name.
             yield {"key": key, REFUSED: f"its channels cannot be counted: {error.reason}"}
+            return
+        if self.settings.channels == "split_row":
+            if count > 2:
+                yield {"key": key, REFUSED: f"{count} channels, where --channels split_row takes two: split takes all"}
+            else:
+                yield row | {"channel": 0, SPLIT_CHANNELS: count}
             return
         if count > _MOST_CHANNELS:
             yield {"key": key, REFUSED: f"{count} channels, where {_MOST_CHANNELS} is the most that are split"}

@@ -50,7 +50,13 @@ def makes_key(row: Mapping[str, Any]) -> bool:
     return not is_lhotse(row) and all(row.get(name) in (None, "") for name in KEY_FIELDS)
 
 
-def complete(row: dict[str, Any], field_name: str = "wav", base: str = "") -> dict[str, Any]:
+def complete(
+    row: dict[str, Any],
+    field_name: str = "wav",
+    base: str = "",
+    audio_field: str = "wav",
+    other_fields: tuple[str, ...] = (),
+) -> dict[str, Any]:
     """Our row: one with a key and an input; the same object where there is nothing to change.
 
     A row's key is its own, also as a number, or ``id`` or ``utt_id``, or the path without its ending, with offset and
@@ -60,12 +66,18 @@ def complete(row: dict[str, Any], field_name: str = "wav", base: str = "") -> di
     Args:
         field_name: of the input: ``wav`` or ``quantized_tokens``.
         base: folder that relative paths of inputs lie in; empty for the working directory.
+        audio_field: that names a row's audio before all others, where it is not ``wav``.
+        other_fields: those that name its other audio.
 
     Raises:
         Refused: the row is no utterance that can be read.
     """
     try:
-        return _from_lhotse(row) if is_lhotse(row) else _completed(row, field_name, base)
+        if is_lhotse(row):
+            return _from_lhotse(row) | _custom_audio(row, other_fields)
+        completed = _completed(row, field_name, base, audio_field)
+        others = _other_paths(completed, base, other_fields)
+        return completed | others if others else completed
     except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
         # Fields may hold anything; those that are looked into have their forms, which are not asked for one by one.
         key = next((row[name] for name in ("key", "id") if isinstance(row.get(name), str)), None)
@@ -74,11 +86,27 @@ def complete(row: dict[str, Any], field_name: str = "wav", base: str = "") -> di
         ) from error
 
 
-def _completed(row: dict[str, Any], field_name: str, base: str) -> dict[str, Any]:
+def _other_paths(row: Mapping[str, Any], base: str, other_fields: tuple[str, ...]) -> dict[str, Any]:
+    """What changes in the fields of other audio: relative paths, and what data sets write instead of a path."""
+    changed = {}
+    for name in other_fields:
+        value = path = row.get(name)
+        if isinstance(path, Mapping) and isinstance(path.get("path"), str):
+            path = path["path"]
+        if base and isinstance(path, str) and path and is_relative(path):
+            path = os.path.join(base, path)
+        if path is not value:
+            changed[name] = path
+    return changed
+
+
+def _completed(row: dict[str, Any], field_name: str, base: str, audio_field: str) -> dict[str, Any]:
     # 1. Which field names the input, and the row's key.
     changed: dict[str, Any] = {}
     name = field_name
-    if field_name == "wav" and "wav" not in row:
+    if field_name == "wav" and audio_field in row:
+        name = audio_field
+    elif field_name == "wav" and "wav" not in row:
         name = next((alias for alias in AUDIO_FIELDS if alias in row), "wav")
     path = row.get(name)
     if isinstance(path, Mapping) and name != "wav":  # as data sets write their audio
@@ -177,6 +205,26 @@ def _of_supervisions(row: Mapping[str, Any]) -> dict[str, Any]:
             facts[name] = values.pop()
     has_more = len(found) > 1 or any(part.get(name) for part in parts for name in ("custom", "alignment"))
     return {**facts, "supervisions": found} if has_more else facts
+
+
+def _custom_audio(row: Mapping[str, Any], other_fields: tuple[str, ...]) -> dict[str, Any]:
+    """The paths of other audio, which a cut has as recordings among its custom fields."""
+    custom, paths = _custom(row).get("custom", {}), {}
+    for name in other_fields:
+        value = custom.get(name)
+        if value is None:
+            continue
+        if not isinstance(value, Mapping):
+            paths[name] = value
+            continue
+        try:
+            found = _from_lhotse(value)
+            if "start" in found or "channel" in found:
+                raise Refused("a part of a recording: save it as audio of its own first")
+        except Refused as refused:
+            raise Refused(f"{name}: {refused.reason}", row["id"]) from refused
+        paths[name] = found["wav"]
+    return paths
 
 
 def _custom(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from batch_tokenizer.records import RunError, printable
 from batch_tokenizer.sources.dataset_rows import dataset_rows
 from batch_tokenizer.sources.finishing import FinishedLine, Finisher, SourceSettings
 from batch_tokenizer.sources.folder_rows import folder_row, walk_folder
-from batch_tokenizer.sources.foreign_rows import AUDIO_FIELDS, Refused, complete
+from batch_tokenizer.sources.foreign_rows import AUDIO_FIELDS, Refused
 from batch_tokenizer.sources.lines import lines_of
 from batch_tokenizer.sources.list_rows import path_rows, scp_rows, table_rows
 from batch_tokenizer.sources.made_keys import SeenKeys, hash_of
@@ -124,6 +124,11 @@ def local_manifest(
     kinds = Counter(DESCRIPTIONS[source.kind] for source in sources)
     named = (f"{count:,} × {kind}" if count > 1 else kind for kind, count in kinds.items())
     log.info("--data_list %s: %s", display_source(data_list), ", ".join(named))
+    if settings.other_fields and any(source.kind == "shar" for source in sources):
+        raise RunError(
+            f"--data_list {display_source(data_list)}: of a Lhotse Shar the recordings of cuts are read, and no other "
+            "--audio_fields: give cuts as JSON lines whose recordings are files"
+        )
     if len(sources) == 1 and sources[0].kind == "rows" and _is_ours(sources[0].location, settings):
         return Path(sources[0].location)
     if (
@@ -167,7 +172,7 @@ def _is_ours(location: str, settings: SourceSettings) -> bool:
         return False
     base = _base_of(location, _rows_of(head), settings)
     try:
-        return all(complete(row, settings.input_field, base) is row for row in _rows_of(head))
+        return all(settings.complete(row, base) is row for row in _rows_of(head))
     except Refused:
         return False
 
@@ -279,8 +284,8 @@ def _list(sources: list[Source], path: Path, settings: SourceSettings, idle: Cal
     began = last_logged = time.monotonic()
     rows = finished = 0
     seen = SeenKeys()
-    # With ``split`` each file is opened, and those in compressed tars in their order.
-    threads = 2 if settings.channels == "split" else _THREADS
+    # To split channels each file is opened, and those in compressed tars in their order.
+    threads = 2 if settings.channels in ("split", "split_row") else _THREADS
     name, of_all = display_name(sources[0].location), f" of {len(sources):,}" if len(sources) > 1 else ""
     with atomic_write(path) as stream:
         tasks = (task for source in sources for task in _tasks(source, settings, left_out))
@@ -306,7 +311,8 @@ def _tasks(source: Source, settings: SourceSettings, left_out: SkippedFiles) -> 
     """The parts of a source, in order."""
     field_name, location = settings.input_field, source.location
     if source.kind == "tar":
-        yield lambda: _finish_rows(tar_rows(location, field_name, left_out.add), Finisher(settings))
+        rows_of_tar = tar_rows(location, field_name, left_out.add, settings.other_fields)
+        yield lambda: _finish_rows(rows_of_tar, Finisher(settings))
     elif source.kind == "parquet" and settings.task == "token2wav":
         yield lambda: _finish_rows(parquet_rows(location), Finisher(settings))
     elif source.kind == "shar":
@@ -332,7 +338,7 @@ def _tasks(source: Source, settings: SourceSettings, left_out: SkippedFiles) -> 
 
 
 def _dataset_lines(location: str, settings: SourceSettings, left_out: SkippedFiles) -> _Lines:
-    rows = dataset_rows(location, settings.audio_column, left_out.add)
+    rows = dataset_rows(location, settings.audio_column, left_out.add, settings.audio_field, settings.other_fields)
     first = list(islice(rows, _LOOKED_AT))
     return _finish_rows(chain(first, rows), Finisher(settings, _base_of(location, first, settings)))
 
@@ -420,9 +426,13 @@ def _base_of(location: str, rows: Iterable[dict[str, Any]], settings: SourceSett
     folder = os.path.dirname(location)
     if not folder or is_url(location):
         return ""
-    names = (settings.input_field, *(AUDIO_FIELDS if settings.input_field == "wav" else ()))
+    names: tuple[str, ...] = (settings.input_field,)
+    if settings.input_field == "wav":
+        names = (settings.audio_field, *names, *AUDIO_FIELDS)
     for row in rows:
-        path = next((row[name] for name in names if isinstance(row.get(name), str) and row[name]), None)
-        if path is not None and is_relative(path):
-            return folder if not os.path.exists(path) and os.path.exists(os.path.join(folder, path)) else ""
+        own = next((name for name in names if isinstance(row.get(name), str) and row[name]), None)
+        for name in (own, *settings.other_fields):
+            path = row.get(name) if name is not None else None
+            if isinstance(path, str) and path and is_relative(path):
+                return folder if not os.path.exists(path) and os.path.exists(os.path.join(folder, path)) else ""
     return ""

@@ -36,6 +36,7 @@ from batch_tokenizer.storage.names import (
     split_member_name,
 )
 from batch_tokenizer.storage.remote import StorageError
+from batch_tokenizer.storage.row_info import other_names
 from batch_tokenizer.storage.streams import StreamReader, is_compressed
 from batch_tokenizer.storage.tar import ByteStream, Member, SeekableByteStream, TornTar, walk
 
@@ -62,11 +63,15 @@ class _Group:
     suffixes: set[str] = field(default_factory=set)
 
 
-def tar_rows(location: str, field_name: str, note: Note) -> Iterator[dict[str, Any]]:
+def tar_rows(
+    location: str, field_name: str, note: Note, other_fields: tuple[str, ...] = ()
+) -> Iterator[dict[str, Any]]:
     """The rows of one shard, in its order; refused ones have the field ``REFUSED``.
 
     Args:
         field_name: ``wav`` for rows of audio members, ``quantized_tokens`` for rows of ``.npy`` members.
+        other_fields: fields that members of a row's other audio become: ``utt1.ref_audio.wav`` is ``ref_audio`` of
+            ``utt1``. Members of other codes are known by the row's ``.json``.
 
     Raises:
         RunError: the shard's storage does not answer; it may later.
@@ -79,8 +84,16 @@ def tar_rows(location: str, field_name: str, note: Note) -> Iterator[dict[str, A
         with open_tar_stream(location) as (stream, streamed):
 
             def rows() -> Iterator[dict[str, Any]]:
-                for lead, member in group.members:
-                    yield _row(location, field_name, group, lead, member, streamed=streamed)
+                names = other_fields if field_name == "wav" else _other_codes(group)
+                others = {
+                    lead: _place(location, member, streamed=streamed) for lead, member in group.members if lead in names
+                }
+                own = [(lead, member) for lead, member in group.members if lead not in names]
+                if others and not own:
+                    note("members of other audio without one that is the row's own", group.members[0][1].name)
+                for lead, member in own:
+                    row = _row(location, field_name, group, lead, member, streamed=streamed)
+                    yield row if REFUSED in row else row | others
 
             try:
                 for member in walk(stream, note):
@@ -160,16 +173,30 @@ def _row(location: str, field_name: str, group: _Group, lead: str, member: Membe
     if field_name == "quantized_tokens":
         lead = re.sub(r"(^|\.)tokens$", "", lead)
     key = f"{group.prefix}.{lead}" if lead else group.prefix
-    place = (
+    place = _place(location, member, streamed=streamed)
+    try:
+        fields = sidecar_fields(_sidecar(group, lead, "json"), _sidecar(group, lead, "txt"), key)
+    except Refused as refused:
+        return _refusal(key, f"{display_name(place)}: {refused.reason}")
+    return {"key": key, field_name: place, **fields}
+
+
+def _place(location: str, member: Member, *, streamed: bool) -> str:
+    return location_of(
         StreamedMember(member.number, member.name, location)
         if streamed
         else TarMember(member.offset, member.size, member.name, location)
     )
+
+
+def _other_codes(group: _Group) -> tuple[str, ...]:
+    """The members of a row that have codes of its other audio; none where its ``.json`` does not say."""
+    if len(group.members) == 1:
+        return ()
     try:
-        fields = sidecar_fields(_sidecar(group, lead, "json"), _sidecar(group, lead, "txt"), key)
-    except Refused as refused:
-        return _refusal(key, f"{display_name(location_of(place))}: {refused.reason}")
-    return {"key": key, field_name: location_of(place), **fields}
+        return other_names(sidecar_fields(_sidecar(group, "", "json"), None))
+    except Refused:
+        return ()
 
 
 def _sidecar(group: _Group, lead: str, ending: str) -> bytes | None:

@@ -16,7 +16,7 @@ from batch_tokenizer.storage.files import open_file
 from batch_tokenizer.storage.json_lines import parse_json
 from batch_tokenizer.storage.names import display_name, is_url
 from batch_tokenizer.storage.remote import StorageError, read_range
-from batch_tokenizer.storage.row_info import HIDDEN, join_info
+from batch_tokenizer.storage.row_info import HIDDEN, join_info, other_names
 
 #: What a line says of the codes in fields of their own.
 TOP_LEVEL = ("num_frames", "codec", "fingerprint")
@@ -54,8 +54,9 @@ def line_info(row: Mapping[str, Any], codes_field: str) -> dict[str, Any]:
     about = row.get(ABOUT)
     if not isinstance(about, Mapping):  # of another program
         return {name: value for name, value in row.items() if name != codes_field}
-    ours = {name: row[name] for name in TOP_LEVEL if name in row}
     rest = {name: value for name, value in about.items() if name != "codes_field"}
+    ours = {name: row[name] for name in TOP_LEVEL if name in row}
+    ours |= {name: row[name] for name in other_names(rest | ours) if name in row}
     fields = {name: value for name, value in row.items() if name not in (codes_field, ABOUT, HIDDEN, *ours)}
     hidden = row.get(HIDDEN)
     return join_info(fields | (hidden if isinstance(hidden, dict) else {}), {**rest, **ours})

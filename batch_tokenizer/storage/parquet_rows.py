@@ -12,7 +12,7 @@ import orjson
 
 from batch_tokenizer.records import CODES_FIELD, RowError
 from batch_tokenizer.storage.json_lines import parse_json
-from batch_tokenizer.storage.row_info import join_info, split_info
+from batch_tokenizer.storage.row_info import join_info, other_names, split_info
 from batch_tokenizer.storage.table_files import TableFile, find_row
 
 if TYPE_CHECKING:
@@ -83,6 +83,11 @@ class TokenParquet(TableFile):
         return _WINDOW_BYTES
 
     @property
+    def other_codes_columns(self) -> tuple[str, ...]:
+        """The columns of codes of rows' other audio."""
+        return other_names(self.run_info)
+
+    @property
     def token_columns(self) -> tuple[str, ...]:
         """The columns of a row's codes and of what is known of it."""
         codes = () if self.codes_column is None else (self.codes_column,)
@@ -92,13 +97,30 @@ class TokenParquet(TableFile):
         """Those of some columns that the file has."""
         return [name for name in columns if name in self.schema.names]
 
-    def codes_of(self, table: Any, number: int) -> npt.NDArray[Any]:
+    def other_codes_of(self, table: Any, number: int) -> dict[str, npt.NDArray[Any]]:
+        """Integers (T, K) of a row's other audio, as far as it has some, by column; checked for nothing.
+
+        Raises:
+            RowError: there is no such column.
+        """
+        found = {}
+        for column in self.other_codes_columns:
+            if column not in table.column_names or not _holds_codes(table.schema.field(column)):
+                raise RowError("load", f"{self.name}: has no column {column} of lists of integers")
+            if table.column(column)[number].is_valid:
+                found[column] = self.codes_of(table, number, column)
+        return found
+
+    def codes_of(self, table: Any, number: int, column: str | None = None) -> npt.NDArray[Any]:
         """Integers (T, K) of a row of a table; checked for nothing but their count.
+
+        Args:
+            column: None for that of rows' own codes.
 
         Raises:
             RowError: the row has none, or not as many as its frames take.
         """
-        row = table.column(self.codes_column)[number]
+        row = table.column(column or self.codes_column)[number]
         if not row.is_valid:
             raise RowError("load", f"{self.name}: a row has no codes")
         values = row.values
@@ -200,21 +222,34 @@ def read_audio(path: str, row: int) -> bytes:
     return audio["bytes"]
 
 
+def read_other_codes(path: str, row: int) -> Mapping[str, npt.NDArray[Any]]:
+    """Integers (T, K) of a row's other audio, by their name.
+
+    Raises:
+        RowError: they cannot be read.
+    """
+    parquet, table, number = find_tokens(path, row, with_other_codes=True)
+    return parquet.other_codes_of(table, number)
+
+
 def find_tokens(
-    path: str, row: int, *, with_tokens: bool = True, with_audio: bool = False
+    path: str, row: int, *, with_tokens: bool = True, with_audio: bool = False, with_other_codes: bool = False
 ) -> tuple[TokenParquet, Any, int]:
     """The file, a table of some of its rows, and the place of a row in it.
 
     Args:
         with_tokens: whether the table has codes and what is known of them.
         with_audio: whether it has audio and hidden states, where the file does.
+        with_other_codes: whether it has codes of rows' other audio, likewise.
 
     Raises:
         RowError: they cannot be read, or there is no such row.
     """
 
     def columns(parquet: TokenParquet) -> list[str]:
-        return parquet.there((parquet.token_columns if with_tokens else ()) + (AUDIO_COLUMNS if with_audio else ()))
+        others = parquet.other_codes_columns if with_other_codes else ()
+        tokens = parquet.token_columns if with_tokens else ()
+        return parquet.there((*tokens, *(AUDIO_COLUMNS if with_audio else ()), *others))
 
     return find_row(TokenParquet, path, row, columns)
 

@@ -1,7 +1,8 @@
 """What is stored of a row beside its codes: the fields of its manifest row, and what the run says of it.
 
 Sinks that have one place for both (``info``) keep what the run says under its own names, and the fields of the row
-beside it. A field of such a name that says something else is kept under ``manifest_row``, so nothing is lost.
+beside it. A field of such a name that says something else is kept under ``manifest_row``, so nothing is lost. Codes of
+a row's other audio (``--audio_fields``) are among what the run says, under the names that ``other_audio`` has.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from typing import Any
 #: What the ``info`` of every row of a run says alike.
 RUN_INFO_FIELDS = (
     "codec", "fingerprint", "sample_rate", "frame_rate", "codebook_sizes", "dtype", "resampler", "segment_samples",
-    "loudness", "attention_window", "window_merge", "hidden_states", "version",
+    "loudness", "attention_window", "window_merge", "hidden_states", "other_audio", "version",
 )  # fmt: skip
 
-#: What a run says of a single row: samples of input at the codec's rate, T, K, and the first frame and the first sample
-#: of each segment of a row that was encoded in such.
-ROW_INFO_FIELDS = ("num_samples", "num_frames", "num_quantizers", "segments")
+#: What a run says of a single row: samples of input at the codec's rate, T, K, the first frame and the first sample of
+#: each segment of a row that was encoded in such, and the same of the row's other audio by the name of its codes.
+ROW_INFO_FIELDS = ("num_samples", "num_frames", "num_quantizers", "segments", "other_codes")
 
 #: Where fields of the manifest's row are kept whose names mean something else beside them.
 HIDDEN = "manifest_row"
@@ -25,15 +26,23 @@ HIDDEN = "manifest_row"
 _RUN_FIELDS = frozenset((*RUN_INFO_FIELDS, *ROW_INFO_FIELDS))
 
 
+def other_names(about: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names under which a run has codes of rows' other audio, by what it says of a row; none for rows of other
+    programs, which may have such a field too."""
+    others = about.get("other_audio")
+    return tuple(others) if isinstance(others, Mapping) and "fingerprint" in about else ()
+
+
 def join_info(fields: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
     """The ``info`` of a row, of its fields and of what the run says of it."""
-    return merge_hiding(fields, about, _RUN_FIELDS)
+    return merge_hiding(fields, about, _RUN_FIELDS.union(other_names(about)))
 
 
 def split_info(info: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(fields, about), of which ``join_info`` makes this ``info`` again."""
-    about = {name: value for name, value in info.items() if name in _RUN_FIELDS}
-    fields = {name: value for name, value in info.items() if name not in _RUN_FIELDS and name != HIDDEN}
+    of_run = _RUN_FIELDS.union(other_names(info))
+    about = {name: value for name, value in info.items() if name in of_run}
+    fields = {name: value for name, value in info.items() if name not in of_run and name != HIDDEN}
     hidden = info.get(HIDDEN)
     if isinstance(hidden, Mapping):
         fields.update(hidden)

@@ -59,7 +59,7 @@ class FileSink:
         if encoded.hidden_states is not None:
             contents["hidden_states"] = npy_bytes(encoded.hidden_states)
         if encoded.codes is not None:
-            contents["quantized_tokens"] = self._to_bytes(encoded.codes, encoded.info)
+            contents["quantized_tokens"] = self._to_bytes(encoded.codes, encoded.info_with_codes)
         if encoded.audio is not None:
             contents["reconstructed_wav"] = encoded.audio
         paths = [self._path(result.row, name) for name in contents]

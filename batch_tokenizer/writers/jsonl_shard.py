@@ -3,9 +3,10 @@
     {"key": …, "text": …, "audio_codes": [[K ints] × T], "num_frames": T, "codec": …, "fingerprint": …,
      "batch_tokenizer": {…}}
 
-The fields of the manifest's row stand at the top level as they were, then the codes under ``--codes_field``; what else
-the run says of the row (sample rate, codebook sizes, number of samples …) is one object under ``batch_tokenizer``. A
-field of the row that has one of our names and says something else is kept under ``manifest_row``.
+The fields of the manifest's row stand at the top level as they were, then the codes under ``--codes_field``, and those
+of other audio under their names; what else the run says of the row (sample rate, codebook sizes, number of samples …)
+is one object under ``batch_tokenizer``. A field of the row that has one of our names and says something else is kept
+under ``manifest_row``.
 ``storage/jsonl_rows.py`` reads such lines.
 """
 
@@ -17,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from batch_tokenizer.storage.jsonl_rows import ABOUT, TOP_LEVEL
-from batch_tokenizer.storage.row_info import merge_hiding
+from batch_tokenizer.storage.row_info import merge_hiding, other_names
 from batch_tokenizer.writers.row_encoding import EncodedRow, json_bytes
 
 
@@ -63,5 +64,8 @@ def jsonl_line(row: EncodedRow, codes_field: str) -> bytes:
         **{name: row.about[name] for name in TOP_LEVEL if name in row.about},
         ABOUT: {"codes_field": codes_field, **rest},
     }
-    document: Mapping[str, Any] = merge_hiding(row.fields, ours) | {codes_field: np.ascontiguousarray(row.codes)}
+    arrays = {codes_field: np.ascontiguousarray(row.codes)}
+    arrays |= {name: np.ascontiguousarray(codes) for name, codes in row.other_codes.items()}
+    reserved = frozenset(other_names(row.about))
+    document: Mapping[str, Any] = merge_hiding(row.fields, ours, reserved) | arrays
     return json_bytes(document)

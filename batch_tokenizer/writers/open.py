@@ -166,7 +166,7 @@ def _shard_form(
 
 
 def run_columns(
-    run_dir: Path, first_rows: Iterable[Mapping[str, Any]], codes_field: str
+    run_dir: Path, first_rows: Iterable[Mapping[str, Any]], codes_columns: Iterable[str]
 ) -> Mapping[str, ColumnType] | None:
     """The columns for fields of rows that all shards of a run have, kept in its folder (``columns.json``): the first
     rows of the manifest decide about them when the run begins, in every process alike. None where there are no rows.
@@ -184,7 +184,7 @@ def run_columns(
         rows = list(islice(first_rows, DECIDING_ROWS))
         if not rows:
             return None
-        types = column_types(rows, reserved_columns(codes_field))
+        types = column_types(rows, reserved_columns(codes_columns))
         with atomic_write(path) as file:
             file.write((json.dumps(types, indent=2) + "\n").encode())
         return types
@@ -220,7 +220,8 @@ def open_sink(
             encode_audio=partial(_encode_long, encode_audio, config.audio_format, folder.path),
         )  # fmt: skip
     encode = RowEncoder(config.task, run_info, sample_rate, encode_audio, config.audio_format)
-    fields = run_columns(folder.path, first_rows, config.codes_field) if config.sink == "parquet" else None
+    codes_columns = (config.codes_field, *(other.codes for other in config.other_audio))
+    fields = run_columns(folder.path, first_rows, codes_columns) if config.sink == "parquet" else None
     form = _shard_form(config, run_info, num_quantizers, fields)
     journal = ShardJournal(folder.path, config.task, folder.attempt, folder.processes.rank)
     return ShardSink(

@@ -2,6 +2,7 @@
 
     key          string
     audio_codes  list<list<uint16>>, a row's codes (T, K), under ``--codes_field``. Absent without tokens.
+    …            likewise, codes of rows' other audio (``--audio_fields``); null where a row has none
     num_frames   int32, T
     num_samples  int64, samples of input at the codec's rate
     duration     double, seconds of audio, where rows have no field of this name
@@ -12,8 +13,9 @@
                  parquet has a type for float16
 
 The schema's metadata names what is the same for all rows, a string each (``codec``, ``fingerprint``, ``sample_rate``,
-``frame_rate``, ``num_quantizers``, ``version`` …), and all of it as JSON under ``batch_tokenizer``; ``fields`` are the
-columns that are fields of the rows. Row groups are small enough for readers that stream.
+``frame_rate``, ``num_quantizers``, ``version`` …), and all of it as JSON under ``batch_tokenizer``, with the columns of
+other codes as ``other_audio``; ``fields`` are the columns that are fields of the rows. Row groups are small enough for
+readers that stream.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ import numpy.typing as npt
 
 from batch_tokenizer.records import CODES_FIELD, RowError, RunError
 from batch_tokenizer.storage.json_lines import dump_json
-from batch_tokenizer.storage.row_info import join_info
+from batch_tokenizer.storage.row_info import join_info, other_names
 from batch_tokenizer.writers.parquet_columns import ColumnType, arrow_type, column_types, fits, leaves, texts_of
 from batch_tokenizer.writers.row_encoding import EncodedRow, json_bytes
 
@@ -63,7 +65,12 @@ class ParquetForm:
     reserved: frozenset[str] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.reserved = reserved_columns(self.codes_field)
+        self.reserved = reserved_columns((self.codes_field, *other_names(self.common)))
+
+    @property
+    def codes_columns(self) -> tuple[str, ...]:
+        """The columns of codes, that of rows' own ones first."""
+        return (self.codes_field, *other_names(self.common)) if self.has_tokens else ()
 
     def decide(self, rows: Iterable[Mapping[str, Any]]) -> Mapping[str, ColumnType]:
         """The columns for fields, decided by the first rows that are asked about."""
@@ -72,21 +79,22 @@ class ParquetForm:
         return self.fields
 
 
-def reserved_columns(codes_field: str) -> frozenset[str]:
-    """Columns that fields of rows cannot have."""
-    return frozenset(("key", codes_field, "num_frames", "num_samples", "info", "audio", "hidden_states"))
+def reserved_columns(codes_columns: Iterable[str]) -> frozenset[str]:
+    """Columns that fields of rows cannot have, given those of codes."""
+    return frozenset(("key", *codes_columns, "num_frames", "num_samples", "info", "audio", "hidden_states"))
 
 
 class ParquetRow(NamedTuple):
     """A row's columns, with its fields still together.
 
     Attributes:
+        codes: by their columns.
         about: what the run says of the row alone and has no column.
         num_bytes: about what it takes.
     """
 
     key: str
-    codes: npt.NDArray[np.uint16] | None
+    codes: Mapping[str, npt.NDArray[np.uint16]]
     num_frames: int | None
     num_samples: int | None
     fields: Mapping[str, Any]
@@ -135,8 +143,7 @@ class ParquetShard:
         form = self._form
         codes: ColumnType = {"list": {"list": "uint16"}}
         columns: dict[str, Any] = {"key": pa.string()}
-        if form.has_tokens:
-            columns[form.codes_field] = pa.list_(pa.list_(pa.uint16()))
+        columns |= dict.fromkeys(form.codes_columns, pa.list_(pa.list_(pa.uint16())))
         columns |= {"num_frames": pa.int32(), "num_samples": pa.int64()}
         if "duration" not in types:
             columns["duration"] = pa.float64()
@@ -146,9 +153,9 @@ class ParquetShard:
         packed += [path for name, type_ in types.items() for path in leaves(name, type_)]
         # Codes of a codebook are few, so a dictionary packs them into as many bits as they need; likewise speakers.
         dictionary = [path for name, type_ in types.items() for path in texts_of(name, type_)]
-        if form.has_tokens:
-            dictionary += leaves(form.codes_field, codes)
-            packed += leaves(form.codes_field, codes)
+        of_codes = [path for name in form.codes_columns for path in leaves(name, codes)]
+        dictionary += of_codes
+        packed += of_codes
         compression = dict.fromkeys(packed, "zstd")
         metadata = {name: value if isinstance(value, str) else json_bytes(value) for name, value in form.common.items()}
         metadata |= {"batch_tokenizer": json_bytes(form.common), "fields": dump_json(list(types))}
@@ -177,10 +184,9 @@ class ParquetShard:
         types = self._form.decide(row.fields for row in rows)
         if self._writer is None:
             self._open(types)
-        columns: dict[str, list[Any]] = {name: [] for name in self._schema.names}
-        codes = columns.pop(self._form.codes_field) if self._form.has_tokens else []
+        of_codes = self._form.codes_columns
+        columns: dict[str, list[Any]] = {name: [] for name in self._schema.names if name not in of_codes}
         for row in rows:
-            codes.append(row.codes)
             own: dict[str, Any] = {
                 "key": row.key,
                 "num_frames": row.num_frames,
@@ -201,8 +207,7 @@ class ParquetShard:
             for name, values in columns.items():
                 values.append(own.get(name))
         arrays = {name: pa.array(values, self._schema.field(name).type) for name, values in columns.items()}
-        if self._form.has_tokens:
-            arrays[self._form.codes_field] = _codes_array(codes)
+        arrays |= {name: _codes_array([row.codes.get(name) for row in rows]) for name in of_codes}
         table = pa.table([arrays[name] for name in self._schema.names], schema=self._schema)
         self._writer.write_table(table, row_group_size=len(rows))
         self._rows = []
@@ -215,17 +220,20 @@ class ParquetShard:
         return row.num_samples / rate
 
 
-def _codes_array(codes: list[npt.NDArray[np.uint16]]) -> Any:
-    """Codes of rows, (T, K) each, as list<list<uint16>>."""
+def _codes_array(codes: list[npt.NDArray[np.uint16] | None]) -> Any:
+    """Codes of rows, (T, K) each, as list<list<uint16>>; null for a row that has none."""
     import pyarrow as pa
 
-    num_frames = [len(array) for array in codes]
-    widths = np.repeat([array.shape[1] for array in codes], num_frames)
+    missing = [array is None for array in codes]
+    present = [np.zeros((0, 1), np.uint16) if array is None else array for array in codes]
+    num_frames = [len(array) for array in present]
+    widths = np.repeat([array.shape[1] for array in present], num_frames)
     frames = pa.ListArray.from_arrays(
         pa.array(np.concatenate(([0], np.cumsum(widths))).astype(np.int32)),
-        pa.array(np.concatenate([array.reshape(-1) for array in codes])),
+        pa.array(np.concatenate([array.reshape(-1) for array in present])),
     )
-    return pa.ListArray.from_arrays(pa.array(np.cumsum([0, *num_frames], dtype=np.int32)), frames)
+    ends = pa.array(np.cumsum([0, *num_frames], dtype=np.int32))
+    return pa.ListArray.from_arrays(ends, frames, mask=pa.array(missing) if any(missing) else None)
 
 
 def parquet_row(row: EncodedRow, form: ParquetForm) -> ParquetRow:
@@ -248,17 +256,17 @@ def parquet_row(row: EncodedRow, form: ParquetForm) -> ParquetRow:
         if counts.get(name) is None and not (name in form.common and form.common[name] == value)
     }
     audio = None if row.audio is None else {"bytes": row.audio, "path": f"{row.key}.{row.audio_format}"}
-    num_codes = 0 if row.codes is None else row.codes.size
+    codes = dict(row.other_codes) if row.codes is None else {form.codes_field: row.codes, **row.other_codes}
     return ParquetRow(
         row.key,
-        row.codes,
+        codes,
         counts["num_frames"],
         counts["num_samples"],
         row.fields,
         about,
         audio,
         hidden,
-        2 * num_codes + fields_bytes + len(row.audio or b"") + len(hidden or b"") + 100,
+        sum(array.nbytes for array in codes.values()) + fields_bytes + len(row.audio or b"") + len(hidden or b"") + 100,
     )
 
 

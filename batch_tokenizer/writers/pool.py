@@ -58,7 +58,7 @@ class WriterPool:
 
     def submit(self, result: TokenizedRow) -> None:
         """Queue a row for writing; waits while too many bytes are pending."""
-        size = _array_bytes(result)
+        size = result.nbytes
         with self._lock:
             if self._closed:
                 raise RuntimeError("the writer pool was closed")
@@ -129,7 +129,7 @@ class WriterPool:
                     self._written.notify_all()
                 return
             with self._lock:
-                self._bytes -= _array_bytes(result)
+                self._bytes -= result.nbytes
                 self._rows -= 1
                 self._written.notify_all()
 
@@ -140,7 +140,3 @@ class WriterPool:
             self._on_failed(result, error)
         else:
             self._on_done(result)
-
-
-def _array_bytes(result: TokenizedRow) -> int:
-    return sum(array.nbytes for array in (result.codes, result.samples, result.hidden_states) if array is not None)

@@ -10,7 +10,7 @@ import json
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -124,6 +124,7 @@ class EncodedRow:
         audio: an audio file's bytes; None where audio is no output.
         audio_format: of those bytes, and the suffix of their file's name.
         hidden_states: float16 (T, d); None where they are no output.
+        other_codes: uint16 (T, K) of the row's other audio, by name.
     """
 
     key: str
@@ -133,11 +134,17 @@ class EncodedRow:
     audio: bytes | memoryview | None = None
     audio_format: str = "wav"
     hidden_states: npt.NDArray[np.float16] | None = None
+    other_codes: Mapping[str, npt.NDArray[np.uint16]] = field(default_factory=dict)
 
     @property
     def info(self) -> dict[str, Any]:
-        """Both in one object, for sinks that have one place for them."""
+        """Fields and what the run says in one object, for sinks that have one place for them."""
         return join_info(self.fields, self.about)
+
+    @property
+    def info_with_codes(self) -> dict[str, Any]:
+        """The same with other codes in it, for sinks that have no other place for them."""
+        return {**self.info, **{name: np.ascontiguousarray(codes) for name, codes in self.other_codes.items()}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,8 +179,9 @@ class RowEncoder:
         codes = result.codes if "quantized_tokens" in outputs else None
         about = row_about(result, self.run_info)
         return EncodedRow(
-            result.row.key, result.row.fields, about, codes, audio, self.audio_format, result.hidden_states
-        )
+            result.row.key, result.row.fields, about, codes, audio, self.audio_format, result.hidden_states,
+            {name: other.codes for name, other in result.others.items()},
+        )  # fmt: skip
 
 
 def row_info(result: TokenizedRow, run_info: Mapping[str, Any]) -> dict[str, Any]:
@@ -184,18 +192,24 @@ def row_info(result: TokenizedRow, run_info: Mapping[str, Any]) -> dict[str, Any
 def row_about(result: TokenizedRow, run_info: Mapping[str, Any]) -> dict[str, Any]:
     """``run_info``, then ``num_samples`` (input samples at the codec's rate), ``num_frames`` (T) and
     ``num_quantizers`` (K), and ``segments`` where the row was encoded in such: the first frame and the first sample of
-    each."""
+    each. ``other_codes`` has the same of the row's other audio."""
     if result.codes is None:
         raise ValueError("a row without codes has no tokens")
-    about = {
-        **run_info,
-        "num_samples": result.num_samples,
-        "num_frames": result.codes.shape[0],
-        "num_quantizers": result.codes.shape[1],
-    }
-    if result.segments is not None:
-        about["segments"] = [list(segment) for segment in result.segments]
+    about = {**run_info, **_lengths(result), "num_quantizers": result.codes.shape[1]}
+    if result.others:
+        about["other_codes"] = {name: _lengths(other) for name, other in result.others.items()}
     return about
+
+
+def _lengths(result: TokenizedRow) -> dict[str, Any]:
+    lengths: dict[str, Any] = {"num_samples": result.num_samples, "num_frames": result.codes.shape[0]}
+    if result.segments is not None:
+        lengths["segments"] = [list(segment) for segment in result.segments]
+    return lengths
+
+
+#: What precedes the name of other codes in the name of their checksum.
+OTHER_CHECKSUM = "codes."
 
 
 def done_entry(result: TokenizedRow, stored: Mapping[str, bytes | memoryview]) -> LedgerEntry:
@@ -206,6 +220,7 @@ def done_entry(result: TokenizedRow, stored: Mapping[str, bytes | memoryview]) -
     """
     row = result.row
     checksums = {"codes": codes_checksum(result.codes)}
+    checksums |= {f"{OTHER_CHECKSUM}{name}": codes_checksum(other.codes) for name, other in result.others.items()}
     checksums |= {name: zlib.crc32(content) for name, content in stored.items()}
     return LedgerEntry(
         row.line, row.digest, row.key, "done", num_samples=result.num_samples, frames=len(result.codes),

@@ -1,5 +1,5 @@
 """Webdataset shards: a tar with ``KEY.json``, ``KEY.tokens.npy`` and ``KEY.wav`` or ``KEY.flac`` for each row,
-and ``KEY.hidden.npy`` where a run keeps hidden states.
+``KEY.NAME.npy`` for codes of the row's other audio (``--audio_fields``), and ``KEY.hidden.npy`` for hidden states.
 
 ``KEY`` is the row's key where that is a plain name, otherwise a name made from it (``storage/names.py``). The true key
 is in ``KEY.json``.
@@ -41,6 +41,7 @@ class TarShard:
         sample: dict[str, str | bytes | memoryview] = {"__key__": member_name(row.key), "json": json_bytes(row.info)}
         if row.codes is not None:
             sample["tokens.npy"] = npy_bytes(row.codes)
+        sample |= {f"{name}.npy": npy_bytes(codes) for name, codes in row.other_codes.items()}
         if row.hidden_states is not None:
             sample[HIDDEN_STATES_ENDING.removeprefix(".")] = npy_bytes(row.hidden_states)
         if row.audio is not None:

@@ -85,3 +85,33 @@ def test_a_stop_signal_publishes_the_open_shard(open_workspace: Open, undisturbe
     assert len(read_shards(workspace.folder / "shards")) == workspace.rows_done()
     workspace.finish_here(*flags("tar"))
     check(workspace, undisturbed, "tar")
+
+
+def test_killed_while_rows_with_reference_audio_are_encoded(
+    open_workspace: Open, undisturbed: Mapping[str, bytes]
+) -> None:
+    """Both codes of a row are in its line, each as of the clip alone, whichever process did which half when."""
+    workspace = open_workspace(120)
+    shrink_shards(workspace)
+    keys = list(workspace.corpus.keys)
+    others = {key: keys[number - 7] for number, key in enumerate(keys) if number % 3}
+    rows = [json.loads(line) for line in workspace.corpus.manifest_lines]
+    manifest = [row | ({"ref_audio": f"wavs/{others[row['key']]}.wav"} if row["key"] in others else {}) for row in rows]
+    (workspace.folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in manifest))
+    fields = ["--audio_fields", "wav=audio_codes,ref_audio=ref_audio_codes"]
+    path = f"{workspace.folder}:{Path(__file__).resolve().parents[2]}"
+
+    def begin(num_processes: int) -> Run:
+        command = workspace.command(num_processes, *flags("jsonl"), *fields)
+        return Run.start(command, workspace.folder, {"PYTHONPATH": path})
+
+    with begin(2) as run:
+        workspace.await_rows(30, run)
+        run.kill()
+    assert 0 < workspace.rows_done() < 120
+    with begin(1) as run:
+        assert run.wait() == 0, run.output()
+    check(workspace, undisturbed, "jsonl")
+    for key, row in read_shards(workspace.folder / "shards").items():
+        expected = json.loads(undisturbed[f"{others[key]}.json"])["quantized_tokens"] if key in others else None
+        assert row["info"].get("ref_audio_codes") == expected, key

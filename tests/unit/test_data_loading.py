@@ -18,8 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batch_tokenizer.data import token_files
+from batch_tokenizer.data.code_checks import Codebooks
 from batch_tokenizer.data.loading import RowLoader
-from batch_tokenizer.data.token_files import Codebooks, parse_tokens, read_tokens
+from batch_tokenizer.data.token_files import parse_tokens, read_tokens
 from batch_tokenizer.records import RowError
 from batch_tokenizer.storage.names import display_name
 from tests.support.loading import INFO, FakeSpec, make_row

@@ -244,13 +244,14 @@ class TestTrouble:
         def refuse(*arguments, **options):
             raise OSError(30, os.strerror(30))
 
-        monkeypatch.setattr("batch_tokenizer.commands.dry_run.tempfile.TemporaryFile", refuse)
+        monkeypatch.setattr("batch_tokenizer.commands.dry_run_places.tempfile.TemporaryFile", refuse)
         assert place.plan() == 1
         assert self.lines(capsys) == [f"{place.folder}: nothing can be written there: Read-only file system"]
 
     def test_a_disk_that_is_too_small(self, place, monkeypatch, capsys):
         monkeypatch.setattr(
-            "batch_tokenizer.commands.dry_run.shutil.disk_usage", lambda path: shutil._ntuple_diskusage(9, 8, 1000)
+            "batch_tokenizer.commands.dry_run_places.shutil.disk_usage",
+            lambda path: shutil._ntuple_diskusage(9, 8, 1000),
         )
         assert place.plan() == 1
         [line] = self.lines(capsys)
