@@ -48,7 +48,7 @@ def test_stored_hidden_states(answers, codec):
 
 
 @pytest.mark.parametrize("capacity", [None, 60], ids=["alone", "packed"])
-@pytest.mark.parametrize("size", [1, 3, 64])
+@pytest.mark.parametrize("size", [1, 3, 16])
 def test_batches_in_any_order(answers, codec, size, capacity):
     codec.model.capacity = capacity
     for order in answers.orders() if size == 3 else [None]:

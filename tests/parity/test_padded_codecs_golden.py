@@ -54,7 +54,7 @@ def test_hidden_frames(answers):
 
 
 @pytest.mark.parametrize("together", [False, True], ids=["alone", "together"])
-@pytest.mark.parametrize("size", [1, 3, 64])
+@pytest.mark.parametrize("size", [1, 3, 16])
 def test_batches_in_any_order(answers, size, together):
     codec = answers.open(threads=2)
     codec.together = together

@@ -70,7 +70,7 @@ class KnownAnswers:
         )  # type: ignore[arg-type]
 
     def batches(self, size: int, order: Sequence[int] | None = None) -> Iterator[list[int]]:
-        """Utterances in batches of ``size``, those of 64 filled up with repetitions."""
+        """Utterances in batches of ``size``, larger ones than there are utterances filled up with repetitions."""
         members = list(order or self.utterances)
         while len(members) < size:
             members += self.utterances
