@@ -80,9 +80,12 @@ def test_all_tasks_run_on_one_device_without_a_wait(dtype, front_end, capability
     with open_fake(capability) as trace:
         codec = make_codec(dtype, front_end)
         assert codec.runs_ahead
+        # Without a kernel for packs attention runs block by block, and a trace of long packs takes minutes.
+        has_kernel = dtype != torch.float32 and capability >= (8, 0)
+        if not has_kernel:
+            codec.model.capacity = 512
         with trace.watch():
-            # Without a kernel for packs attention runs block by block, which takes a trace of 700 s a minute.
-            run_all_tasks(codec, 700 if dtype != torch.float32 and capability >= (8, 0) else 60)
+            run_all_tasks(codec, 700 if has_kernel else 10)
     assert trace.operators > 1000
 
 
