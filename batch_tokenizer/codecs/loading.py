@@ -50,7 +50,7 @@ class LoadRequest(Generic[Spec]):
 
     def load_folded(
         self,
-        build: Callable[[Sequence[Part]], Model],
+        build: Callable[[Sequence[str]], Model],
         rename: Callable[[str], str | None],
         *,
         whole: Callable[[], Model] | None = None,
@@ -66,12 +66,38 @@ class LoadRequest(Generic[Spec]):
         Raises:
             RunError: the checkpoint is not what its ``config.json`` implies.
         """
-        with self.checkpoint.empty_weights():
-            complete = build(PARTS["wav2token2wav"]) if whole is None else whole()
-            model = build(self.parts)
-        self.checkpoint.load(complete, model, device=self.device, dtype=torch.float32, rename=rename)
+        model = load_parts(
+            self.checkpoint, build, self.parts, whole, device=self.device, dtype=torch.float32, rename=rename
+        )
         model.fold()  # type: ignore[operator]  # nn.Module's attributes are untyped
-        return model.requires_grad_(False).eval()
+        return model
+
+
+def load_parts(
+    checkpoint: Checkpoint,
+    build: Callable[[Sequence[str]], Model],
+    parts: Sequence[str],
+    whole: Callable[[], Model] | None = None,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    rename: Callable[[str], str | None],
+    strip: str = "",
+) -> Model:
+    """A frozen model with ``parts`` of a checkpoint's weights, which go to the device one by one.
+
+    Args:
+        build, whole: as in ``LoadRequest.load_folded``.
+        rename, strip: as in ``Checkpoint.load``.
+
+    Raises:
+        RunError: the checkpoint is not what its ``config.json`` implies.
+    """
+    with checkpoint.empty_weights():
+        complete = build(PARTS["wav2token2wav"]) if whole is None else whole()
+        model = build(parts)
+    checkpoint.load(complete, model, device=device, dtype=dtype, strip=strip, rename=rename)
+    return model.requires_grad_(False).eval()
 
 
 def log_attention(head_sizes: Mapping[str, int], backend: str, device: torch.device, dtype: torch.dtype) -> None:

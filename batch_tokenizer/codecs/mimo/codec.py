@@ -16,7 +16,7 @@ from batch_tokenizer.audio.mel import log_mel
 from batch_tokenizer.codecs.base import CodecInfo, CodecSpec, Computation, Computed
 from batch_tokenizer.codecs.checkpoint import Checkpoint
 from batch_tokenizer.codecs.execution import StageClock, ToHost, codes_to_host, to_host
-from batch_tokenizer.codecs.loading import LoadRequest, log_attention
+from batch_tokenizer.codecs.loading import LoadRequest, load_parts, log_attention
 from batch_tokenizer.codecs.mimo.config import MiMoConfig
 from batch_tokenizer.codecs.mimo.layers import CompilationFailed
 from batch_tokenizer.codecs.mimo.model import DEFAULT_CAPACITY, MiMoAudioTokenizer
@@ -100,7 +100,7 @@ def load_model(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
 ) -> MiMoAudioTokenizer:
-    """The model with ``parts`` of its weights, frozen. Weights go to the device one by one.
+    """The model with ``parts`` of its weights, frozen.
 
     Raises:
         RunError: the checkpoint is not what its ``config.json`` implies; the message names what is wrong.
@@ -109,11 +109,11 @@ def load_model(
     outer_norm = config.ln_type
     if outer_norm == "RMSNorm" and "encoder.layer_norm.bias" in checkpoint.names(PREFIX):
         outer_norm = "LayerNorm"  # some published versions use ln_type inside the layers only
-    with checkpoint.empty_weights():
-        whole = MiMoAudioTokenizer(config, outer_norm=outer_norm)
-        part = MiMoAudioTokenizer(config, parts=parts, outer_norm=outer_norm)
-    checkpoint.load(whole, part, device=device, dtype=dtype, strip=PREFIX, rename=_rename)
-    return part.freeze()
+
+    def build(some: Sequence[str]) -> MiMoAudioTokenizer:
+        return MiMoAudioTokenizer(config, parts=some, outer_norm=outer_norm)
+
+    return load_parts(checkpoint, build, parts, device=device, dtype=dtype, strip=PREFIX, rename=_rename)
 
 
 def load_codec(request: LoadRequest[MiMoSpec]) -> MiMoCodec:

@@ -16,7 +16,7 @@ from batch_tokenizer.codecs.base import CodecInfo, CodecSpec, as_channels, check
 from batch_tokenizer.codecs.checkpoint import Checkpoint
 from batch_tokenizer.codecs.execution import codes_to_host, to_host
 from batch_tokenizer.codecs.layers.convolution import weight_norm_name
-from batch_tokenizer.codecs.loading import LoadRequest, log_attention
+from batch_tokenizer.codecs.loading import LoadRequest, load_parts, log_attention
 from batch_tokenizer.codecs.moss.config import MossConfig, TransformerStage
 from batch_tokenizer.codecs.moss.layers import Stream
 from batch_tokenizer.codecs.moss.model import DEFAULT_CAPACITY, MossAudioTokenizer, interleave
@@ -97,21 +97,22 @@ def load_model(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
 ) -> MossAudioTokenizer:
-    """The model with ``parts`` of its weights and the quantizer, frozen. Weights go to the device one by one.
+    """The model with ``parts`` of its weights and the quantizer, frozen.
 
     Raises:
         RunError: the checkpoint is not what its ``config.json`` implies; the message names what is wrong.
     """
     config = checkpoint.parse_config(MossConfig.from_json)
-    with checkpoint.empty_weights():
-        whole = MossAudioTokenizer(config)
-        part = MossAudioTokenizer(config, parts=parts)
-        stored = checkpoint.names()
-        for model in (whole, part):
-            model.add_projections(stored)
-    checkpoint.load(whole, part, device=device, dtype=dtype, rename=_rename)
-    part.quantizer.fold()
-    return part.freeze()
+    stored = checkpoint.names()
+
+    def build(some: Sequence[str]) -> MossAudioTokenizer:
+        model = MossAudioTokenizer(config, parts=some)
+        model.add_projections(stored)
+        return model
+
+    model = load_parts(checkpoint, build, parts, device=device, dtype=dtype, rename=_rename)
+    model.quantizer.fold()
+    return model
 
 
 def blank_model(config: Mapping[str, Any]) -> MossAudioTokenizer:

@@ -64,10 +64,6 @@ class MossAudioTokenizer(nn.Module):
         """The dtype of the encoder and the decoder; the quantizer is always float32."""
         return next(self.parameters()).dtype
 
-    def freeze(self) -> MossAudioTokenizer:
-        """Takes all parameters out of training."""
-        return self.requires_grad_(False).eval()
-
     def use_attention(self, backend: str) -> None:
         """Forces an attention backend (``batch_tokenizer.kernels.attention``); ``auto`` chooses the fastest."""
         for module in self.modules():
