@@ -4,7 +4,8 @@
 
 - an operator whose tensors lie on different devices raises, as does one that needs a value on the host (``item``,
   ``nonzero``, ``repeat_interleave`` without ``output_size``): on a GPU that would wait for all work before it;
-- a copy between host and device from memory that is not pinned raises, as it would wait too;
+- a copy between host and device from memory that is not pinned raises, as it would wait too, and so does indexing with
+  a tensor of the host, which copies it;
 - so does a tensor made of Python's numbers on the device, which is copied there from such memory;
 - ``segment_reduce`` with its own check of the lengths raises, as the check is on the host;
 - the varlen attention kernel's demands are checked, which its fake implementation does not look at.
@@ -86,6 +87,8 @@ class _Checks(TorchDispatchMode):
             raise HostWait("segment_reduce checks its lengths on the host; pass unsafe=True")
         out = function(*args, **kwargs)
         packet = function.overloadpacket
+        if packet in (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_):
+            self._check_indices(args[0], args[1])
         if packet in (torch.ops.aten._to_copy, torch.ops.aten.to):  # the latter in inference mode
             self._check_copy(args[0], out, args[0])
         elif packet is torch.ops.aten.copy_:
@@ -94,6 +97,13 @@ class _Checks(TorchDispatchMode):
         if isinstance(first, torch.Tensor) and first.device.type == "cuda" and not function.is_view:
             self.trace.operators += 1
         return out
+
+    @staticmethod
+    def _check_indices(indexed: torch.Tensor, indices: Any) -> None:
+        if indexed.device.type == "cuda" and any(index is not None and index.device.type == "cpu" for index in indices):
+            raise HostWait(
+                f"{tuple(indexed.shape)} on the device is indexed by a tensor on the host, copied there first"
+            )
 
     @staticmethod
     def _check_copy(source: torch.Tensor, target: torch.Tensor, host: torch.Tensor) -> None:

@@ -17,6 +17,7 @@ from batch_tokenizer.codecs.registry import find_family
 from batch_tokenizer.codecs.s3tokenizer.config import S3Config
 from batch_tokenizer.codecs.s3tokenizer.model import S3Tokenizer
 from batch_tokenizer.codecs.snac.codec import SnacCodec
+from batch_tokenizer.kernels import segments
 from batch_tokenizer.kernels.codebook import minus_half_norms
 from tests.support import s3tokenizer
 from tests.support.fake_cuda import CUDA, HostWait, fake_cuda_for_batches, fake_weights
@@ -29,7 +30,14 @@ MOST_PINNED = 8_000_000
 #: Samples of the utterances of a batch: of several sizes, two of one length, and one that fills a size.
 LENGTHS = (3, 700, 700, 1536, 9001)
 
+#: WavTokenizer's LSTM runs step by step on a fake device.
+LSTM_LENGTHS = (3, 90, 90)
+
 FAMILIES = ("snac", "snac with noise", "nanocodec", "wavtokenizer", "qwen3_tts")
+
+
+def lengths_of(name: str) -> tuple[int, ...]:
+    return LSTM_LENGTHS if name == "wavtokenizer" else LENGTHS
 
 
 def open_codec(name: str, folder: Any) -> Any:
@@ -42,7 +50,7 @@ def open_codec(name: str, folder: Any) -> Any:
     spec = family.open_spec(checkpoint)
     if name == "snac with noise":
         spec = replace(spec, noise_seed=7)
-    features = [spec.features(np.zeros(length, np.float32)) for length in LENGTHS]
+    features = [spec.features(np.zeros(length, np.float32)) for length in lengths_of(name)]
 
     def make(dtype: torch.dtype) -> PaddedCodec:
         with CUDA:
@@ -71,7 +79,7 @@ def test_batches_run_on_one_device_without_a_wait(name: str, tmp_path: Any) -> N
         assert codec.together
         with trace.watch():
             samples = run(codec, features, spec.info.num_codebooks)
-    for length, wav in zip(LENGTHS, samples, strict=True):
+    for length, wav in zip(lengths_of(name), samples, strict=True):
         assert wav.shape == (spec.num_output_samples(spec.num_frames(length)),)
     assert trace.operators > 100
     audio = 1.1 * SECONDS_AT_ONCE * spec.info.sample_rate * 4  # what a batch has of it goes to the device and back
@@ -89,6 +97,27 @@ def test_a_pageable_copy_is_found(tmp_path: Any) -> None:
             run(codec, features, spec.info.num_codebooks)
 
 
+#: Equal rows are found at the first batch.
+EQUAL_ROWS = mock.patch.object(Codebook, "_known", lambda codebook: (None, minus_half_norms(codebook.embed)))
+
+
+def fake_s3tokenizer(version: str, dtype: torch.dtype) -> S3Tokenizer:
+    with CUDA:
+        model = S3Tokenizer(S3Config.from_json(s3tokenizer.tiny(version)))
+    model.capacity = 4096
+    fake_weights(model, dtype)
+    return model
+
+
+def test_an_index_on_the_host_is_found() -> None:
+    positions = property(lambda self: torch.from_numpy(segments.within(self.lengths)))
+    left = mock.patch.object(segments.Segments, "positions", positions)
+    with fake_cuda_for_batches(EQUAL_ROWS, left) as trace, torch.no_grad():
+        model = fake_s3tokenizer("v1", torch.float32)
+        with pytest.raises(HostWait, match="is indexed by"), trace.watch():
+            model.encode_utterances([torch.zeros(128, 57)])
+
+
 @pytest.mark.parametrize(
     ("version", "dtype"),
     [
@@ -98,13 +127,8 @@ def test_a_pageable_copy_is_found(tmp_path: Any) -> None:
     ids=["v1", "v2", "v1-bf16", "v2-bf16", "v3-bf16"],
 )
 def test_packs_of_s3tokenizer_run_on_one_device_without_a_wait(version: str, dtype: torch.dtype) -> None:
-    # Equal rows are found at the first batch.
-    equal = mock.patch.object(Codebook, "_known", lambda codebook: (None, minus_half_norms(codebook.embed)))
-    with fake_cuda_for_batches(equal) as trace, torch.no_grad():
-        with CUDA:
-            model = S3Tokenizer(S3Config.from_json(s3tokenizer.tiny(version)))
-        model.capacity = 4096
-        fake_weights(model, dtype)
+    with fake_cuda_for_batches(EQUAL_ROWS) as trace, torch.no_grad():
+        model = fake_s3tokenizer(version, dtype)
         with trace.watch():
             codes = model.encode_utterances([torch.zeros(128, frames) for frames in (1, 57, 400, 3000, 5601)])
     assert [code.shape[1] for code in codes] == [1] * 5
