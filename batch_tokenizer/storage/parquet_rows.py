@@ -215,7 +215,7 @@ def read_audio(path: str, row: int) -> bytes:
     Raises:
         RowError: it cannot be read, or there is none.
     """
-    parquet, table, number = find_tokens(path, row, with_tokens=False, with_audio=True)
+    parquet, table, number = find_row(TokenParquet, path, row, lambda parquet: parquet.there(["audio"]))
     audio = table.column("audio")[number].as_py() if table.column_names else None
     if not isinstance(audio, dict) or not isinstance(audio.get("bytes"), bytes):
         raise RowError("load", f"{parquet.name}: row {row} has no audio")
@@ -233,13 +233,12 @@ def read_other_codes(path: str, row: int) -> Mapping[str, npt.NDArray[Any]]:
 
 
 def find_tokens(
-    path: str, row: int, *, with_tokens: bool = True, with_audio: bool = False, with_other_codes: bool = False
+    path: str, row: int, *, with_audio: bool = False, with_other_codes: bool = False
 ) -> tuple[TokenParquet, Any, int]:
-    """The file, a table of some of its rows, and the place of a row in it.
+    """The file, a table of some of its rows with their codes and what is known of them, and the place of a row in it.
 
     Args:
-        with_tokens: whether the table has codes and what is known of them.
-        with_audio: whether it has audio and hidden states, where the file does.
+        with_audio: whether the table has audio and hidden states, where the file does.
         with_other_codes: whether it has codes of rows' other audio, likewise.
 
     Raises:
@@ -248,8 +247,7 @@ def find_tokens(
 
     def columns(parquet: TokenParquet) -> list[str]:
         others = parquet.other_codes_columns if with_other_codes else ()
-        tokens = parquet.token_columns if with_tokens else ()
-        return parquet.there((*tokens, *(AUDIO_COLUMNS if with_audio else ()), *others))
+        return parquet.there((*parquet.token_columns, *(AUDIO_COLUMNS if with_audio else ()), *others))
 
     return find_row(TokenParquet, path, row, columns)
 

@@ -19,6 +19,7 @@ from batch_tokenizer.records import RowError
 from batch_tokenizer.runs.indexed_rows import IndexedRows, stored_rows
 from batch_tokenizer.sources.folder_rows import walk_folder
 from batch_tokenizer.sources.tar_rows import tar_rows
+from batch_tokenizer.storage.parquet_rows import read_audio
 from batch_tokenizer.writers.row_encoding import RowEncoder
 from tests.support.checkpoints import write_mimo_checkpoint
 from tests.support.command import write_manifest
@@ -175,6 +176,10 @@ def test_convert_takes_them_along(tmp_path, checkpoints, form):
     for number, row in enumerate(stored_rows(str(tmp_path / "all"))):
         np.testing.assert_array_equal(row.hidden_states, before[row.key].hidden_states)
         np.testing.assert_array_equal(by_number.read(number).hidden_states, row.hidden_states)
+    if form == "parquet":
+        [path] = (tmp_path / "all").glob("*.parquet")
+        with pytest.raises(RowError, match="has no audio"):
+            read_audio(str(path), 0)
     for row in stored_rows(str(tmp_path / "tokens")):
         np.testing.assert_array_equal(row.codes, before[row.key].codes)
         assert (row.hidden_states, row.info.get("hidden_states")) == (None, None)
