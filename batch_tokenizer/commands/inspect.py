@@ -24,7 +24,7 @@ from batch_tokenizer.quality.codebooks import bit_rate
 from batch_tokenizer.quality.metrics import METRICS, Scorer, Scores
 from batch_tokenizer.quality.recordings import align
 from batch_tokenizer.records import ManifestRow, RowError, RunError, TokenizedRow, printable
-from batch_tokenizer.report.comparison import draw_comparison
+from batch_tokenizer.report.figures import draw_comparison
 from batch_tokenizer.storage.names import display_name, file_name
 from batch_tokenizer.writers.publish import publish
 from batch_tokenizer.writers.row_encoding import token_json, wav_bytes
