@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 
 from batch_tokenizer.manifest.row import MAX_LINE
 from batch_tokenizer.records import RunError
@@ -18,8 +19,7 @@ def lines_of(location: str) -> Iterator[bytes]:
     """
     unfinished = b""
     try:
-        reader = StreamReader(location)
-        try:
+        with closing(StreamReader(location)) as reader:
             while block := reader.read(1 << 20):
                 first, *others = block.split(b"\n")
                 if len(unfinished) <= MAX_LINE:
@@ -27,8 +27,6 @@ def lines_of(location: str) -> Iterator[bytes]:
                 for line in others:
                     yield unfinished
                     unfinished = line
-        finally:
-            reader.close()
     except StorageError as error:
         raise RunError(f"--data_list {error.reason}", exit_code=1) from error
     if unfinished:

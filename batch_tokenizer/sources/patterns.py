@@ -17,6 +17,7 @@ import glob
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal, cast
@@ -302,11 +303,8 @@ def _kind_of_text(location: str) -> Kind:
 
 def _first_lines(location: str) -> Iterator[str]:
     try:
-        reader = StreamReader(location)
-        try:
+        with closing(StreamReader(location)) as reader:
             head = reader.read(1 << 16)
-        finally:
-            reader.close()
     except StorageError as error:
         raise RunError(f"--data_list {error.reason}") from error
     name = display_name(location)
@@ -323,11 +321,8 @@ def _first_lines(location: str) -> Iterator[str]:
 
 def _list_lines(location: str) -> Iterator[str]:
     try:
-        reader = StreamReader(location)
-        try:
+        with closing(StreamReader(location)) as reader:
             content = b"".join(iter(lambda: reader.read(1 << 20), b""))
-        finally:
-            reader.close()
         lines = content.decode("utf-8").splitlines()
     except StorageError as error:
         raise RunError(f"--data_list {error.reason}", exit_code=1) from error

@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, cast
 
@@ -236,8 +236,5 @@ def open_tar_stream(location: str) -> Iterator[tuple[ByteStream, bool]]:
                     yield SeekableByteStream.of_file(cast(BinaryIO, file)), False
                     return
     # 2. A compressed tar or a command's output, from the front.
-    reader = StreamReader(location)
-    try:
+    with closing(StreamReader(location)) as reader:
         yield ByteStream(reader.read), True
-    finally:
-        reader.close()

@@ -6,7 +6,6 @@ Hidden states, where a run keeps them, are one more file: ``a.json.hidden.npy`` 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from types import TracebackType
 from typing import Any, Literal
 
 from batch_tokenizer.records import LedgerEntry, ManifestRow, RowError, Task, TokenizedRow
@@ -86,7 +85,5 @@ class FileSink:
     def __enter__(self) -> FileSink:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         return None

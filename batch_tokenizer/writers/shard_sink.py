@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from types import TracebackType
 from typing import Any, BinaryIO, Protocol
 
 from batch_tokenizer.records import CODES_FIELD, LedgerEntry, RunError, TokenizedRow, first_line
@@ -170,9 +169,7 @@ class ShardSink:
     def __enter__(self) -> ShardSink:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """After an exception the open shard is thrown away: its rows are not done."""
         if error is None:
             self.close()
