@@ -25,10 +25,8 @@ from typing import Literal, get_args
 import numpy as np
 
 from batch_tokenizer.audio_fields import check_codes_field
-from batch_tokenizer.commands.convert_energon import EnergonTarget
-from batch_tokenizer.commands.convert_shar import SharTarget
 from batch_tokenizer.commands.convert_streams import StreamTarget, settings_of
-from batch_tokenizer.commands.convert_targets import FileTarget, ShardTarget, Target
+from batch_tokenizer.commands.convert_targets import EnergonTarget, FileTarget, ShardTarget, SharTarget, Target
 from batch_tokenizer.config import add_options, check_least
 from batch_tokenizer.records import RowError, RunError
 from batch_tokenizer.runs.finished_run import FinishedRun

@@ -1,8 +1,9 @@
-"""Where ``convert`` puts rows: token files with a manifest of them, or shards."""
+"""Where ``convert`` puts rows: token files with a manifest of them, shards, shards with the index of Megatron-Energon,
+or a Lhotse Shar folder. The index and the Shar folder are made by their own libraries."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -10,7 +11,7 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from batch_tokenizer.records import RunError, Sink
+from batch_tokenizer.records import RowError, RunError, Sink, first_line
 from batch_tokenizer.runs.stored_rows import StoredRow
 from batch_tokenizer.sources.finishing import output_path
 from batch_tokenizer.storage.json_lines import json_lines_writer
@@ -26,6 +27,18 @@ _MUST_AGREE = (
     "codec", "fingerprint", "sample_rate", "frame_rate", "codebook_sizes",
     "loudness", "attention_window", "window_merge", "hidden_states", "other_audio",
 )  # fmt: skip
+
+#: Cuts of a shard of Shar.
+_SHARD_ROWS = 1000
+
+#: Fields of rows that a supervision has.
+_OF_SUPERVISION = ("text", "speaker", "language", "gender")
+
+#: Energon's names of the parts of a split.
+_SPLIT_NAMES = ("train", "val", "test")
+
+#: Samples as they are, for a task encoder of the user's with a cooker of its own.
+_DATASET = "__module__: megatron.energon\n__class__: CrudeWebdataset\n"
 
 
 class Target(Protocol):
@@ -155,6 +168,128 @@ class ShardTarget:
         self._stream.close()
         self._shard = None
         self._num_rows = 0
+
+
+class EnergonTarget(ShardTarget):
+    """Shards ``tokens-000000.tar`` and so on, and ``.nv-meta`` with their index.
+
+    Args:
+        shares: of ``train``, ``val`` and ``test``, among which Energon divides whole shards; all are ``train`` where
+            there are none.
+    """
+
+    def __init__(self, folder: Path, most_bytes: int, codes_field: str, shares: Sequence[float], seed: int) -> None:
+        super().__init__(folder, "tar", most_bytes, codes_field)
+        self._preparator = _preparator()
+        self._parts = list(zip(_SPLIT_NAMES, shares or (1.0,), strict=False))
+        self._seed = seed
+
+    def finish(self) -> None:
+        super().finish()
+        self._preparator(self._folder, self._parts, self._seed)
+
+
+def _preparator() -> Any:
+    try:
+        from megatron.energon.epathlib import EPath
+        from megatron.energon.flavors.webdataset.prepare import WebdatasetPreparator
+    except ImportError as error:
+        raise RunError(
+            f"--to energon needs megatron-energon: pip install megatron-energon ({first_line(error)})"
+        ) from error
+
+    def prepare(folder: Path, parts: list[tuple[str, float]], seed: int) -> None:
+        names = sorted(path.name for path in folder.glob("*.tar"))
+        if names:
+            WebdatasetPreparator.prepare_dataset(
+                EPath(str(folder)),
+                names,
+                split_parts_ratio=parts,
+                shuffle_seed=seed if len(parts) > 1 else None,
+                workers=2,
+            )
+            (folder / ".nv-meta" / "dataset.yaml").write_text(_DATASET)
+
+    return prepare
+
+
+class SharTarget:
+    """Cuts in ``cuts.000000.jsonl.gz``, their codes as a ``TemporalArray`` in ``codes.000000.tar``, and
+    ``recording.000000.tar`` where rows have audio."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            import lhotse  # noqa: F401
+        except ImportError as error:
+            raise RunError("--to shar needs lhotse: pip install lhotse") from error
+        self._folder = folder
+        self._common = Common()
+        self._writer: Any = None
+        self._has_audio = False
+
+    def add(self, row: StoredRow) -> None:
+        codes = codes_of(row)
+        self._common.check(row)
+        if self._writer is None:
+            self._open(has_audio=row.audio is not None)
+        if (row.audio is not None) != self._has_audio:
+            raise RunError(
+                f"row {row.key}: has audio or has none, unlike those before it: --tokens_only leaves it behind"
+            )
+        try:
+            self._writer.write(self._cut(row, codes))
+        except (ValueError, TypeError, AssertionError) as error:
+            raise RowError("write", f"lhotse takes no such cut: {first_line(error)}") from error
+
+    def _open(self, *, has_audio: bool) -> None:
+        from lhotse.shar import SharWriter
+
+        self._has_audio = has_audio
+        fields = {"codes": "numpy", **({"recording": "original"} if has_audio else {})}
+        self._writer = SharWriter(str(self._folder), fields=fields, shard_size=_SHARD_ROWS)
+        self._writer.__enter__()
+
+    def _cut(self, row: StoredRow, codes: Any) -> Any:
+        from lhotse import MonoCut, Recording, SupervisionSegment
+
+        rate, num_samples, frame_rate = (row.info.get(name) for name in ("sample_rate", "num_samples", "frame_rate"))
+        if not isinstance(frame_rate, (int, float)) or frame_rate <= 0:
+            raise RunError(f"row {row.key}: does not say how many frames a second has, which a TemporalArray needs")
+        known = isinstance(rate, int) and isinstance(num_samples, int) and rate > 0 and num_samples > 0
+        duration = num_samples / rate if known else len(codes) / frame_rate  # type: ignore[operator]
+        recording = None
+        if row.audio is not None:
+            recording = Recording.from_bytes(bytes(row.audio), recording_id=row.key)
+            duration = min(duration, recording.duration)
+        fields, about = split_info(row.info)
+        own = {name: str(fields.pop(name)) for name in _OF_SUPERVISION if fields.get(name) is not None}
+        fields.pop("key", None)
+        cut = MonoCut(
+            id=row.key, start=0.0, duration=duration, channel=0, recording=recording,
+            supervisions=[SupervisionSegment(row.key, row.key, 0.0, duration, **own)],
+            custom={**fields, "codec": about.get("codec"), "fingerprint": about.get("fingerprint")},
+        )  # fmt: skip
+        # A cut loads as many frames as its duration has. The last frame of codes may reach beyond the audio, and must
+        # not be cut off.
+        return cut.attach_tensor(
+            "codes", codes, frame_shift=_frame_shift(duration, frame_rate, len(codes)), temporal_dim=0
+        )
+
+    def finish(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _frame_shift(duration: float, frame_rate: float, num_frames: int) -> float:
+    """Seconds of a frame: the codec's, unless lhotse would then not count ``num_frames`` in the duration."""
+    from lhotse.array import seconds_to_frames
+
+    shift = 1 / frame_rate
+    return (
+        shift
+        if seconds_to_frames(duration, frame_shift=shift, max_index=num_frames) == num_frames
+        else duration / num_frames
+    )
 
 
 @dataclass(slots=True)
