@@ -57,4 +57,4 @@ def test_200_utterances(name: str, tmp_path: Path) -> None:
     finally:
         torch.set_num_threads(threads)
     assert codes > 10 * NUM_UTTERANCES
-    assert worst < 1e-4  # rounding, as much as a sum of thousands of terms in another order makes
+    assert worst < 1e-4  # rounding, of a sum of thousands of terms in another order
