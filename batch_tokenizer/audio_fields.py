@@ -103,8 +103,8 @@ def parts_of(row: ManifestRow, others: tuple[OtherAudio, ...]) -> list[ManifestR
     for other in others:
         if other.field is None:
             if row.fields.get(SPLIT_CHANNELS) == 2:
-                cut = replace(row.cut or AudioCut(), channel=other.channel)
-                parts.append(replace(row, cut=cut, other_codes=other.codes))
+                own_cut = row.cut or AudioCut()
+                parts.append(replace(row, cut=replace(own_cut, channel=other.channel), other_codes=other.codes))
             continue
         path = row.fields.get(other.field)
         if path is None or path == "":
