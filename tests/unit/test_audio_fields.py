@@ -499,3 +499,13 @@ def test_fields_of_other_programs_with_such_names_are_fields(tmp_path: Path) -> 
     [row] = stored_rows(str(tmp_path / "data.jsonl"))
     assert not row.other_codes
     assert {name: row.info[name] for name in odd} == odd
+
+
+def test_streams_hold_the_own_codes_of_rows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    result = several(0, ("b",), quantized_tokens=str(tmp_path / "tokens" / "x.json"))
+    FileSink("wav2token", 24000, SEVERAL).write(result)
+    assert main(["convert", str(tmp_path / "tokens"), "--to", "flat", "--out", str(tmp_path / "flat")]) == 0
+    assert "--to flat holds the own codes of rows: ref_codes, b are left behind" in caplog.text
+    [row] = read_back(tmp_path / "flat").values()
+    assert np.array_equal(row.codes, result.codes)  # type: ignore[arg-type]
+    assert not {"b", "other_audio", "other_codes"} & row.info.keys()
