@@ -48,8 +48,9 @@ def check_other_names(info: Mapping[str, Any], codes: Mapping[str, Any], name: s
         RowError: a row has not all codes of other audio that its ``info`` says it has.
     """
     stated = info.get("other_codes")
-    names = other_names(info) if isinstance(stated, Mapping) else ()
-    lost = [field for field in names if field in stated and field not in codes]
+    if not isinstance(stated, Mapping):
+        return
+    lost = [field for field in other_names(info) if field in stated and field not in codes]
     if lost:
         raise RowError("load", f"{name}: {', '.join(lost)} of the row are not there")
 
