@@ -165,7 +165,8 @@ class Recomputation:
                 if row.wav is None or row.quantized_tokens is None:
                     raise RowError("load", "the row has no wav or no quantized_tokens")
                 codes, about = read_tokens(row.quantized_tokens, info, known)
-                stored = {None: codes, **read_other_codes(row.quantized_tokens, about)}
+                stored: dict[str | None, Codes] = {None: codes}
+                stored.update(read_other_codes(row.quantized_tokens, about))
                 for part in parts_of(row, from_settings(run.settings)):
                     if part.other_codes is not None and about["other_codes"][part.other_codes]["num_samples"] > most:
                         continue
