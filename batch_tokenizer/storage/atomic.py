@@ -50,15 +50,15 @@ def replace_json(path: str | Path, value: Any) -> None:
 
 
 @contextmanager
-def os_error_ends_run(message: str) -> Iterator[None]:
+def os_error_ends_run(message: str, exit_code: int = 1) -> Iterator[None]:
     """
     Raises:
-        RunError: the body raised an ``OSError``: ``message`` and the system's reason (exit code 1).
+        RunError: the body raised an ``OSError``: ``message`` and the system's reason.
     """
     try:
         yield
     except OSError as error:
-        raise RunError(f"{message}: {error.strerror or error}", exit_code=1) from error
+        raise RunError(f"{message}: {error.strerror or error}", exit_code=exit_code) from error
 
 
 def sync_folder(folder: str | Path) -> None:

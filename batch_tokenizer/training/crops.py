@@ -61,7 +61,7 @@ def read_manifest(source: Path | str, folder: Path) -> list[AudioFile]:
     """
     path = local_manifest(str(source), folder, SourceSettings(sink="tar"))
     files: list[AudioFile] = []
-    with os_error_ends_run(f"{source}: cannot be read"), path.open("rb") as lines:
+    with os_error_ends_run(f"{source}: cannot be read", exit_code=2), path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
                 if line.strip():
