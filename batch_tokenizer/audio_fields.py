@@ -12,12 +12,20 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from batch_tokenizer.records import AudioCut, ManifestRow, RowError, RunError, short_repr
+from batch_tokenizer.records import (
+    ROW_INFO_FIELDS,
+    RUN_INFO_FIELDS,
+    AudioCut,
+    ManifestRow,
+    RowError,
+    RunError,
+    short_repr,
+)
 
 #: Says of a row of which ``--channels split_row`` makes codes of each channel how many there are.
 SPLIT_CHANNELS = "split_channels"
 
-_CODES_NAME = re.compile(r"[A-Za-z0-9_\-]{1,64}")
+_CODES_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_\-]{0,63}")  # webdataset leaves out members that begin with _
 
 #: Fields and columns that stand beside the codes of a row.
 _OTHER_FIELDS = frozenset(
@@ -25,10 +33,12 @@ _OTHER_FIELDS = frozenset(
      "manifest_row", "batch_tokenizer")
 )  # fmt: skip
 
-#: What codes of several fields may not be called either: fields of rows, and members of tars, have these names.
+#: What codes of several fields may not be called either, in whatever case: fields of rows, members of tars, and what a
+#: run says of its rows have these names.
 _NO_CODES_NAMES = frozenset(
-    ("wav", "quantized_tokens", "reconstructed_wav", "tokens", "hidden", "other_audio", "other_codes", SPLIT_CHANNELS)
-)
+    ("wav", "quantized_tokens", "reconstructed_wav", "tokens", "hidden", SPLIT_CHANNELS,
+     *RUN_INFO_FIELDS, *ROW_INFO_FIELDS)
+)  # fmt: skip
 
 #: Fields that name no audio to encode.
 _NO_AUDIO_FIELDS = frozenset(("key", "quantized_tokens", "reconstructed_wav"))
@@ -84,10 +94,11 @@ def parse_audio_fields(text: str) -> tuple[OtherAudio, ...]:
             raise RunError(f"--audio_fields {text}: FIELD=CODES, several with commas between them")
         if name in _NO_AUDIO_FIELDS or (found and name == "wav"):
             raise RunError(f"--audio_fields {text}: {name} is no field of audio beside the row's own")
-        if not _CODES_NAME.fullmatch(codes) or codes in _NO_CODES_NAMES:
+        taken = _OTHER_FIELDS | _NO_CODES_NAMES | ({"codes"} if found else set())
+        if not _CODES_NAME.fullmatch(codes) or codes.lower() in taken:
             raise RunError(f"--audio_fields {text}: codes cannot be named {codes}")
         found.append(OtherAudio(codes, name))
-    for names in ({one.field for one in found}, {one.codes for one in found}):
+    for names in ({one.field for one in found}, {one.codes.lower() for one in found}):
         if len(names) < len(found):
             raise RunError(f"--audio_fields {text}: has a name twice")
     return tuple(found)
@@ -110,7 +121,7 @@ def parts_of(row: ManifestRow, others: tuple[OtherAudio, ...]) -> list[ManifestR
         if path is None or path == "":
             continue
         if not isinstance(path, str) or "\0" in path:
-            raise RowError("manifest", f'field "{other.field}" is {short_repr(path)}, not a path')
+            raise RowError("load", f'field "{other.field}" is {short_repr(path)}, not a path')
         cut = None if other.channel is None else AudioCut(channel=other.channel)
         parts.append(replace(row, wav=path, cut=cut, other_codes=other.codes))
     return parts

@@ -306,8 +306,7 @@ class RunConfig:
             if self.codes_field not in (own, CODES_FIELD):
                 raise RunError(f"{flag}: --codes_field says {self.codes_field}: leave one of them out")
             object.__setattr__(self, "codes_field", own)
-        for other in self.other_audio:
-            check_codes_field(other.codes)
+        if self.other_audio:
             if self.channels == "split_row" and self.audio_fields is not None and "," in self.audio_fields:
                 raise RunError(f"{flag} and --audio_fields with several: leave one of them out")
             if self.task == "wav2token2wav":

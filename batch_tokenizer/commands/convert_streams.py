@@ -16,10 +16,9 @@ import numpy.typing as npt
 
 from batch_tokenizer import __version__
 from batch_tokenizer.commands.convert_targets import Common, codes_of
-from batch_tokenizer.records import RunError
+from batch_tokenizer.records import RUN_INFO_FIELDS, RunError
 from batch_tokenizer.runs.stored_rows import StoredRow
 from batch_tokenizer.storage.json_lines import dump_json
-from batch_tokenizer.storage.row_info import RUN_INFO_FIELDS
 from batch_tokenizer.writers.text_tokenizer import open_tokenizer, vocabulary_size
 from batch_tokenizer.writers.token_streams import SPLIT_NAMES, FlatFile, Layout, MegatronFile, Pattern, TokenStream
 

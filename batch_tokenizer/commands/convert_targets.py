@@ -11,12 +11,12 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from batch_tokenizer.records import RowError, RunError, Sink, first_line
+from batch_tokenizer.records import RUN_INFO_FIELDS, RowError, RunError, Sink, first_line
 from batch_tokenizer.runs.stored_rows import StoredRow
 from batch_tokenizer.sources.finishing import output_path
 from batch_tokenizer.storage.json_lines import json_lines_writer
 from batch_tokenizer.storage.names import HIDDEN_STATES_ENDING
-from batch_tokenizer.storage.row_info import RUN_INFO_FIELDS, other_names, split_info
+from batch_tokenizer.storage.row_info import other_names, split_info
 from batch_tokenizer.writers.row_encoding import EncodedRow, npy_bytes
 from batch_tokenizer.writers.shard_sink import MOST_ROWS, OpenShard, ShardForm, shard_form
 

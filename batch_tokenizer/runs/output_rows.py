@@ -9,7 +9,7 @@ from __future__ import annotations
 import filecmp
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from batch_tokenizer.runtime.ledger import RowStatus, read_ledger
 from batch_tokenizer.runtime.run_files import is_run_folder
 from batch_tokenizer.storage.atomic import atomic_write, os_error_ends_run
 from batch_tokenizer.storage.json_lines import dump_json
+from batch_tokenizer.storage.jsonl_rows import ABOUT
 from batch_tokenizer.storage.row_info import join_info, split_info
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ def output_rows(run: FinishedRun, manifest: Manifest) -> Iterator[dict[str, Any]
             last = min(first + _ROWS_PER_CALL, manifest.num_lines)
             for row in manifest.read(first, last) if done[first:last].any() else ():
                 if isinstance(row, ManifestRow) and done[row.line]:
-                    yield dict(row.fields)
+                    yield _without_about(row.fields)
         return
     for digest, place in find_places(run, lambda digest: manifest.line_of(digest) is not None):
         if isinstance(place, RowError):
@@ -54,7 +55,12 @@ def output_rows(run: FinishedRun, manifest: Manifest) -> Iterator[dict[str, Any]
         row = manifest.row(line)
         if isinstance(row, ManifestRow):
             fields = join_info(row.fields, about) if about else row.fields
-            yield {**fields, **{name: place for name, place in outputs.items() if place is not None}}
+            yield {**_without_about(fields), **{name: place for name, place in outputs.items() if place is not None}}
+
+
+def _without_about(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a row, less what they say of codes in the row itself: those that count are where the outputs are."""
+    return {name: value for name, value in fields.items() if name != ABOUT}
 
 
 def write_output_rows(

@@ -106,6 +106,9 @@ def _completed(row: dict[str, Any], field_name: str, base: str, audio_field: str
     name = field_name
     if field_name == "wav" and audio_field in row:
         name = audio_field
+    elif field_name == "wav" and audio_field != "wav" and "wav" not in row:  # rows of tars and tables have a wav
+        key = row.get("key")
+        raise Refused(f'field "{audio_field}" is missing', key if isinstance(key, str) else None)
     elif field_name == "wav" and "wav" not in row:
         name = next((alias for alias in AUDIO_FIELDS if alias in row), "wav")
     path = row.get(name)

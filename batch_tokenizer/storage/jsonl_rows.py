@@ -35,9 +35,14 @@ _MOST_LINE = 1 << 30
 
 
 def codes_field_of(row: Mapping[str, Any]) -> str | None:
-    """The field of a row that has its codes; None where none has."""
+    """The field of a row that has its codes; None where none has.
+
+    A row that names a file of tokens has its codes there. Others in it are what it had before those were made.
+    """
     about = row.get(ABOUT)
     named = about.get("codes_field") if isinstance(about, Mapping) else None
+    if named is None and isinstance(row.get("quantized_tokens"), str) and row["quantized_tokens"] != FRAMES_MARK:
+        return None
     for name in (named, *CODES_FIELDS):
         value = row.get(name) if isinstance(name, str) else None
         if isinstance(name, str) and (value == FRAMES_MARK or (isinstance(value, list) and _may_be_codes(value))):

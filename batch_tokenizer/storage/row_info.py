@@ -10,15 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-#: What the ``info`` of every row of a run says alike.
-RUN_INFO_FIELDS = (
-    "codec", "fingerprint", "sample_rate", "frame_rate", "codebook_sizes", "dtype", "resampler", "segment_samples",
-    "loudness", "attention_window", "window_merge", "hidden_states", "other_audio", "version",
-)  # fmt: skip
-
-#: What a run says of a single row: samples of input at the codec's rate, T, K, the first frame and the first sample of
-#: each segment of a row that was encoded in such, and the same of the row's other audio by the name of its codes.
-ROW_INFO_FIELDS = ("num_samples", "num_frames", "num_quantizers", "segments", "other_codes")
+from batch_tokenizer.records import ROW_INFO_FIELDS, RUN_INFO_FIELDS
 
 #: Where fields of the manifest's row are kept whose names mean something else beside them.
 HIDDEN = "manifest_row"

@@ -18,7 +18,9 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from tests.support.runs import Killer, Run, Workspace, lingering, make_corpus
+import psutil
+
+from tests.support.runs import HANG_SECONDS, Killer, Run, Workspace, lingering, make_corpus
 
 #: How often each kind of victim is chosen. Loader processes are replaced in milliseconds; what else dies costs seconds.
 VICTIMS = {"loader": 50, "rank": 25, "agent": 8, "server": 9, "everything": 8}
@@ -69,6 +71,7 @@ def soak(folder: Path, num_kills: int, num_rows: int, seed: int) -> int:
     starts += 1
     workspace.finish(3, "--num_workers", 1, timeout=3600)
     workspace.check_complete(undisturbed.outputs(), redone=True)
+    psutil.wait_procs(list(lingering(workspace.folder)), HANG_SECONDS)
     assert not list(lingering(workspace.folder)), "processes are left"
     entries = len(workspace.ledger())
     figures = {

@@ -26,7 +26,7 @@ from batch_tokenizer.cli import main
 from batch_tokenizer.commands.convert_targets import FileTarget, ShardTarget
 from batch_tokenizer.config import RunConfig
 from batch_tokenizer.pipeline.joined_rows import JoinedRows
-from batch_tokenizer.records import RowError, RowFailure, RunError, Sink, TokenizedRow
+from batch_tokenizer.records import RowError, RowFailure, RunError, Sink, TokenizedRow, short_repr
 from batch_tokenizer.runs.indexed_rows import stored_rows
 from batch_tokenizer.runs.stored_rows import StoredRow
 from batch_tokenizer.sources.finishing import SourceSettings
@@ -56,7 +56,12 @@ OTHERS = (OtherAudio("ref_codes", "ref"), OtherAudio("b", "second", channel=1))
         ({"audio_fields": "wav=a,key=b"}, "key is no field of audio"),
         ({"audio_fields": "wav=a,ref=tokens"}, "codes cannot be named tokens"),
         ({"audio_fields": "wav=a,ref=b.c"}, "codes cannot be named b.c"),
-        ({"audio_fields": "wav=a,ref=num_frames"}, "a name other than"),
+        ({"audio_fields": "wav=a,ref=num_frames"}, "codes cannot be named num_frames"),
+        ({"audio_fields": "wav=a,ref=version"}, "codes cannot be named version"),
+        ({"audio_fields": "wav=a,ref=Tokens"}, "codes cannot be named Tokens"),
+        ({"audio_fields": "wav=a,ref=codes"}, "codes cannot be named codes"),
+        ({"audio_fields": "wav=a,ref=_b"}, "codes cannot be named _b"),
+        ({"audio_fields": "wav=a,ref=b,context=B"}, "has a name twice"),
         ({"audio_fields": "wav=a", "codes_field": "b"}, "--codes_field says b"),
         ({"audio_fields": "wav=a,ref=b", "task": "wav2token2wav"}, "use --task wav2token"),
         ({"audio_fields": "wav=a,ref=b", "hidden_states": True}, "no --hidden_states of several"),
@@ -365,6 +370,44 @@ def test_verify_finds_other_codes_that_changed(
             words = ["verify", "--data_list", source, "--run_dir", f"{out}.run", "--model_path", corpus / "mimo"]
             assert main(list(map(str, words))) == 1
             assert message in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("sink", ["json", "tar", "parquet"])
+def test_codes_that_rows_had_before_do_not_replace_those_of_the_run(corpus: Path, tmp_path: Path, sink: str) -> None:
+    old = {"audio_codes": [[1, 2], [3, 4]], "ref_codes": [[5, 6]]}
+    rows = [{"key": "a", "wav": str(corpus / "0.wav"), "ref": str(corpus / "1.wav"), **old}]
+    fields = ("--sink", sink, "--audio_fields", "wav=audio_codes,ref=ref_codes")
+    assert run(corpus, write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "out", *fields) == 0
+    expected = alone(corpus, tmp_path / "alone", ["0", "1"])
+    (row,) = list(TokenDataset(tmp_path / "out"))
+    assert np.array_equal(row["codes"], expected["0"])
+    assert np.array_equal(row["other_codes"]["ref_codes"], expected["1"])
+    assert row["fields"]["audio_codes"] == old["audio_codes"]
+
+
+def test_rows_of_a_jsonl_run_that_are_tokenized_again_have_their_new_codes(corpus: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", [{"key": "a", "wav": str(corpus / "0.wav")}])
+    assert run(corpus, rows, tmp_path / "first", "--sink", "jsonl") == 0
+    (shard,) = (tmp_path / "first").glob("*.jsonl")
+    assert run(corpus, shard, tmp_path / "again", "--sink", "tar", "--num_quantizers", 1) == 0
+    (row,) = list(TokenDataset(tmp_path / "again"))
+    assert row["codes"].shape[1] == 1
+
+
+def test_a_row_whose_field_is_no_path_or_is_missing_ends_as_failed(corpus: Path, tmp_path: Path) -> None:
+    wav = str(corpus / "0.wav")
+    rows = [
+        {"key": "a", "audio": wav, "ref": [wav]},
+        {"key": "b", "audio": wav, "ref": wav},
+        {"key": "c", "audio_filepath": wav, "ref": wav},
+    ]
+    fields = ("--sink", "jsonl", "--audio_fields", "audio=audio_codes,ref=ref_codes", "--max_failed", 2)
+    assert run(corpus, write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "out", *fields) == 0
+    lines = (tmp_path / "out.run" / "failures.jsonl").read_text().splitlines()
+    assert [(row["key"], row["reason"]) for row in map(json.loads, lines)] == [
+        ("a", f'field "ref" is {short_repr([wav])}, not a path'),
+        ("c", 'field "audio" is missing'),
+    ]
 
 
 def test_both_channels_of_a_dialogue_are_one_row(corpus: Path, tmp_path: Path) -> None:
