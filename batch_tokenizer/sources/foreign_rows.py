@@ -101,21 +101,20 @@ def _other_paths(row: Mapping[str, Any], base: str, other_fields: tuple[str, ...
 
 
 def _completed(row: dict[str, Any], field_name: str, base: str, audio_field: str) -> dict[str, Any]:
-    # 1. Which field names the input, and the row's key.
+    # 1. The row's key, and which field names the input.
+    key = next((row[name] for name in KEY_FIELDS if row.get(name) not in (None, "")), None)
+    key = str(key) if type(key) is int else key
     changed: dict[str, Any] = {}
     name = field_name
     if field_name == "wav" and audio_field in row:
         name = audio_field
     elif field_name == "wav" and audio_field != "wav" and "wav" not in row:  # rows of tars and tables have a wav
-        key = row.get("key")
         raise Refused(f'field "{audio_field}" is missing', key if isinstance(key, str) else None)
     elif field_name == "wav" and "wav" not in row:
         name = next((alias for alias in AUDIO_FIELDS if alias in row), "wav")
     path = row.get(name)
     if isinstance(path, Mapping) and name != "wav":  # as data sets write their audio
         path = path.get("path")
-    key = next((row[name] for name in KEY_FIELDS if row.get(name) not in (None, "")), None)
-    key = str(key) if type(key) is int else key
     # 2. What has to change: the input's field, its folder, the key.
     if name != field_name:
         if not isinstance(path, str) or not path:

@@ -399,14 +399,14 @@ def test_a_row_whose_field_is_no_path_or_is_missing_ends_as_failed(corpus: Path,
     rows = [
         {"key": "a", "audio": wav, "ref": [wav]},
         {"key": "b", "audio": wav, "ref": wav},
-        {"key": "c", "audio_filepath": wav, "ref": wav},
+        {"id": 3, "audio_filepath": wav, "ref": wav},
     ]
     fields = ("--sink", "jsonl", "--audio_fields", "audio=audio_codes,ref=ref_codes", "--max_failed", 2)
     assert run(corpus, write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "out", *fields) == 0
     lines = (tmp_path / "out.run" / "failures.jsonl").read_text().splitlines()
     assert [(row["key"], row["reason"]) for row in map(json.loads, lines)] == [
         ("a", f'field "ref" is {short_repr([wav])}, not a path'),
-        ("c", 'field "audio" is missing'),
+        ("3", 'field "audio" is missing'),
     ]
 
 
