@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from batch_tokenizer import __version__
 from batch_tokenizer.codecs import registry
 from batch_tokenizer.codecs.base import Codec, CodecSpec
 from batch_tokenizer.codecs.checkpoint import Checkpoint
@@ -129,6 +130,23 @@ class CodecSetup:
         if frame_budget is not None:
             codec.frame_budget = frame_budget
         return codec
+
+    def token_info(self, num_quantizers: int, resampler: str) -> dict[str, Any]:
+        """What every token file says about how its codes were computed, not when, where or beside which rows."""
+        info = self.spec.info
+        return {
+            "codec": info.family,
+            "fingerprint": info.fingerprint,
+            "sample_rate": info.sample_rate,
+            "frame_rate": info.frame_rate,
+            "codebook_sizes": list(info.codebook_sizes[:num_quantizers]),
+            "dtype": self.compute.dtype_name,
+            "resampler": resampler,
+            **({"columns": list(info.columns[:num_quantizers])} if info.columns else {}),
+            **({"channels": info.channels} if info.channels > 1 else {}),
+            **self.spec.settings,
+            "version": __version__,
+        }
 
 
 def with_front_end(spec: CodecSpec, wanted: FrontEnd, compute: ComputeDevice) -> CodecSpec:

@@ -8,11 +8,9 @@ earlier run's folder is only read.
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +19,6 @@ from batch_tokenizer import __version__
 from batch_tokenizer.audio.decoding import probe_audio
 from batch_tokenizer.audio_fields import parts_of
 from batch_tokenizer.codecs.base import Codec, CodecSpec
-from batch_tokenizer.codecs.memory import is_out_of_memory
 from batch_tokenizer.commands.dry_run_places import check_places, print_fact
 from batch_tokenizer.commands.status import format_duration, format_size, seems_at_work
 from batch_tokenizer.data.loading import RowLoader
@@ -29,8 +26,9 @@ from batch_tokenizer.data.pieces import PassLimit, piece_of
 from batch_tokenizer.manifest.manifest import Manifest
 from batch_tokenizer.manifest.row import LineState
 from batch_tokenizer.manifest.units import in_shard, plan_units
+from batch_tokenizer.pipeline.rank_loop import encode_decode, tokenized_rows
 from batch_tokenizer.pipeline.setup import RunContext, warn_of_absent_fields
-from batch_tokenizer.records import LoadedRow, ManifestRow, RowError, RunError, TokenizedRow
+from batch_tokenizer.records import LoadedRow, ManifestRow, RowError, RunError
 from batch_tokenizer.runs.output_rows import run_as_source
 from batch_tokenizer.runs.source import settings_of
 from batch_tokenizer.runtime.ledger import RowStatus, read_ledger
@@ -326,43 +324,21 @@ def _measure(context: RunContext, codec: Codec, loaded: Sequence[LoadedRow]) -> 
     ):
         batch += loaded
     batch = batch[: context.batch_size]
-    stages: dict[str, float] = {}
-    codes: list[Any] = []
-    samples: list[Any] = []
-    hidden_states: list[Any] = []
+    # 2. One row first, whose times do not count: libraries start up on it.
     try:
-        # 2. One row first, whose times do not count: libraries start up on it.
-        for members in ([min(batch, key=lambda row: row.frames)], batch):
-            codes = [row.codes for row in members]
-            samples = hidden_states = [None] * len(members)
-            if context.config.task != "token2wav":
-                began = time.perf_counter()
-                features = [row.features for row in members if row.features is not None]
-                if context.config.hidden_states:
-                    codes, hidden_states = codec.encode_hidden(features, context.num_quantizers)
-                else:
-                    codes = codec.encode(features, context.num_quantizers)
-                stages["encode"] = time.perf_counter() - began
-            if context.config.task != "wav2token":
-                began = time.perf_counter()
-                samples = codec.decode(codes)
-                stages["decode"] = time.perf_counter() - began
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
+        for rows in ([min(batch, key=lambda row: row.frames)], batch):
+            computed = encode_decode(rows, codec, context.config, context.num_quantizers)
+    except RowError:
         codec.release()
         return None
     # 3. What the results would take on disk, and all of it for a second of audio.
-    results = [
-        TokenizedRow(row.row, code, wav, row.num_samples, hidden_states=hidden)
-        for row, code, wav, hidden in zip(batch, codes, samples, hidden_states, strict=True)
-    ]
+    results = list(tokenized_rows(batch, computed))
     rate = codec.info.sample_rate
     seconds = sum(result.num_samples for result in results) / rate
     sizes = output_bytes(context.config, results, context.info, context.num_quantizers, codec.info.output_sample_rate)
     return Measured(
         load=sum(row.load_seconds for row in loaded) / (sum(row.num_samples for row in loaded) / rate),
-        stages={stage: spent / seconds for stage, spent in stages.items()},
+        stages={stage: spent / seconds for stage, spent in computed.seconds.items()},
         bytes_written={name: size / seconds for name, size in sizes.items()},
     )
 

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from batch_tokenizer import __version__
 from batch_tokenizer.audio.loading import load_samples
 from batch_tokenizer.codecs.base import CodecInfo
+from batch_tokenizer.codecs.checkpoint import Checkpoint
 from batch_tokenizer.codecs.offline import at_input_rate, check_num_quantizers, decode, encode
-from batch_tokenizer.codecs.opening import open_codec
+from batch_tokenizer.codecs.opening import CodecSetup
 from batch_tokenizer.config import add_options
 from batch_tokenizer.quality.aggregates import score_texts
 from batch_tokenizer.quality.codebooks import bit_rate
@@ -54,10 +54,12 @@ def main(arguments: argparse.Namespace) -> int:
     # 1. The codec and what is asked of it.
     location: str = arguments.file
     name = Path(file_name(location)).stem
-    codec = open_codec(arguments.model_path, arguments.device, arguments.dtype)
+    setup = CodecSetup.open(Checkpoint.open(arguments.model_path), device=arguments.device, dtype=arguments.dtype)
+    codec = setup.load()
     info = codec.info
     wanted = () if arguments.num_quantizers is None else (arguments.num_quantizers,)
     (num_quantizers,) = check_num_quantizers(wanted, info.num_codebooks)
+    about = setup.token_info(num_quantizers, "reference")
     out: Path = arguments.out or Path(f"{name}.inspect")
     # 2. Encode and decode, and write the files that a run would write.
     try:
@@ -67,10 +69,6 @@ def main(arguments: argparse.Namespace) -> int:
         mono = samples if samples.ndim == 1 else samples.mean(axis=0)
         original, (reconstruction,) = align(mono, [at_input_rate(info, made)], info.sample_rate)
         row = ManifestRow(0, "", name, location, None, None, {"key": name, "wav": location})
-        about = {
-            "codec": info.family, "fingerprint": info.fingerprint, "sample_rate": info.sample_rate,
-            "frame_rate": info.frame_rate, "resampler": "reference", "version": __version__,
-        }  # fmt: skip
         publish(str(out / f"{name}.json"), token_json(TokenizedRow(row, codes, made, len(mono)), about))
         publish(str(out / f"{name}.wav"), wav_bytes(made, info.output_sample_rate))
     except RowError as error:

@@ -18,6 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+#: Least size of ``Segments.offsets``, and least value of ``Segments.longest_bound``, both powers of two.
+FEWEST_OFFSETS, LEAST_BOUND = 64, 1024
+
 #: Filler attends among itself in runs of at most this many frames, which bounds its cost.
 FILLER_RUN = 512
 
@@ -109,8 +112,24 @@ class Segments:
 
     @cached_property
     def offsets(self) -> Tensor:
-        """int32 (S + 1,): rows offsets[i] to offsets[i + 1] are utterance i. The form that varlen kernels take."""
-        return to_device(np.append(self.starts, self.total).astype(np.int32), self.device)
+        """int32 (R + 1,): rows offsets[i] to offsets[i + 1] are utterance i. The form that varlen kernels take.
+
+        R is ``FEWEST_OFFSETS`` or a higher power of two, and utterances beyond S are empty, so that tables have few
+        sizes, as CUDA graphs would need.
+        """
+        ends = np.full(max(FEWEST_OFFSETS, power_of_two(len(self))) + 1, self.total, np.int32)
+        ends[: len(self)] = self.starts
+        return to_device(ends, self.device)
+
+    @property
+    def longest_bound(self) -> int:
+        """``LEAST_BOUND`` or a higher power of two, not below ``longest``: the bound that varlen kernels launch by.
+
+        FlashAttention takes its kernel without a window where the window reaches over this bound. The longest utterance
+        itself would let that, and with it the last bits of a result, depend on an utterance's neighbours; a bound above
+        all windows of the models does not.
+        """
+        return max(LEAST_BOUND, power_of_two(self.longest))
 
     @cached_property
     def positions(self) -> Tensor:
@@ -121,6 +140,11 @@ class Segments:
     def rows_of(self) -> Tensor:
         """int64 (S,): ``lengths`` on the device."""
         return to_device(self.lengths, self.device)
+
+
+def power_of_two(count: int) -> int:
+    """The least power of two that is not below ``count``."""
+    return 1 << max(0, count - 1).bit_length()
 
 
 def within(lengths: Lengths) -> Lengths:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -28,6 +28,7 @@ from batch_tokenizer.quality.live import LiveQuality
 from batch_tokenizer.records import (
     Batch,
     LedgerEntry,
+    LoadedRow,
     RowError,
     RowFailure,
     RunError,
@@ -159,14 +160,16 @@ class RankLoop:
         ahead = stream is None and self.codec.runs_ahead
         try:
             begun = self._begin(batch) if ahead else None
-            outputs = None if ahead else self._encode_decode(batch, stream or self.codec)
+            computed = (
+                None if ahead else encode_decode(batch.rows, stream or self.codec, self.config, self.num_quantizers)
+            )
         except RowError as error:
             # The batch before it, which the device still holds, may have taken the memory: it is finished first.
             self._finish_batch()
             self._compute_halves(batch, error)
             return
-        if outputs is not None:
-            self._hand_over(batch, outputs)
+        if computed is not None:
+            self._hand_over(batch, computed)
         if begun is not None:
             self._finish_batch()
             self._in_flight = batch, begun
@@ -212,43 +215,17 @@ class RankLoop:
             del begun  # it may hold the batch's memory on the device
             self._compute_halves(batch, error)
             return
-        for stage, seconds in computed.seconds.items():
-            self.progress.add_seconds(stage, seconds)
         self._hand_over(batch, computed)
 
     @property
     def _first_stage(self) -> Stage:
         return "decode" if self.config.task == "token2wav" else "encode"
 
-    def _encode_decode(self, batch: Batch, codec: Codec | CodecStream) -> Computed:
-        """The batch's codes, samples and hidden states, those of them that the run keeps.
-
-        Raises:
-            RowError: it does not fit in memory.
-        """
-        task = self.config.task
-        codes: list[Any] = [loaded.codes for loaded in batch.rows]
-        hidden_states = None
-        features = [loaded.features for loaded in batch.rows if loaded.features is not None]
-        if self.config.hidden_states:
-            codes, hidden_states = self._timed("encode", lambda: codec.encode_hidden(features, self.num_quantizers))
-        elif task != "token2wav":
-            codes = self._timed("encode", lambda: codec.encode(features, self.num_quantizers))
-        samples = None if task == "wav2token" else self._timed("decode", lambda: codec.decode(codes))
-        return Computed(codes, samples, {}, hidden_states)
-
-    def _timed(self, stage: Stage, compute: Callable[[], Result]) -> Result:
-        started = time.perf_counter()
-        try:
-            return in_memory(stage, compute)
-        finally:
-            self.progress.add_seconds(stage, time.perf_counter() - started)
-
     def _hand_over(self, batch: Batch, computed: Computed) -> None:
-        for number, (loaded, codes) in enumerate(zip(batch.rows, computed.codes, strict=True)):
-            samples = None if computed.samples is None else computed.samples[number]
-            hidden_states = None if computed.hidden_states is None else computed.hidden_states[number]
-            self._end(TokenizedRow(loaded.row, codes, samples, loaded.num_samples, hidden_states=hidden_states))
+        for stage, seconds in computed.seconds.items():
+            self.progress.add_seconds(stage, seconds)
+        for result in tokenized_rows(batch.rows, computed):
+            self._end(result)
 
     # ------------------------------------------------------------------------------------------------- ends of rows
 
@@ -304,3 +281,38 @@ class RankLoop:
                 f"{error.reason}; put that right and start the same command again, finished rows are kept", exit_code=1
             ) from error
         self._record_failure(RowFailure.of(result.row, error.stage, error.reason))
+
+
+def encode_decode(
+    rows: Sequence[LoadedRow], codec: Codec | CodecStream, config: RunConfig, num_quantizers: int
+) -> Computed:
+    """Codes, samples and hidden states of loaded rows, those of them that the run keeps, and the seconds they took.
+
+    Raises:
+        RowError: the rows do not fit in memory.
+    """
+    seconds: dict[Stage, float] = {}
+
+    def timed(stage: Stage, compute: Callable[[], Result]) -> Result:
+        started = time.perf_counter()
+        result = in_memory(stage, compute)
+        seconds[stage] = time.perf_counter() - started
+        return result
+
+    codes: list[Any] = [loaded.codes for loaded in rows]
+    features = [loaded.features for loaded in rows if loaded.features is not None]
+    hidden_states = None
+    if config.hidden_states:
+        codes, hidden_states = timed("encode", lambda: codec.encode_hidden(features, num_quantizers))
+    elif config.task != "token2wav":
+        codes = timed("encode", lambda: codec.encode(features, num_quantizers))
+    samples = None if config.task == "wav2token" else timed("decode", lambda: codec.decode(codes))
+    return Computed(codes, samples, seconds, hidden_states)
+
+
+def tokenized_rows(rows: Sequence[LoadedRow], computed: Computed) -> Iterator[TokenizedRow]:
+    """Each loaded row with its part of what was computed of all of them."""
+    absent = [None] * len(rows)
+    samples, hidden_states = computed.samples or absent, computed.hidden_states or absent
+    for loaded, codes, audio, hidden in zip(rows, computed.codes, samples, hidden_states, strict=True):
+        yield TokenizedRow(loaded.row, codes, audio, loaded.num_samples, hidden_states=hidden)

@@ -150,21 +150,9 @@ class RunContext:
     @property
     def info(self) -> dict[str, Any]:
         """What every token file of the run says about how it was made, not when, where or beside which rows."""
+        info = self.codec.token_info(self.num_quantizers, self.config.resampler)
         others = self.config.other_audio
-        return {
-            "codec": self.spec.info.family,
-            "fingerprint": self.spec.info.fingerprint,
-            "sample_rate": self.spec.info.sample_rate,
-            "frame_rate": self.spec.info.frame_rate,
-            "codebook_sizes": list(self.spec.info.codebook_sizes[: self.num_quantizers]),
-            "dtype": self.compute.dtype_name,
-            "resampler": self.config.resampler,
-            **({"columns": list(self.spec.info.columns[: self.num_quantizers])} if self.spec.info.columns else {}),
-            **({"channels": self.spec.info.channels} if self.spec.info.channels > 1 else {}),
-            **self.spec.settings,
-            **({"other_audio": {one.codes: one.setting for one in others}} if others else {}),
-            "version": __version__,
-        }
+        return info | ({"other_audio": {one.codes: one.setting for one in others}} if others else {})
 
     @property
     def run_settings(self) -> dict[str, Any]:

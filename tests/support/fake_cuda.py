@@ -142,8 +142,12 @@ def _checked_varlen(real: Any, trace: Trace) -> Any:
             assert offsets.device == CUDA
             assert offsets.dtype == torch.int32
             assert offsets.is_contiguous()
-        assert type(max_q) is int
-        assert type(max_k) is int
+            assert len(offsets) - 1 >= 64
+            assert (len(offsets) - 1).bit_count() == 1  # few sizes
+        for bound in (max_q, max_k):
+            assert type(bound) is int
+            assert bound >= 1024
+            assert bound.bit_count() == 1
         assert isinstance(rest.get("window_size"), tuple)
         return real(q, k, v, cu_q, cu_k, max_q, max_k, **rest)
 

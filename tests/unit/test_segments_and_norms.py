@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from batch_tokenizer.kernels.codebook import Float32Buffers
 from batch_tokenizer.kernels.norms import RMSNorm, SegmentGroupNorm
-from batch_tokenizer.kernels.segments import GappedAxis, Segments, within
+from batch_tokenizer.kernels.segments import FEWEST_OFFSETS, GappedAxis, Segments, within
 
 
 @given(st.lists(st.integers(0, 9), max_size=6), st.integers(0, 3))
@@ -29,7 +29,19 @@ def test_positions_count_from_zero_in_each_utterance(lengths):
     assert within(np.array(lengths, dtype=np.int64)).tolist() == expected
     segments = Segments(lengths)
     assert segments.positions.tolist() == expected
-    assert segments.offsets.tolist() == [sum(lengths[:count]) for count in range(len(lengths) + 1)]
+    expected = [sum(lengths[:count]) for count in range(len(lengths) + 1)]
+    assert segments.offsets.tolist() == expected + expected[-1:] * (FEWEST_OFFSETS - len(lengths))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "rows", "bound"),
+    [([], 64, 1024), ([1] * 64, 64, 1024), ([1] * 65, 128, 1024), ([1024, 3], 64, 1024), ([5, 1025], 64, 2048)],
+)
+def test_tables_of_varlen_kernels_have_few_sizes(lengths, rows, bound):
+    segments = Segments(lengths)
+    assert segments.offsets.shape == (rows + 1,)
+    assert segments.offsets[-1] == segments.total == sum(lengths)
+    assert segments.longest_bound == bound
 
 
 def test_negative_lengths_are_refused():
