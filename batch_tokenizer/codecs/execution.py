@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -18,9 +19,9 @@ Result = TypeVar("Result")
 
 
 class BatchRunner:
-    """Runs a model over a batch: at once on a device; on a CPU one utterance at a time, ``threads`` side by side.
+    """Runs a model over a batch: at once on a device; on a CPU one member at a time, ``threads`` side by side.
 
-    Each utterance has one thread: the caller sets torch's own thread count to 1, so that results do not depend on how
+    Each member has one thread: the caller sets torch's own thread count to 1, so that results do not depend on how
     many cores a process was given.
     """
 
@@ -52,19 +53,18 @@ class BatchRunner:
 
 
 class PaddedRunner:
-    """Runs a model that takes batches: on a device in batches of a few fixed shapes, on a CPU as ``BatchRunner``, one
-    utterance at a time without padding.
+    """Runs a model that takes padded batches, in batches of a few fixed shapes.
 
-    On a device an utterance is always computed in a batch of the same number of rows and of positions, which depend on
-    its length alone: those of the smallest size that holds it. So no matrix product changes its shape, and thereby the
-    last bits of its results, with the utterance's neighbours. Rows without an utterance are padding. Longer utterances
-    than the largest size are computed alone.
+    An utterance is always computed in a batch of the same number of rows and of positions, which depend on its length
+    alone: those of the smallest size that holds it. So no matrix product changes its shape, and thereby the last bits
+    of its results, with the utterance's neighbours. Rows without an utterance are padding. Utterances that are
+    too long for a batch are computed alone, without padding.
 
-    On a CPU padding costs what the padded positions cost, and matrix products gain little from a batch.
+    A device computes the batches one after the other; a CPU ``threads`` side by side, the longest first. On a CPU
+    batches have 2 to ``CPU_ROWS`` rows, as unused rows cost much and more rows gain little.
 
     Attributes:
-        frames: frames of a batch, rows times size, at most.
-        together: whether utterances are computed in batches; on a CPU only in tests.
+        frames: frames of a batch, rows times size, at most; 0 where every utterance is computed alone.
 
     Args:
         equal_lengths: for models where padding cannot be exact: utterances of the same length share a batch, and none
@@ -72,17 +72,23 @@ class PaddedRunner:
             hold copies.
     """
 
-    EQUAL_ROWS = 4
+    EQUAL_ROWS, CPU_ROWS = 4, 8
 
     #: Frames of a batch are not fewer than this after ``shrink``.
     _FEWEST = 64
 
     def __init__(self, device: torch.device, threads: int, frames: int, *, equal_lengths: bool = False) -> None:
         self.frames = frames
-        self.together = device.type != "cpu"
+        most = self.CPU_ROWS if device.type == "cpu" else frames
+        self._most_rows = self.EQUAL_ROWS if equal_lengths else most
+        self._fewest_rows = 2 if device.type == "cpu" else 1
         self._equal_lengths = equal_lengths
-        self._alone = BatchRunner(device, threads)
-        self.batch_limit = self._alone.batch_limit
+        self._run = BatchRunner(device, threads)
+
+    @property
+    def batch_limit(self) -> int | None:
+        """Number of utterances above which a call gets no faster, or None."""
+        return None if self.frames else self._run.batch_limit
 
     def __call__(
         self,
@@ -101,38 +107,51 @@ class PaddedRunner:
             length: of a member.
             unit: length of a frame.
         """
-        if not self.together:
-            return self._alone(lambda members: [compute([member], None, None)[0] for member in members], batch, length)
-        results: dict[int, Result] = {}
-        lengths = [length(member) for member in batch]
-        with torch.inference_mode():
-            for size, rows, indices in self._groups(lengths, unit):
-                members = [batch[index] for index in indices]
-                if size is None:
-                    done = compute(members + members[:1] * (rows - len(members)), None, None)
-                else:
-                    done = compute(members, size, rows)
-                results.update(zip(indices, done, strict=False))
+
+        def compute_group(group: _Group) -> list[Result]:
+            members = [batch[index] for index in group.indices]
+            if group.size is None:
+                return compute(members + members[:1] * (group.rows - len(members)), None, None)
+            return compute(members, group.size, group.rows)
+
+        groups = list(self._groups([length(member) for member in batch], unit))
+        done = self._run(
+            lambda some: [compute_group(group) for group in some],
+            groups,
+            lambda group: group.rows * length(batch[group.indices[0]]),
+        )
+        results = {
+            index: result
+            for group, of_group in zip(groups, done, strict=True)
+            for index, result in zip(group.indices, of_group, strict=False)
+        }
         return [results[index] for index in range(len(batch))]
 
     def shrink(self) -> None:
         """Makes batches half as large, after one that did not fit in memory."""
         self.frames = max(self._FEWEST, self.frames // 2)
 
-    def _groups(self, lengths: Sequence[int], unit: int) -> Iterator[tuple[int | None, int, list[int]]]:
-        """Size in frames (None where nothing is padded), rows, and the indices of the utterances of each batch."""
+    def _groups(self, lengths: Sequence[int], unit: int) -> Iterator[_Group]:
+        """The utterances of each batch."""
         by_size: dict[int, list[int]] = {}
         for index, length in enumerate(lengths):
             size = length if self._equal_lengths else padded_size(-(-length // unit))
             by_size.setdefault(size, []).append(index)
         for size, indices in sorted(by_size.items()):
-            if self._equal_lengths:
-                rows = max(1, min(self.EQUAL_ROWS, self.frames * unit // size))
-            else:
-                rows = self.frames // size
-            for start in range(0, len(indices), rows or 1):
-                padded = None if self._equal_lengths or not rows else size
-                yield padded, rows or 1, indices[start : start + (rows or 1)]
+            fitting = self.frames * unit // size if self._equal_lengths else self.frames // size
+            rows = min(self._most_rows, fitting) if fitting >= self._fewest_rows else 1
+            padded = None if self._equal_lengths or fitting < self._fewest_rows else size
+            for start in range(0, len(indices), rows):
+                yield _Group(padded, rows, indices[start : start + rows])
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Utterances of a batch, by their indices, and its shape; ``size`` in frames, None where nothing is padded."""
+
+    size: int | None
+    rows: int
+    indices: list[int]
 
 
 def padded_size(frames: int) -> int:

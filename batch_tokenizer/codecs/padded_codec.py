@@ -17,15 +17,22 @@ from batch_tokenizer.codecs.layers.padded import PaddedBatch
 Samples = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.uint16]
 
-#: Seconds of audio that a device computes at once, padding included. (On a CPU few, as only tests use batches there.)
+#: Seconds of audio that a device computes at once, padding included.
 SECONDS_AT_ONCE = 96
+
+#: Parameters below which calling operators takes a CPU longer than computing them: only then does a batch pay there.
+SMALL_MODEL = 5_000_000
+
+#: Frames of a small model's batch on a CPU.
+SMALL_MODEL_FRAMES = 256
 
 
 class PaddedCodec(Codec):
     """A model that encodes and decodes padded batches exactly, behind the codec protocol.
 
-    Its features are samples (1, L), padded by ``CodecSpec.features``. On a device utterances are computed in batches of
-    fixed shapes, on a CPU one by one (``PaddedRunner``); ``together`` makes a CPU compute batches too.
+    Its features are samples (1, L), padded by ``CodecSpec.features``. Utterances are computed in batches of fixed
+    shapes (``PaddedRunner``), on a CPU only those of small models, as batches of larger ones are slower there than one
+    utterance after the other (``docs/performance.md``).
 
     Args:
         model: has ``encode(batch, num_quantizers)`` and ``decode(codes)`` as ``encode_padded`` and ``decode_padded``,
@@ -39,10 +46,13 @@ class PaddedCodec(Codec):
         self.spec = spec
         self.model = model
         self.device = device
-        at_once = 64 if device.type == "cpu" else max(64, round(SECONDS_AT_ONCE * spec.info.frame_rate))
-        self._run = PaddedRunner(device, threads, at_once, equal_lengths=equal_lengths)
+        frames = max(64, round(SECONDS_AT_ONCE * spec.info.frame_rate))
+        if device.type == "cpu":
+            small = sum(parameter.numel() for parameter in model.parameters()) < SMALL_MODEL
+            frames = SMALL_MODEL_FRAMES if small and not equal_lengths else 0
+        self._run = PaddedRunner(device, threads, frames, equal_lengths=equal_lengths)
         self.batch_limit = self._run.batch_limit
-        self.frame_budget = max(8192, 8 * at_once)  # so many that sizes fill their rows
+        self.frame_budget = max(8192, 8 * frames)  # so many that sizes fill their rows
 
     def encode_padded(self, batch: PaddedBatch, num_quantizers: int) -> Tensor:
         """Samples (B, 1, L) of the utterances to codes int64 (B, T, ``num_quantizers``)."""
@@ -64,13 +74,13 @@ class PaddedCodec(Codec):
         return self.spec.num_frames(length)
 
     @property
-    def together(self) -> bool:
-        """Whether utterances are computed in padded batches, or else one by one."""
-        return self._run.together
+    def batch_frames(self) -> int:
+        """Frames of a padded batch, at most; 0 where each utterance is computed alone."""
+        return self._run.frames
 
-    @together.setter
-    def together(self, together: bool) -> None:
-        self._run.together = together
+    @batch_frames.setter
+    def batch_frames(self, frames: int) -> None:
+        self._run.frames = frames
 
     def encode_batch(self, features: Sequence[Samples], num_quantizers: int) -> list[Codes]:
         def compute(members: list[Tensor], size: int | None, rows: int | None) -> list[Tensor]:

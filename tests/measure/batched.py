@@ -59,11 +59,10 @@ def measure(name: str, folder: Path, arguments: argparse.Namespace) -> dict[str,
 
     def run(call: Callable[[list[Any]], list[Any]], members: list[Any], together: bool) -> tuple[list[Any], float]:
         if isinstance(codec, PaddedCodec):
-            codec.together = together
+            codec.batch_frames = frames if together else 0
         return timed(lambda: call(members) if together else [call([member])[0] for member in members])
 
-    if isinstance(codec, PaddedCodec):
-        codec._run.frames = arguments.rows * padded_size(max(spec.num_frames(len(wave)) for wave in waves))
+    frames = arguments.rows * padded_size(max(spec.num_frames(len(wave)) for wave in waves))
     codes = codec.encode(features[:2])
     report: dict[str, Any] = {
         "name": name, "batching": spec.batching, "utterances": len(waves), "seconds_of_audio": round(sum(lengths), 1),

@@ -53,11 +53,11 @@ def test_hidden_frames(answers):
         np.testing.assert_allclose(found, expected, rtol=0, atol=FOLDERS[answers.folder.name][0])
 
 
-@pytest.mark.parametrize("together", [False, True], ids=["alone", "together"])
+@pytest.mark.parametrize("batch_frames", [0, 64], ids=["alone", "together"])
 @pytest.mark.parametrize("size", [1, 3, 16])
-def test_batches_in_any_order(answers, size, together):
+def test_batches_in_any_order(answers, size, batch_frames):
     codec = answers.open(threads=2)
-    codec.together = together
+    codec.batch_frames = batch_frames
     for order in answers.orders() if size == 3 else [None]:
         for batch in answers.batches(size, order):
             codes = answers.encode(codec, batch)

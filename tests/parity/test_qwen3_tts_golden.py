@@ -27,11 +27,11 @@ def test_hidden_frames(answers):
         np.testing.assert_allclose(hidden.values[0].mT.numpy(), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("together", [False, True], ids=["alone", "together"])
+@pytest.mark.parametrize("batch_frames", [0, 64], ids=["alone", "together"])
 @pytest.mark.parametrize("size", [1, 3, 16])
-def test_batches_in_any_order(answers, size, together):
+def test_batches_in_any_order(answers, size, batch_frames):
     codec = answers.open(threads=2)
-    codec.together = together
+    codec.batch_frames = batch_frames
     for order in answers.orders() if size == 3 else [None]:
         for batch in answers.batches(size, order):
             codes = answers.encode(codec, batch)
@@ -41,22 +41,22 @@ def test_batches_in_any_order(answers, size, together):
                 np.testing.assert_allclose(samples, answers.expected[f"{utterance}.recon"], rtol=0, atol=5e-6)
 
 
-@pytest.mark.parametrize("together", [False, True], ids=["alone", "together"])
-def test_window_of_the_configuration(golden_root, together):
+@pytest.mark.parametrize("batch_frames", [0, 64], ids=["alone", "together"])
+def test_window_of_the_configuration(golden_root, batch_frames):
     answers = KnownAnswers(golden_root / "qwen3_tts_12hz_window_tiny", {"attention_window": "published"})
     codec = answers.open("wav2token")
-    codec.together = together
+    codec.batch_frames = batch_frames
     for utterance, code in zip(answers.utterances, answers.encode(codec, answers.utterances), strict=True):
         np.testing.assert_array_equal(code, answers.codes(utterance, "codes_windowed"))
     assert codec.spec.settings == {"attention_window": "published"}
 
 
-@pytest.mark.parametrize("together", [False, True], ids=["alone", "together"])
+@pytest.mark.parametrize("batch_frames", [0, 64], ids=["alone", "together"])
 @pytest.mark.parametrize("piece", [17, 250])
-def test_pieces_are_one_pass(golden_root, piece, together):
+def test_pieces_are_one_pass(golden_root, piece, batch_frames):
     answers = KnownAnswers(golden_root / "qwen3_tts_12hz_window_tiny")
     codec = answers.open()
-    codec.together = together
+    codec.batch_frames = batch_frames
     whole = answers.open()
     whole.model.encoder.piece = whole.model.decoder.piece = 10_000
     codec.model.encoder.piece = codec.model.decoder.piece = piece

@@ -34,7 +34,7 @@ def compare(model: object, codec: HfCodec, utterances: list[np.ndarray]) -> tupl
     expected = [library_codes(model, samples[0]) for samples in features]
     audio = [library_audio(model, codes.astype(np.uint16)) for codes in expected]
     worst = 0.0
-    for codec.together in (True, False):
+    for codec.batch_frames in (64, 0):
         found = codec.encode(features)
         for samples, codes, wanted in zip(utterances, found, expected, strict=True):
             assert len(codes) == codec.spec.num_frames(len(samples))

@@ -188,7 +188,6 @@ def test_half_snake():
 @given(st.lists(st.integers(1, 200), min_size=1, max_size=40))
 def test_an_utterances_batch_has_a_shape_that_its_length_alone_decides(frames):
     runner = PaddedRunner(CPU, 1, 96)
-    runner.together = True
     shapes: dict[int, set[tuple[int | None, int | None, int]]] = {}
 
     def compute(members, size, rows):
@@ -201,24 +200,25 @@ def test_an_utterances_batch_has_a_shape_that_its_length_alone_decides(frames):
     assert runner(compute, [torch.zeros(count) for count in frames], len) == frames
     for count, found in shapes.items():
         size = padded_size(count)
-        assert found == {(size, 96 // size) if size <= 96 else (None, None)}
+        assert found == {(size, min(8, 96 // size)) if size <= 48 else (None, None)}
         assert size < 2 * count or size == 8
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_on_a_cpu_each_utterance_goes_alone(threads):
+@pytest.mark.parametrize("frames", [0, 16])
+def test_results_are_in_order_whatever_is_computed_first(threads, frames):
     def compute(members, size, rows):
-        assert (len(members), size, rows) == (1, None, None)
-        return [len(members[0])]
+        assert (size, rows) in ([(None, None)] if frames == 0 else [(8, 2), (None, None)])
+        return [len(member) for member in members]
 
-    runner = PaddedRunner(CPU, threads, 96)
-    assert runner(compute, [torch.zeros(count) for count in (3, 1, 2)], len) == [3, 1, 2]
+    runner = PaddedRunner(CPU, threads, frames)
+    assert runner.batch_limit == (None if frames else 8 * threads)
+    assert runner(compute, [torch.zeros(count) for count in (3, 1, 17, 2, 9)], len) == [3, 1, 17, 2, 9]
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=40))
 def test_without_padding_only_equal_lengths_share_a_batch(frames):
     runner = PaddedRunner(CPU, 1, 24, equal_lengths=True)
-    runner.together = True
 
     def compute(members, size, rows):
         assert (size, rows) == (None, None)

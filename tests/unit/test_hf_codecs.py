@@ -90,14 +90,12 @@ def test_batches_give_what_each_utterance_has_alone(opened: Opened) -> None:
     mixed = [1, 2, hop - 1, hop, hop + 1, *np.random.default_rng(5).integers(3, 60 * hop, 11), 640, 640, 640]
     utterances = [noise(int(length), seed) for seed, length in enumerate(mixed)]
     features = [opened.spec.features(samples) for samples in utterances]
+    opened.codec.batch_frames = 0
     alone = opened.codec.encode(features, opened.spec.info.num_codebooks)
     expected = opened.codec.decode(alone)
-    opened.codec.together = True
-    try:
-        together = opened.codec.encode(features[::-1], opened.spec.info.num_codebooks)[::-1]
-        decoded = opened.codec.decode(alone)
-    finally:
-        opened.codec.together = False
+    opened.codec.batch_frames = 64
+    together = opened.codec.encode(features[::-1], opened.spec.info.num_codebooks)[::-1]
+    decoded = opened.codec.decode(alone)
     assert opened.spec.batching == (
         "padded" if opened.folder.name.startswith(("mimi", "encodec0", "dac")) else "equal lengths"
     )

@@ -53,15 +53,13 @@ def test_mixed_batches_are_each_utterance_alone(codec):
     lengths = [1, 7, *np.random.default_rng(3).integers(1, 70 * codec.info.samples_per_frame, 12)]
     features = [codec.spec.features(noise(int(length), seed)) for seed, length in enumerate(lengths)]
     most = codec.info.num_codebooks
+    codec.batch_frames = 0
     alone = codec.encode(features, most)
     assert len(np.unique(np.concatenate(alone))) > 10  # the comparison would mean nothing if all codes were equal
     expected = codec.decode(alone)
-    codec.together = True
-    try:
-        together = codec.encode(features[::-1], most)[::-1]
-        decoded = codec.decode(alone)
-    finally:
-        codec.together = False
+    codec.batch_frames = 64
+    together = codec.encode(features[::-1], most)[::-1]
+    decoded = codec.decode(alone)
     for codes, other, samples, audio in zip(alone, together, expected, decoded, strict=True):
         np.testing.assert_array_equal(codes, other)
         np.testing.assert_allclose(audio, samples, rtol=0, atol=1e-4)
@@ -152,8 +150,9 @@ def test_variants_of_wavtokenizer_batch_exactly(tmp_path):
     ):
         codec = opened(write_checkpoint(tmp_path / "-".join(changes), "wavtokenizer", **changes))
         features = [codec.spec.features(noise(length, length)) for length in (1, 30, 31, 200, 7, 123)]
+        codec.batch_frames = 0
         alone = codec.encode(features, 1)
-        codec.together = True
+        codec.batch_frames = 64
         for codes, other in zip(alone, codec.encode(features, 1), strict=True):
             np.testing.assert_array_equal(codes, other)
 
@@ -187,8 +186,9 @@ def test_noise_of_snac_is_an_utterances_own(tmp_path):
     codes = codec.encode(features, codec.info.num_codebooks)
     plain = codec.decode(codes)
     codec.noise_seed = 7
+    codec.batch_frames = 0
     alone = [codec.decode([code])[0] for code in codes]
-    codec.together = True
+    codec.batch_frames = 64
     for samples, other, without in zip(codec.decode(codes[::-1])[::-1], alone, plain, strict=True):
         np.testing.assert_allclose(samples, other, rtol=0, atol=1e-4)
         assert np.abs(samples - without).max() > 1e-3

@@ -81,12 +81,13 @@ def test_windows_differ_for_long_utterances_only(folder):
 
 def test_results_do_not_depend_on_the_batch(folder):
     codec = open_codec(folder)
+    codec.batch_frames = 0
     alone = dict(zip(LENGTHS, encode(codec), strict=True))
     audio = dict(zip(LENGTHS, codec.decode(list(alone.values())), strict=True))
     for length, code in alone.items():
         assert code.shape == (codec.spec.num_frames(length), 4)
         assert codec.spec.num_output_samples(len(code)) == len(audio[length])
-    codec.together = True
+    codec.batch_frames = 64
     codec.model.encoder.piece = codec.model.decoder.piece = 11
     for lengths in (LENGTHS, LENGTHS[::-1], (3000, 1, 3000, 25), (23,)):
         codes = encode(codec, lengths)
