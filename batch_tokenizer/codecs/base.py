@@ -403,9 +403,3 @@ def check_codes(codes: npt.NDArray[Any], codebook_sizes: Sequence[int], name: st
         raise ValueError(f"{name}: codes have shape {shape}, must be ({least} or more, 1 to {len(codebook_sizes)})")
     if (codes < 0).any() or (codes >= np.array(codebook_sizes[: shape[1]])).any():
         raise ValueError(f"{name}: a code is negative or not below its codebook's size ({max(codebook_sizes)})")
-
-
-def fitted(samples: npt.NDArray[np.float32], length: int) -> npt.NDArray[np.float32]:
-    """A segment's decoded samples, cut or filled up with zeros to the ``length`` that it has in its row."""
-    missing = max(0, length - samples.shape[-1])
-    return np.pad(samples[..., :length], [(0, 0)] * (samples.ndim - 1) + [(0, missing)])

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from batch_tokenizer.audio.encoding import encoded_bytes
 from batch_tokenizer.audio.loading import load_samples
-from batch_tokenizer.codecs.base import Codec
 from batch_tokenizer.codecs.offline import decode, encode
 from batch_tokenizer.records import RowError
 from batch_tokenizer.storage.atomic import atomic_write
+
+if TYPE_CHECKING:
+    from batch_tokenizer.codecs.base import Codec
 
 #: Files that are loaded before they are encoded.
 _LOADED_FILES = 32

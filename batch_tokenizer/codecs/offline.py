@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice, pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from batch_tokenizer.audio.resampling import resample
-from batch_tokenizer.codecs.base import Codec, CodecInfo, fitted
 from batch_tokenizer.codecs.memory import DoesNotFit, in_memory
 from batch_tokenizer.records import Pieces, RowError, RunError, Stage
+
+if TYPE_CHECKING:
+    from batch_tokenizer.codecs.base import Codec, CodecInfo
 
 Samples = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.uint16]
@@ -111,3 +113,9 @@ def _compute_or_split(
             return [error]
     codec.release()
     return [result for member in members for result in _compute_or_split(codec, compute, [member], stage)]
+
+
+def fitted(samples: npt.NDArray[np.float32], length: int) -> npt.NDArray[np.float32]:
+    """A segment's decoded samples, cut or filled up with zeros to the ``length`` that it has in its row."""
+    missing = max(0, length - samples.shape[-1])
+    return np.pad(samples[..., :length], [(0, 0)] * (samples.ndim - 1) + [(0, missing)])

@@ -20,7 +20,8 @@ from typing import IO
 import numpy as np
 import numpy.typing as npt
 
-from batch_tokenizer.codecs.base import Codec, CodecStream, fitted
+from batch_tokenizer.codecs.base import Codec, CodecStream
+from batch_tokenizer.codecs.offline import fitted
 from batch_tokenizer.data.loader import Loader
 from batch_tokenizer.data.pieces import CONTEXT_SECONDS, piece_of
 from batch_tokenizer.records import LoadedRow, ManifestRow, RowFailure, RunError, TokenizedRow

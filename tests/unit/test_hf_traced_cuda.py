@@ -20,7 +20,7 @@ from tests.support.fake_cuda import fake_cuda_for_batches, move_to_fake_device
 
 #: Of padded families utterances of different lengths share a batch.
 PADDED = ("mimi", "encodec", "dac")
-EQUAL_LENGTHS = ("encodec_chunks", "xcodec", "higgs_audio_v2_tokenizer", "xcodec2")
+EQUAL_LENGTHS = ("encodec_chunks", "xcodec", "higgs_audio_v2_tokenizer", "xcodec2", "neucodec")
 
 
 def resample(samples: torch.Tensor, from_rate: int, to_rate: int) -> torch.Tensor:

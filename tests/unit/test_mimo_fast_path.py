@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from batch_tokenizer.codecs.layers.packed import Rotation
 from batch_tokenizer.codecs.mimo.codec import MiMoCodec
-from batch_tokenizer.codecs.mimo.compiled import CompiledLayers
+from batch_tokenizer.codecs.mimo.compiled import CompiledLayers, compile_stack
 from batch_tokenizer.codecs.mimo.config import MiMoConfig
 from batch_tokenizer.codecs.mimo.decoder import InverseSTFT, overlap_add
 from batch_tokenizer.codecs.mimo.layers import TransformerStack
@@ -82,7 +82,7 @@ def test_layers_are_compiled_once_and_whole(norm):
     with torch.inference_mode():
         packs = [Segments(lengths) for lengths in ([50, 30, 16], [96], [1] * 96)]
         expected = [layers(x.clone(), segments) for segments in packs]
-        layers.compile(96, backend="aot_eager")
+        compile_stack(layers, 96, backend="aot_eager")
         for segments, want in zip(packs, expected, strict=True):
             torch.testing.assert_close(layers(x.clone(), segments), want, atol=1e-5, rtol=0)
     assert counters["stats"]["unique_graphs"] == 2
@@ -97,7 +97,7 @@ def test_a_longer_axis_runs_uncompiled(config):
     counters.clear()
     for name, rows in (("encoder", 1), ("decoder", 1), ("vocoder", config.decoder_stride_size)):
         owner = {"encoder": model.encoder, "decoder": model.decoder, "vocoder": model.decoder.vocoder}[name]
-        owner.layers.compile(capacity * config.avg_pooler * rows, backend="aot_eager")
+        compile_stack(owner.layers, capacity * config.avg_pooler * rows, backend="aot_eager")
     compiled = counters["stats"]["unique_graphs"]
     uncompiled = random_model(config)
     uncompiled.capacity = capacity
@@ -118,7 +118,7 @@ def test_compiled_kernels_equal_the_layers():
     torch._dynamo.reset()
     with torch.inference_mode():
         expected = layers(x.clone(), Segments([50, 46]))
-        layers.compile(96)
+        compile_stack(layers, 96)
         torch.testing.assert_close(layers(x.clone(), Segments([50, 46])), expected, atol=1e-5, rtol=0)
 
 
@@ -148,7 +148,7 @@ def test_a_lack_of_memory_is_no_failed_compilation(monkeypatch):
     error.__cause__ = torch.OutOfMemoryError("CUDA out of memory")
     failing(monkeypatch, error)
     with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
-        stack().compile(20)
+        compile_stack(stack(), 20)
 
 
 def test_joined_projections_equal_single_ones(config):

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, _dynamo, _inductor
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch._inductor.exc import InductorError
 
 from batch_tokenizer.codecs.layers.packed import Rotation
-from batch_tokenizer.codecs.mimo.layers import CompilationFailed, TransformerLayer
-from batch_tokenizer.kernels.segments import Segments
+from batch_tokenizer.codecs.mimo.layers import CompilationFailed, TransformerLayer, TransformerStack
+from batch_tokenizer.kernels.segments import Segments, filler_runs
 from batch_tokenizer.records import first_line
 
 
@@ -58,3 +58,43 @@ class CompiledLayers:
                     raise cause from None
                 cause = cause.__cause__ or cause.__context__
             raise CompilationFailed(first_line(error)) from error
+
+
+def compile_stacks(stacks: Sequence[tuple[TransformerStack, int]]) -> None:
+    """Compiles the layers of each stack for packs of its number of rows.
+
+    Raises:
+        CompilationFailed: one of them cannot be compiled here; all layers then run as they are.
+    """
+    if _dynamo.config.disable:
+        raise CompilationFailed("TORCHDYNAMO_DISABLE is set")
+    # One entry for each stack and capacity, and a few more where torch compiles for another global state.
+    _dynamo.config.recompile_limit = 64
+    _inductor.config.compile_threads = 1  # the few kernels need no pool of processes in every rank
+    if hasattr(_inductor.config, "deterministic"):
+        _inductor.config.deterministic = True  # kernels are chosen by rule and not by timing
+    try:
+        for stack, rows in stacks:
+            compile_stack(stack, rows)
+    except CompilationFailed:
+        for stack, _ in stacks:
+            stack.run_layer = TransformerLayer.__call__
+        raise
+
+
+def compile_stack(stack: TransformerStack, rows: int, backend: str = "inductor") -> None:
+    """Compiles a stack's layers for packs of ``rows`` rows, before it returns, so that bits do not change in a run.
+
+    Raises:
+        CompilationFailed: they cannot be compiled here; the layers then run as they are.
+    """
+    first = stack[0]
+    assert isinstance(first, TransformerLayer)
+    weight = first.fc1.weight
+    stack.run_layer = CompiledLayers(rows, backend)
+    try:
+        with torch.inference_mode():
+            stack(weight.new_zeros(rows, weight.shape[1]), Segments(filler_runs(rows), weight.device))
+    except CompilationFailed:
+        stack.run_layer = TransformerLayer.__call__
+        raise

@@ -11,7 +11,7 @@ from torch.nn.functional import gelu, linear
 from batch_tokenizer.codecs.layers.packed import Rotation
 from batch_tokenizer.kernels.attention import Window, choose_backend, varlen_attention
 from batch_tokenizer.kernels.norms import RMSNorm
-from batch_tokenizer.kernels.segments import Segments, filler_runs
+from batch_tokenizer.kernels.segments import Segments
 
 
 class CompilationFailed(Exception):
@@ -105,25 +105,6 @@ class TransformerStack(nn.ModuleList):
         self.attention = "auto"
         #: Runs a layer, as ``TransformerLayer.__call__`` does.
         self.run_layer: Callable[..., Tensor] = TransformerLayer.__call__
-
-    def compile(self, rows: int, backend: str = "inductor") -> None:
-        """Compiles the layers for packs of ``rows`` rows, before it returns, so that bits do not change during a run.
-
-        Raises:
-            CompilationFailed: they cannot be compiled here; the layers then run as they are.
-        """
-        from batch_tokenizer.codecs.mimo.compiled import CompiledLayers  # imports torch's compiler, which takes seconds
-
-        first = self[0]
-        assert isinstance(first, TransformerLayer)
-        weight = first.fc1.weight
-        self.run_layer = CompiledLayers(rows, backend)
-        try:
-            with torch.inference_mode():
-                self(weight.new_zeros(rows, weight.shape[1]), Segments(filler_runs(rows), weight.device))
-        except CompilationFailed:
-            self.run_layer = TransformerLayer.__call__
-            raise
 
     def forward(self, x: Tensor, segments: Segments, skip: int | None = None) -> Tensor:
         """(N, width) to (N, width). The output of layer number ``skip``, from 1, is added to the last one's."""

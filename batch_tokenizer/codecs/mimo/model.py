@@ -21,7 +21,7 @@ from batch_tokenizer.codecs.layers.packed import Capacity, fixed_capacity, packs
 from batch_tokenizer.codecs.mimo.config import MiMoConfig
 from batch_tokenizer.codecs.mimo.decoder import AudioDecoder
 from batch_tokenizer.codecs.mimo.encoder import AudioEncoder, EncoderLayout
-from batch_tokenizer.codecs.mimo.layers import CompilationFailed, SelfAttention, TransformerLayer, TransformerStack
+from batch_tokenizer.codecs.mimo.layers import SelfAttention, TransformerStack
 from batch_tokenizer.kernels.segments import GappedAxis, Lengths, filler_runs, joined_on, to_device, within
 
 #: Rows of the axis whose windows are in memory at once, 160 MB of them at 960 samples.
@@ -115,26 +115,13 @@ class MiMoAudioTokenizer(nn.Module):
         Raises:
             CompilationFailed: they cannot be compiled here; all layers then run as they are.
         """
-        from torch import _dynamo, _inductor
+        from batch_tokenizer.codecs.mimo.compiled import compile_stacks  # imports torch's compiler, which takes seconds
 
-        if _dynamo.config.disable:
-            raise CompilationFailed("TORCHDYNAMO_DISABLE is set")
-        # One entry for each stack and capacity, and a few more where torch compiles for another global state.
-        _dynamo.config.recompile_limit = 64
-        _inductor.config.compile_threads = 1  # the few kernels need no pool of processes in every rank
-        if hasattr(_inductor.config, "deterministic"):
-            _inductor.config.deterministic = True  # kernels are chosen by rule and not by timing
         config, frames = self.config, capacity * self.config.avg_pooler
-        stacks = {"encoder.layers": frames, "decoder.layers": frames}
-        stacks["decoder.vocoder.layers"] = frames * config.decoder_stride_size
-        present = {name: module for name, module in self.named_modules() if isinstance(module, TransformerStack)}
-        try:
-            for name, stack in present.items():
-                stack.compile(stacks[name])
-        except CompilationFailed:
-            for stack in present.values():
-                stack.run_layer = TransformerLayer.__call__
-            raise
+        rows = {"encoder.layers": frames, "decoder.layers": frames}
+        rows["decoder.vocoder.layers"] = frames * config.decoder_stride_size
+        stacks = {name: module for name, module in self.named_modules() if isinstance(module, TransformerStack)}
+        compile_stacks([(stack, rows[name]) for name, stack in stacks.items()])
 
     @torch.no_grad()
     def encode(self, mels: Tensor, mels_lens: Tensor, n_q: int | None = None, **_: Any) -> tuple[Tensor, Tensor, Stats]:
