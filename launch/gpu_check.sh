@@ -85,4 +85,6 @@ run() {
         run "$task, layers not compiled" env TORCHDYNAMO_DISABLE=1 "${bench[@]}" --task "$task" --parts peak model
         run "$task, log-mel in the loader" "${bench[@]}" --task "$task" --parts peak model end_to_end --front_end host
     done
+    run "Batches of other codecs against one by one" "$PYTHON" -m tests.measure.batched --device cuda --num_utterances 64 \
+        mimi snac-24khz dac-44khz encodec-24khz nanocodec wavtokenizer qwen3-tts-12hz s3-v2 moss-nano
 } 2>&1 | tee "$REPORT"

@@ -95,7 +95,7 @@ class CodecInfo:
 
 
 #: How utterances share a batch on a device: end to end on one axis; padded, of any lengths; of equal lengths only; not
-#: at all. Results are those of each utterance alone in every case. On a CPU they mostly go one by one.
+#: at all. Results are those of each utterance alone in every case. On a CPU only small padded models compute batches.
 Batching = Literal["packed", "padded", "equal lengths", "one by one"]
 
 

@@ -1,7 +1,9 @@
-"""Processor time of a codec's batches on one thread of a CPU, against the same utterances one by one, in turns.
+"""Time of a codec's batches against the same utterances one by one, in turns: processor time of one thread, or on a
+GPU the time until it has finished.
 
     python -m tests.measure.batched mimi --num_utterances 20        a published size, random weights
     python -m tests.measure.batched mimi snac --small               the tests' small checkpoints
+    python -m tests.measure.batched mimi dac-44khz --device cuda
 
 Batches are those of a GPU: packed, or padded to a few shapes, or of equal lengths; a run on a CPU takes utterances one
 by one. Processor time is not disturbed by other work, but a busy core still computes more slowly: compare what stands
@@ -34,11 +36,12 @@ from batch_tokenizer.records import Task
 from tests.support import families
 
 
-def timed(compute: Callable[[], list[Any]]) -> tuple[list[Any], float]:
-    """Its result, and seconds of the processor."""
-    start = time.process_time()
+def timed(compute: Callable[[], list[Any]], device: torch.device) -> tuple[list[Any], float]:
+    """Its result, which is on the host, and seconds."""
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    start = clock()
     result = compute()
-    return result, time.process_time() - start
+    return result, clock() - start
 
 
 def measure(name: str, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -50,17 +53,24 @@ def measure(name: str, folder: Path, arguments: argparse.Namespace) -> dict[str,
     checkpoint = Checkpoint.open(str(folder))
     family = find_family(checkpoint)
     spec = family.open_spec(checkpoint)
+    device = torch.device(arguments.device)
+    dtype = torch.float32 if device.type == "cpu" else getattr(torch, spec.cuda_dtype)
     task: Task = "wav2token" if spec.info.family == "s3tokenizer" else "wav2token2wav"
-    codec: Codec = family.load_codec(LoadRequest(checkpoint, spec, task))
+    codec: Codec = family.load_codec(LoadRequest(checkpoint, spec, task, device, dtype))
     rate, channels = spec.info.sample_rate, spec.info.channels
     lengths = draw_lengths(arguments.lengths, arguments.num_utterances, seed=15)
     waves = [make_samples(seconds, rate, index) for index, seconds in enumerate(lengths)]
     features = [spec.features(wave if channels == 1 else np.stack([wave] * channels)) for wave in waves]
 
-    def run(call: Callable[[list[Any]], list[Any]], members: list[Any], together: bool) -> tuple[list[Any], float]:
+    def compute_together(together: bool) -> None:
         if isinstance(codec, PaddedCodec):
             codec.batch_frames = frames if together else 0
-        return timed(lambda: call(members) if together else [call([member])[0] for member in members])
+        else:
+            codec.model.capacity = frames if together else None
+
+    def run(call: Callable[[list[Any]], list[Any]], members: list[Any], together: bool) -> tuple[list[Any], float]:
+        compute_together(together)
+        return timed(lambda: call(members) if together else [call([member])[0] for member in members], device)
 
     frames = arguments.rows * padded_size(max(spec.num_frames(len(wave)) for wave in waves))
     codes = codec.encode(features[:2])
@@ -81,6 +91,11 @@ def measure(name: str, folder: Path, arguments: argparse.Namespace) -> dict[str,
                 report["codes"], report["codes_equal"] = sum(part.size for part in codes), same
         alone, together_seconds = (statistics.median(seconds[together]) for together in (False, True))
         report |= {f"{direction}_alone_s": round(alone, 2), f"{direction}_batched_s": round(together_seconds, 2)}
+    # Batches have fixed shapes, so that the codes of an utterance are the same bits beside others and without them.
+    compute_together(True)
+    few = features[:8]
+    pairs = zip(codec.encode(few), [codec.encode([one])[0] for one in few], strict=True)
+    report["changed_by_neighbours"] = sum(int((one != other).sum()) for one, other in pairs)
     return report
 
 
@@ -90,6 +105,7 @@ def main() -> None:
         "names", nargs="+", metavar="NAME", help="sizes of bench --config; of tests/support with --small"
     )
     parser.add_argument("--small", action="store_true", help="the names are those of tests/support/families.py")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--num_utterances", type=int, default=500)
     parser.add_argument("--rows", type=int, default=8, help="of a padded batch of the longest utterances")
     parser.add_argument("--lengths", default="uniform:0.2-1", help="as bench takes them")

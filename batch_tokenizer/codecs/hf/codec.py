@@ -187,8 +187,6 @@ def load_codec(request: LoadRequest[HfSpec]) -> HfCodec:
         raise RunError(f"{checkpoint.folder}: lacks {names}, which config.json implies; download it again")
     if kind.front_end is not None:
         _check_front_end(checkpoint, spec, _class(library, kind.front_end, checkpoint))
-    how = spec.batching if request.device.type != "cpu" else "one by one"
-    log.info("transformers %s: %s, encoder and decoder loaded; batches: %s", library.__version__, kind.model_class, how)
     if spec.channels > 1:
         log.info(
             "the model has %d channels: each gets the mean of the file's, and decoded ones are averaged", spec.channels
@@ -200,15 +198,17 @@ def load_codec(request: LoadRequest[HfSpec]) -> HfCodec:
             spec.kind,
             str(request.dtype).removeprefix("torch."),
         )
-    model = model.to(request.device).eval().requires_grad_(False)
-    return HfCodec(spec, model, request.threads)
+    codec = HfCodec(spec, model.to(request.device).eval().requires_grad_(False), request.threads)
+    how = spec.batching if codec.batch_frames else "one by one"
+    log.info("transformers %s: %s, encoder and decoder loaded; batches: %s", library.__version__, kind.model_class, how)
+    return codec
 
 
 class HfCodec(PaddedCodec):
     """A model of transformers behind the codec protocol.
 
     Where the model allows it, its convolutions are replaced by exact ones, and batches have mixed lengths. Else only
-    utterances of one length share a batch. On a CPU utterances are computed one by one, ``threads`` at a time.
+    utterances of one length share a batch, and on a CPU none.
     """
 
     spec: HfSpec
