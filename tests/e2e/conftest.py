@@ -14,7 +14,7 @@ from tests.support.runs import Workspace, make_corpus
 #: Opens a workspace for the corpus's first rows, in a new folder.
 Open = Callable[[int], Workspace]
 
-NUM_ROWS = 600
+NUM_ROWS = 400
 
 
 @pytest.fixture(scope="session")

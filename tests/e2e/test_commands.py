@@ -10,7 +10,6 @@ from collections import Counter
 import pytest
 
 from batch_tokenizer.cli import main
-from tests.support.command import batch_tokenizer
 from tests.support.runs import Workspace, make_corpus
 
 NUM_ROWS = 40
@@ -137,14 +136,24 @@ def test_shards_are_verified_together(corpus, tmp_path, here):
     assert f"{NUM_ROWS} done, 0 failed, 0 left of {NUM_ROWS}" in shown
 
 
-def test_dry_run_under_torchrun_prints_once_and_leaves_nothing(corpus, tmp_path):
+def test_dry_run_under_torchrun_prints_once_and_leaves_nothing(corpus, tmp_path, here, monkeypatch):
+    """Each rank in its turn, as none waits for another."""
     workspace = Workspace.make(corpus, tmp_path / "work")
     before = files_of(workspace.folder)
-    done = batch_tokenizer(*workspace.arguments("--dry_run"), ranks=2, cwd=workspace.folder)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("nothing would fail") == 1
-    assert f"{NUM_ROWS} rows in" in done.stdout
-    assert "for 2 ranks (torchrun)" in done.stdout
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in (("TORCHELASTIC_RUN_ID", "job"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "9")):
+        monkeypatch.setenv(name, value)
+    said = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        code, printed = here(workspace, *workspace.arguments("--dry_run"))
+        assert code == 0, printed
+        said.append(printed)
+    assert said[0].count("nothing would fail") == 1
+    assert f"{NUM_ROWS} rows in" in said[0]
+    assert "for 2 ranks (torchrun)" in said[0]
+    assert said[1] == ""
     assert files_of(workspace.folder) == before
 
 

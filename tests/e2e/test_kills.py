@@ -2,58 +2,63 @@
 
 from __future__ import annotations
 
-import time
+from collections import Counter
 from collections.abc import Mapping
 
 import psutil
-import pytest
 
 from tests.e2e.conftest import Open
-from tests.support.runs import HANG_SECONDS, Killer, lingering
+from tests.support.runs import HANG_SECONDS, Killer, Run, lingering
 
 
-def test_all_processes_killed_twice_then_resumed_by_three(
+def test_processes_killed_one_by_one_then_all_then_resumed_by_three(
     open_workspace: Open, undisturbed: Mapping[str, bytes]
 ) -> None:
-    """First two ranks with their loader processes, then a process alone."""
+    """Loader processes are replaced and torchrun restarts the rank; what is left after a kill of the whole tree is
+    shared by the ranks of a new command. ``tests/measure/soak.py`` kills a hundred."""
     workspace = open_workspace(200)
-    for num_processes, rows, fewest in ((2, 40, 5), (1, 97, 1)):  # the agent, two ranks, their loaders
-        with workspace.start(num_processes, "--num_workers", num_processes - 1) as run:
-            workspace.await_rows(rows, run)
-            assert run.kill() >= fewest
-        assert workspace.rows_done() < 200
-        assert not list(lingering(workspace.folder))
+    ledger = workspace.run_dir / "ledger"
+    with workspace.start(1, "--num_workers", 1, launcher=["--max_restarts=9"]) as run:
+        killer = Killer(workspace, run, seed=0)
+        for victim in ("loader", "server", "rank"):
+            killer.kill(victim)
+        restarted = ledger / "000002-00000.jsonl"
+        run.wait_until(lambda: restarted.exists() and restarted.stat().st_size > 0, "rows of the restarted rank")
+        run.wait_until(lambda: bool(run.loaders()), "its loader process")
+        assert run.kill() >= 4  # the agent, the rank, its fork server and its loader process
+    done = Counter(str(entry["key"]) for entry in workspace.ledger())
+    assert len(done) < 200
+    assert not list(lingering(workspace.folder))
     run = workspace.finish(3)
     assert "resuming: " in run.output()
     workspace.check_complete(undisturbed, redone=True)
-    attempts = sorted(path.name[:6] for path in (workspace.run_dir / "ledger").iterdir())
-    assert set(attempts) == {"000001", "000002", "000003"}
+    again = Counter(str(entry["key"]) for entry in workspace.ledger()) - done
+    assert again == Counter(set(workspace.corpus.keys) - done.keys())
+    assert sorted(path.stem for path in ledger.glob("000003-*")) == ["000003-00000", "000003-00001", "000003-00002"]
 
 
-def test_processes_killed_one_by_one(open_workspace: Open, undisturbed: Mapping[str, bytes]) -> None:
-    """Loader processes are replaced, torchrun restarts ranks, and a new command replaces a killed agent, which may
-    still have ranks that finish what they hold. ``tests/measure/soak.py`` kills a hundred."""
-    workspace = open_workspace(300)
-    for attempt, victims in enumerate((("loader", "server", "loader", "agent"), ("loader", "rank", "loader"))):
-        with workspace.start(2, "--num_workers", 1, launcher=["--max_restarts=9"]) as run:
-            killer = Killer(workspace, run, seed=attempt)
-            for victim in victims:
-                killer.kill(victim)
-            if victims[-1] != "agent":
-                assert run.wait() == 0, run.output()
-    workspace.check_complete(undisturbed, redone=True)
-    psutil.wait_procs(list(lingering(workspace.folder)), HANG_SECONDS)
-    assert not list(lingering(workspace.folder))
+def kill_agent(run: Run) -> None:
+    """Kill torchrun's agent alone, and wait until its ranks have ended."""
+    others = [process for process in run.tree() if process.pid != run.process.pid]
+    run.process.kill()
+    _, alive = psutil.wait_procs(others, HANG_SECONDS)
+    assert not alive
 
 
-@pytest.mark.parametrize("seconds", [0.0, 2.0])
-def test_ranks_end_with_their_agent(open_workspace: Open, seconds: float) -> None:
-    """However early torchrun's agent is killed: while its ranks load libraries, or meet at its store."""
-    workspace = open_workspace(300)
-    with workspace.start(2, "--num_workers", 1) as run:
+def test_ranks_that_load_libraries_end_with_their_agent(open_workspace: Open) -> None:
+    workspace = open_workspace(20)
+    with workspace.start(2) as run:
         run.wait_until(lambda: len(run.ranks()) == 2, "two ranks")
-        time.sleep(seconds)
-        others = [process for process in run.tree() if process.pid != run.process.pid]
-        run.process.kill()
-        _, alive = psutil.wait_procs(others, HANG_SECONDS)
-        assert not alive
+        kill_agent(run)
+
+
+def test_ranks_at_work_end_with_their_agent(open_workspace: Open, undisturbed: Mapping[str, bytes]) -> None:
+    """They leave nothing half done, and a new command goes on."""
+    workspace = open_workspace(200)
+    with workspace.start(2) as run:
+        workspace.await_rows(20, run)
+        kill_agent(run)
+    assert workspace.rows_done() < 200
+    assert workspace.outputs().items() <= undisturbed.items()
+    workspace.finish_here()
+    workspace.check_complete(undisturbed, redone=True)

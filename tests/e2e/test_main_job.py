@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 
+import huggingface_hub
 import numpy as np
 import pytest
 import soundfile
@@ -148,21 +149,6 @@ def test_sixteen_bit_runs_say_so(tmp_path):
     assert json.loads((tmp_path / "out" / "a.json").read_text())["info"]["dtype"] == "bfloat16"
 
 
-def test_console_script_under_torchrun(tmp_path):
-    script = shutil.which("batch_tokenizer", path=os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"])
-    if script is None:
-        pytest.skip("the package is not installed here, so there is no console script")
-    soundfile.write(tmp_path / "a.wav", np.random.default_rng(0).normal(size=9000) * 0.2, 24000)
-    manifest = write_manifest(tmp_path / "data.jsonl", [output_row("a", tmp_path / "a.wav", tmp_path / "out")])
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script,
-         "--data_list", str(manifest), "--num_workers", "0"],
-        capture_output=True, text=True, timeout=600, env=environment(),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out" / "a.json").exists()
-
-
 @pytest.mark.parametrize(
     ("words", "named"),
     [
@@ -185,13 +171,12 @@ def test_bad_arguments_end_in_one_line_and_status_two(tmp_path, words, named):
     assert "Traceback" not in done.stderr
 
 
-def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path):
+def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
     soundfile.write(tmp_path / "a.wav", np.zeros(9000), 24000)
     manifest = write_manifest(tmp_path / "data.jsonl", [output_row("a", tmp_path / "a.wav", tmp_path / "out")])
-    done = subprocess.run(
-        [sys.executable, "-m", "batch_tokenizer", "--data_list", manifest, "--model_path", "nobody/nothing"],
-        capture_output=True, text=True, timeout=600, env=environment(HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "hf")),
-    )  # fmt: skip
+    done = run_here("--data_list", manifest, "--model_path", "nobody/nothing")
     assert done.returncode == 1
     assert "nobody/nothing" in done.stderr.strip().splitlines()[-1]
     assert "Traceback" not in done.stderr
@@ -246,7 +231,10 @@ def test_the_quick_start_makes_speech_that_can_be_understood(tmp_path):
 
 
 def test_accelerate_launch_starts_the_ranks_of_a_run(tmp_path):
-    """``--multi_gpu`` is what accelerate chooses by itself where there are several GPUs."""
+    """``--multi_gpu`` is what accelerate chooses by itself where there are several GPUs; it is torchrun with other
+    flags. What it starts is the console script, where the package is installed."""
+    script = shutil.which("batch_tokenizer", path=os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"])
+    program = [script] if script else ["-m", "batch_tokenizer"]
     model = write_mimo_checkpoint(tmp_path / "model")
     rows = []
     for number in range(4):
@@ -260,7 +248,7 @@ def test_accelerate_launch_starts_the_ranks_of_a_run(tmp_path):
     ]  # fmt: skip
     words = ["--model_path", str(model), "--task", "wav2token2wav", "--num_workers", "0"]
     done = subprocess.run(
-        [sys.executable, "-m", *launcher, "-m", "batch_tokenizer", *words, "--device", "cpu"],
+        [sys.executable, "-m", *launcher, *program, *words, "--device", "cpu"],
         capture_output=True, text=True, timeout=600, cwd=tmp_path, env=environment(),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

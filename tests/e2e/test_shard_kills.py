@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 from collections import Counter
@@ -13,7 +14,8 @@ import numpy as np
 import pytest
 
 from tests.e2e.conftest import Open
-from tests.support.runs import TASK, Run, Workspace
+from tests.support.command import run_here
+from tests.support.runs import TASK, Run, Workspace, after_batches
 from tests.support.shards import read_shards
 
 
@@ -51,37 +53,35 @@ def shrink_shards(workspace: Workspace) -> None:
     )
 
 
-def start(workspace: Workspace, num_processes: int, sink: str) -> Run:
-    command = workspace.command(num_processes, *flags(sink))
+def start(workspace: Workspace, num_processes: int, sink: str, *more: object) -> Run:
+    command = workspace.command(num_processes, *flags(sink), *more)
     path = f"{workspace.folder}:{Path(__file__).resolve().parents[2]}"
     return Run.start(command, workspace.folder, {"PYTHONPATH": path})
 
 
-@pytest.mark.parametrize(("sink", "killed", "resumed"), [("tar", 2, 1), ("parquet", 1, 2), ("jsonl", 1, 1)])
-def test_killed_at_a_random_moment_and_resumed_by_others(
-    open_workspace: Open, undisturbed: Mapping[str, bytes], sink: str, killed: int, resumed: int
+@pytest.mark.parametrize(("sink", "num_processes"), [("tar", 2), ("parquet", 1)])
+def test_killed_at_a_random_moment_and_resumed_by_another(
+    open_workspace: Open, undisturbed: Mapping[str, bytes], sink: str, num_processes: int
 ) -> None:
+    """JSON lines: below, with more in each row."""
     workspace = open_workspace(200)
     shrink_shards(workspace)
-    with start(workspace, killed, sink) as run:
+    with start(workspace, num_processes, sink) as run:
         workspace.await_rows(random.Random(sink).randint(1, 100), run)
         run.kill()
     assert 0 < workspace.rows_done() < 200
-    if resumed == 1:
-        said = workspace.finish_here(*flags(sink))
-    else:
-        said = workspace.finish(resumed, *flags(sink)).output()
-    assert "resuming: " in said
+    assert "resuming: " in workspace.finish_here(*flags(sink))
     check(workspace, undisturbed, sink)
 
 
-def test_a_stop_signal_publishes_the_open_shard(open_workspace: Open, undisturbed: Mapping[str, bytes]) -> None:
-    workspace = open_workspace(200)
-    with workspace.start(1, *flags("tar")) as run:
-        run.wait_until(lambda: bool(list((workspace.folder / "shards").glob(".*.part"))), "a shard")
-        run.signal(signal.SIGTERM)
-        assert run.wait() == 143, run.output()
-    assert 0 < workspace.rows_done() < 200
+def test_a_stop_signal_publishes_the_open_shard(
+    open_workspace: Open, undisturbed: Mapping[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace = open_workspace(64)
+    after_batches(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    stopped = run_here(*workspace.arguments(*flags("tar")), cwd=workspace.folder)
+    assert stopped.returncode == 143, stopped.stderr
+    assert 24 <= workspace.rows_done() < 64
     assert len(read_shards(workspace.folder / "shards")) == workspace.rows_done()
     workspace.finish_here(*flags("tar"))
     check(workspace, undisturbed, "tar")
@@ -99,18 +99,11 @@ def test_killed_while_rows_with_reference_audio_are_encoded(
     manifest = [row | ({"ref_audio": f"wavs/{others[row['key']]}.wav"} if row["key"] in others else {}) for row in rows]
     (workspace.folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in manifest))
     fields = ["--audio_fields", "wav=audio_codes,ref_audio=ref_audio_codes"]
-    path = f"{workspace.folder}:{Path(__file__).resolve().parents[2]}"
-
-    def begin(num_processes: int) -> Run:
-        command = workspace.command(num_processes, *flags("jsonl"), *fields)
-        return Run.start(command, workspace.folder, {"PYTHONPATH": path})
-
-    with begin(2) as run:
+    with start(workspace, 1, "jsonl", *fields) as run:
         workspace.await_rows(30, run)
         run.kill()
     assert 0 < workspace.rows_done() < 120
-    with begin(1) as run:
-        assert run.wait() == 0, run.output()
+    assert "resuming: " in workspace.finish_here(*flags("jsonl"), *fields)
     check(workspace, undisturbed, "jsonl")
     for key, row in read_shards(workspace.folder / "shards").items():
         expected = json.loads(undisturbed[f"{others[key]}.json"])["quantized_tokens"] if key in others else None

@@ -68,12 +68,11 @@ def test_shards_killed_resumed_and_mended_give_what_files_give(
     shards[4].write_bytes(whole[: len(whole) // 2])
     source = ("--data_list", "shards/{000..004}.tar*", "--output_dir", "tokens", "--run_dir", workspace.run_dir)
 
-    with workspace.start(2, *source) as run:
+    with workspace.start(1, *source) as run:
         workspace.await_rows(25, run)
         run.kill()
     assert workspace.rows_done() < NUM_ROWS
-    run = workspace.finish(1, *source, "--num_workers", 1)
-    assert "resuming: " in run.output()
+    assert "resuming: " in workspace.finish_here(*source, "--num_workers", 1)
     (failure,) = [json.loads(line) for line in (workspace.run_dir / "failures.jsonl").read_bytes().splitlines()]
     assert failure["key"] == "shards/004.tar"
     assert "fetch or pack it again" in failure["reason"]

@@ -3,8 +3,9 @@ line that says so, and nothing is lost."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
-import signal
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from batch_tokenizer.runtime import run_folder
 from tests.e2e.conftest import Open
 from tests.support.command import run_here
+from tests.support.runs import after_batches
 
 
 @contextmanager
@@ -27,14 +30,15 @@ def disk(folder: Path, options: str) -> Iterator[None]:
     try:
         yield
     finally:
-        subprocess.run(["umount", str(folder)], check=True)
+        # Lazily, as a run in this process may still have a manifest's index mapped.
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def fill(path: Path) -> None:
-    """Write until the disk is full, which raises OSError."""
-    with path.open("wb", buffering=0) as stream:
-        while True:
-            stream.write(bytes(1024))
+    """Write until the disk is full."""
+    with path.open("wb", buffering=0) as stream, contextlib.suppress(OSError):
+        while stream.write(bytes(1024)):
+            pass
 
 
 def last_error(output: str) -> str:
@@ -47,9 +51,9 @@ def test_outputs_on_a_full_disk(open_workspace: Open, undisturbed: Mapping[str, 
     workspace = open_workspace(100)
     out = workspace.folder / "out"
     with disk(out, "size=512k"):
-        with workspace.start(1) as run:
-            assert run.wait() == 1
-        assert "the disk is full; " in last_error(run.output())
+        run = run_here(*workspace.arguments(), cwd=workspace.folder)
+        assert run.returncode == 1
+        assert "the disk is full; " in last_error(run.stderr)
         done = workspace.rows_done()
         assert 0 < done < 100
         assert all(entry["status"] == "done" for entry in workspace.ledger())
@@ -67,20 +71,20 @@ def test_outputs_on_a_read_only_disk(open_workspace: Open) -> None:
         assert workspace.ledger() == []
 
 
-def test_run_folder_on_a_full_disk(open_workspace: Open, undisturbed: Mapping[str, bytes]) -> None:
-    workspace = open_workspace(200)
+def test_run_folder_on_a_full_disk(
+    open_workspace: Open, undisturbed: Mapping[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace = open_workspace(120)
     run_disk = workspace.folder / "disk"
     words = ("--run_dir", "disk/run")
+    after_batches(monkeypatch, 1, lambda: fill(run_disk / "filler"))
     with disk(run_disk, "size=256k"):
-        with workspace.start(1, *words) as run:
-            run.wait_until(lambda: (run_disk / "run" / "ledger" / "000001-00000.jsonl").exists(), "the ledger")
-            with pytest.raises(OSError, match="No space"):
-                fill(run_disk / "filler")
-            assert run.wait() == 1
-        assert "No space left on device" in last_error(run.output())
+        run = run_here(*workspace.arguments(*words), cwd=workspace.folder)
+        assert run.returncode == 1
+        assert "No space left on device" in last_error(run.stderr)
         (run_disk / "filler").unlink()
         subprocess.run(["mount", "-o", "remount,size=64m", str(run_disk)], check=True)
-        workspace.finish(1, *words)
+        workspace.finish_here(*words)
         shutil.copytree(run_disk / "run", workspace.run_dir)
     run_disk.rmdir()
     workspace.check_complete(undisturbed, redone=True)
@@ -95,13 +99,14 @@ def test_run_folder_that_cannot_be_written(open_workspace: Open) -> None:
     assert "--run_dir" in last_error(done.stderr)
 
 
-def test_run_folder_removed_while_the_run_is_at_work(open_workspace: Open, undisturbed: Mapping[str, bytes]) -> None:
-    workspace = open_workspace(200)
-    with workspace.start(1) as run:
-        workspace.await_rows(20, run)
-        shutil.rmtree(workspace.run_dir)
-        assert run.wait() == 1
-    assert "removed while the run wrote to it" in last_error(run.output())
+def test_run_folder_removed_while_the_run_is_at_work(
+    open_workspace: Open, undisturbed: Mapping[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace = open_workspace(64)
+    after_batches(monkeypatch, 3, lambda: shutil.rmtree(workspace.run_dir))
+    run = run_here(*workspace.arguments(), cwd=workspace.folder)
+    assert run.returncode == 1
+    assert "removed while the run wrote to it" in last_error(run.stderr)
     assert not workspace.run_dir.exists()
     workspace.finish_here()
     workspace.check_complete(undisturbed)
@@ -125,17 +130,20 @@ def test_ledger_torn_as_after_a_power_loss(open_workspace: Open, undisturbed: Ma
     workspace.check_complete(undisturbed, redone=True)
 
 
-def test_a_second_job_on_the_same_run_folder(open_workspace: Open, undisturbed: Mapping[str, bytes]) -> None:
-    workspace = open_workspace(300)
-    with workspace.start(1) as first:
-        workspace.await_rows(20, first)
-        first.process.send_signal(signal.SIGSTOP)  # so that it is still there when the second has looked
-        second = run_here(*workspace.arguments(), cwd=workspace.folder)
-        assert second.returncode == 1
-        first.process.send_signal(signal.SIGCONT)
-        said = last_error(second.stderr)
-        assert "is in use by attempt 1" in said
-        assert f"process {first.process.pid}" in said
-        assert "wait for that job or stop it" in said
-        first.kill()
+def test_a_second_job_on_the_same_run_folder(
+    open_workspace: Open, undisturbed: Mapping[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both in this process, the second in the middle of the first."""
+    monkeypatch.setattr(run_folder, "_LOCK_SECONDS", 0.0)
+    workspace = open_workspace(64)
+    seconds = []
+    after_batches(monkeypatch, 3, lambda: seconds.append(run_here(*workspace.arguments(), cwd=workspace.folder)))
+    workspace.finish_here()
+    (second,) = seconds
+    assert second.returncode == 1
+    said = last_error(second.stderr)
+    assert "is in use by attempt 1" in said
+    assert f"process {os.getpid()}" in said
+    assert "wait for that job or stop it" in said
     assert len(list((workspace.run_dir / "ledger").iterdir())) == 1
+    workspace.check_complete(undisturbed)

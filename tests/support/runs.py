@@ -7,6 +7,7 @@ relative to the working directory, so two runs of one corpus must leave the same
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -21,7 +22,11 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import pytest
 
+from batch_tokenizer.codecs.base import Computed
+from batch_tokenizer.pipeline.rank_loop import RankLoop
+from batch_tokenizer.records import Batch
 from tests.support.checkpoints import write_mimo_checkpoint
 from tests.support.command import run_here
 
@@ -197,6 +202,18 @@ class Workspace:
             assert not different, f"{len(different)} files differ from an undisturbed run: {different[:5]}"
         left = {path.name for path in self.folder.iterdir()}
         assert left == {"wavs", "data.jsonl", "out", self.run_dir.name, "log"}
+
+
+def after_batches(monkeypatch: pytest.MonkeyPatch, count: int, action: Callable[[], object]) -> None:
+    """Have the next run in this process do ``action`` once, when ``count`` batches have been handed to the writers."""
+    hand_over, batches = RankLoop._hand_over, itertools.count()
+
+    def handing_over(self: RankLoop, batch: Batch, computed: Computed) -> None:
+        if next(batches) == count:
+            action()
+        hand_over(self, batch, computed)
+
+    monkeypatch.setattr(RankLoop, "_hand_over", handing_over)
 
 
 # --------------------------------------------------------------------------------------------------------------- run
