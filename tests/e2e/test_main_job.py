@@ -9,10 +9,10 @@ import shutil
 import subprocess
 import sys
 
-import huggingface_hub
 import numpy as np
 import pytest
 import soundfile
+from huggingface_hub import constants
 from safetensors.numpy import load_file
 
 import batch_tokenizer as package
@@ -172,8 +172,8 @@ def test_bad_arguments_end_in_one_line_and_status_two(tmp_path, words, named):
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
     soundfile.write(tmp_path / "a.wav", np.zeros(9000), 24000)
     manifest = write_manifest(tmp_path / "data.jsonl", [output_row("a", tmp_path / "a.wav", tmp_path / "out")])
     done = run_here("--data_list", manifest, "--model_path", "nobody/nothing")
