@@ -101,7 +101,7 @@ class Bench:
         # 4. The profile last, as profiling slows what it watches.
         if "profile" in parts:
             one = codec
-            if codec.batch_limit is not None:  # on a CPU utterances run in threads, which the profiler does not see
+            if self.context.compute.device.type == "cpu":  # utterances run in threads, which the profiler does not see
                 one = TimedCodec(replace(self.context.codec, threads=1).load(task), self.context.compute.device)
             some = replace(in_memory, codec=one, batches=in_memory.batches[:_PROFILED_BATCHES])
             kinds = profile_kinds(some.results, self.context.compute.device)

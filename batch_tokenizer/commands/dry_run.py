@@ -315,10 +315,11 @@ def _first_piece(load: RowLoader, loaded: LoadedRow) -> LoadedRow:
 def _measure(context: RunContext, codec: Codec, loaded: Sequence[LoadedRow]) -> Measured | None:
     """Computes the loaded rows; None if they do not fit in memory."""
     batch = list(loaded)
-    # 1. The batch. On a device batches have one shape whatever is in them, so a few rows would overstate the cost of a
-    #    second. A CPU computes one utterance after the other.
+    # 1. The batch. Where batches have one shape whatever is in them, as on a device, a few rows would overstate the
+    #    cost of a second. A codec with a limit computes one utterance after the other.
     while (
-        context.compute.device.type != "cpu"
+        codec.batch_limit is None
+        and codec.spec.batching != "one by one"
         and len(batch) < context.batch_size
         and 2 * sum(row.frames for row in batch) < codec.frame_budget
     ):

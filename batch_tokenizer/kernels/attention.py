@@ -142,12 +142,13 @@ def varlen_attention(
 def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, window: Window) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
+    bound = keys.bound_above(window)
     # Without a window torch takes one kernel or another by the longest utterance of the pack, and a result would depend
     # on its neighbours. A window that reaches over all keys means the same and keeps to one kernel.
     if window == (-1, -1):
-        window = (keys.longest_bound, keys.longest_bound)
+        window = (bound, bound)
     out: Tensor = varlen_attn(  # type: ignore[assignment]  # a tensor unless return_aux is given
-        q, k, v, queries.offsets, keys.offsets, queries.longest_bound, keys.longest_bound, window_size=window
+        q, k, v, queries.offsets, keys.offsets, queries.longest_bound, bound, window_size=window
     )
     return out
 
@@ -156,7 +157,7 @@ def _flash_attn(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segmen
     from flash_attn import flash_attn_varlen_func
 
     out: Tensor = flash_attn_varlen_func(
-        q, k, v, queries.offsets, keys.offsets, queries.longest_bound, keys.longest_bound, window_size=window
+        q, k, v, queries.offsets, keys.offsets, queries.longest_bound, keys.bound_above(window), window_size=window
     )
     return out
 

@@ -123,13 +123,17 @@ class Segments:
 
     @property
     def longest_bound(self) -> int:
-        """``LEAST_BOUND`` or a higher power of two, not below ``longest``: the bound that varlen kernels launch by.
-
-        FlashAttention takes its kernel without a window where the window reaches over this bound. The longest utterance
-        itself would let that, and with it the last bits of a result, depend on an utterance's neighbours; a bound above
-        all windows of the models does not.
-        """
+        """``LEAST_BOUND`` or a higher power of two, not below ``longest``: the bound that varlen kernels launch by."""
         return max(LEAST_BOUND, power_of_two(self.longest))
+
+    def bound_above(self, window: tuple[int, int]) -> int:
+        """``longest_bound``, or the power of two above ``window`` (left, right) where that is higher.
+
+        FlashAttention takes its kernel without a window where the window reaches over the bound of the keys. A bound
+        that only utterances decide would let that, and with it the last bits of a result, depend on an utterance's
+        neighbours. (MOSS-Audio-Tokenizer-Nano has windows of 1,600 and 1,200 rows.)
+        """
+        return max(self.longest_bound, power_of_two(max(window) + 1))
 
     @cached_property
     def positions(self) -> Tensor:

@@ -148,7 +148,9 @@ def _checked_varlen(real: Any, trace: Trace) -> Any:
             assert type(bound) is int
             assert bound >= 1024
             assert bound.bit_count() == 1
-        assert isinstance(rest.get("window_size"), tuple)
+        window = rest.get("window_size")
+        assert isinstance(window, tuple)
+        assert max(window) < max_k or window == (max_k, max_k)  # else the longest utterance chooses the kernel
         return real(q, k, v, cu_q, cu_k, max_q, max_k, **rest)
 
     return call

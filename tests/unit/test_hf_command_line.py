@@ -1,9 +1,10 @@
-"""Mimi and DAC through the command, in all three tasks: tokens and audio are those of the library itself."""
+"""Mimi and DAC through the command, in all three tasks: tokens are those of the library, audio within a step of it."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def test_three_tasks(name: str, workers: int, tmp_path: Path) -> None:
     manifest = write_manifest(tmp_path / "both.jsonl", rows)
     done = run_here(*words, "--data_list", manifest, "--task", "wav2token2wav", "--num_workers", workers)
     assert done.returncode == 0, done.stderr
-    assert "batches: one by one" in done.stderr
+    assert "batches: padded" in done.stderr
 
     def run(task: str, rows: list[dict[str, Any]], *more: str) -> None:
         manifest = write_manifest(tmp_path / f"{task}.jsonl", rows)
@@ -68,8 +69,10 @@ def test_three_tasks(name: str, workers: int, tmp_path: Path) -> None:
         assert written["quantized_tokens"] == tokens
         assert written["info"]["codec"] == name
         assert json.loads(Path(row_alone["quantized_tokens"]).read_text())["quantized_tokens"] == tokens
-        assert Path(row["reconstructed_wav"]).read_bytes() == wav
-        assert Path(row_back["reconstructed_wav"]).read_bytes() == wav
+        made = Path(row["reconstructed_wav"]).read_bytes()
+        assert Path(row_back["reconstructed_wav"]).read_bytes() == made
+        steps = [soundfile.read(BytesIO(audio), dtype="int16")[0].astype(int) for audio in (made, wav)]
+        assert np.abs(steps[0] - steps[1]).max() <= 1  # a batch rounds sums in another order than the library
 
 
 def test_stereo_file_and_fewer_codebooks(tmp_path: Path) -> None:

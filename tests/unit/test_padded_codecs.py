@@ -65,6 +65,17 @@ def test_mixed_batches_are_each_utterance_alone(codec):
         np.testing.assert_allclose(audio, samples, rtol=0, atol=1e-4)
 
 
+def test_bits_of_utterances_that_fill_their_batch_are_those_of_each_alone(codec):
+    codec.batch_frames = 256
+    hop = codec.info.samples_per_frame
+    features = [codec.spec.features(noise(12 * hop, seed)) for seed in range(8)]
+    codes = codec.encode(features)
+    audio = codec.decode(codes)
+    for one, own, samples in zip(features[::3], codes[::3], audio[::3], strict=True):
+        np.testing.assert_array_equal(codec.encode([one])[0], own)
+        np.testing.assert_array_equal(codec.decode([own])[0], samples)
+
+
 def test_fewer_codebooks(codec):
     features = [codec.spec.features(noise(1999))]
     most = codec.info.num_codebooks

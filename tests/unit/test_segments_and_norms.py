@@ -42,6 +42,12 @@ def test_tables_of_varlen_kernels_have_few_sizes(lengths, rows, bound):
     assert segments.offsets.shape == (rows + 1,)
     assert segments.offsets[-1] == segments.total == sum(lengths)
     assert segments.longest_bound == bound
+    assert segments.bound_above((-1, -1)) == segments.bound_above((300, 0)) == bound
+
+
+@pytest.mark.parametrize("lengths", [[3], [1024, 9], [1025], [1600, 5], [2048]])
+def test_a_neighbours_length_does_not_decide_whether_a_window_reaches_over_the_bound(lengths):
+    assert all(Segments(lengths).bound_above(window) > max(window) for window in [(1023, 0), (1599, 0), (7, 4096)])
 
 
 def test_negative_lengths_are_refused():

@@ -51,14 +51,16 @@ class PaddedBatch:
         """Utterances (C, L_i) of one dtype as one batch on ``device``, zeros beyond their ends.
 
         Args:
-            size: T; the greatest length where not given.
+            size: T; the greatest length where not given. A batch of a given size always has ``lengths``: layers compute
+                with them in another way, so that the last bits of an utterance that fills the axis would otherwise
+                depend on whether its neighbours do too.
             rows: B, of which those without an utterance have length 0; as many as utterances where not given.
         """
         lengths = [utterance.shape[-1] for utterance in utterances]
+        if size is None and rows is None and len(set(lengths)) == 1:
+            return cls(to_device(torch.stack(list(utterances)), device))
         size = max(lengths) if size is None else size
         rows = len(lengths) if rows is None else rows
-        if rows == len(lengths) and all(length == size for length in lengths):
-            return cls(to_device(torch.stack(list(utterances)), device))
         joined = utterances[0].new_zeros((rows, utterances[0].shape[0], size))
         for row, utterance in zip(joined, utterances, strict=False):
             row[:, : utterance.shape[-1]] = utterance
