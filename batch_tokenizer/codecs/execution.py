@@ -30,6 +30,7 @@ class BatchRunner:
 
     def __init__(self, device: torch.device, threads: int) -> None:
         self.batch_limit = self._PER_THREAD * threads if device.type == "cpu" else None
+        self._threads = threads
         self._pool = ThreadPoolExecutor(threads, "codec") if device.type == "cpu" and threads > 1 else None
 
     def __call__(
@@ -37,18 +38,29 @@ class BatchRunner:
         compute: Callable[[list[Item]], list[Result]],
         batch: Sequence[Item],
         length: Callable[[Item], int],
+        *,
+        shared: int = 0,
     ) -> list[Result]:
-        """``compute``'s result for each member, in order; on a CPU the longest is started first."""
+        """``compute``'s result for each member, in order.
+
+        On several threads of a CPU the longest is started first. Members of at most ``shared`` are spread over as many
+        calls as there are threads, in which the model may pack them.
+        """
         if self._pool is None:
             with torch.inference_mode():
                 return compute(list(batch))
 
-        def one(index: int) -> Result:
+        def some(indices: list[int]) -> list[Result]:
             with torch.inference_mode():
-                return compute([batch[index]])[0]
+                return compute([batch[index] for index in indices])
 
         order = sorted(range(len(batch)), key=lambda index: -length(batch[index]))
-        done = dict(zip(order, self._pool.map(one, order), strict=True))
+        short = [index for index in order if length(batch[index]) <= shared]
+        calls = [[index] for index in order[: len(order) - len(short)]]
+        calls += [part for start in range(self._threads) if (part := short[start :: self._threads])]
+        done: dict[int, Result] = {}
+        for indices, results in zip(calls, self._pool.map(some, calls), strict=True):
+            done.update(zip(indices, results, strict=True))
         return [done[index] for index in range(len(batch))]
 
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from torch import Tensor
 
 from batch_tokenizer.codecs.base import Codec, CodecSpec
 from batch_tokenizer.codecs.execution import BatchRunner
+from batch_tokenizer.codecs.layers.packed import CPU_SHARED_FRAMES
+
+Result = TypeVar("Result")
 
 
 class PackedCodec(Codec):
-    """A model whose utterances are packed on one axis on CUDA, and computed one by one on a CPU.
+    """A model whose utterances are packed on one axis on CUDA, and on a CPU if they are short; else one by one.
 
     Args:
         model: has a ``device``, and a ``capacity``, which on CUDA is the ``frame_budget``.
@@ -21,8 +27,19 @@ class PackedCodec(Codec):
         self.spec = spec
         self.model = model
         self.frame_budget = frame_budget
-        self._run = BatchRunner(model.device, threads)
-        self.batch_limit = self._run.batch_limit
+        self._runner = BatchRunner(model.device, threads)
+        self.batch_limit = self._runner.batch_limit
+
+    def run_model(
+        self, compute: Callable[[list[Tensor]], list[Result]], batch: Sequence[Tensor], *, axis: int, frame: int
+    ) -> list[Result]:
+        """``compute``'s result for each member, in order, as ``BatchRunner``.
+
+        Args:
+            axis: of a member's tensor, that of time.
+            frame: positions on it for each token frame, about.
+        """
+        return self._runner(compute, batch, lambda part: part.shape[axis], shared=CPU_SHARED_FRAMES * frame)
 
     @property
     def frame_budget(self) -> int:

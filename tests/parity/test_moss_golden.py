@@ -45,7 +45,7 @@ def test_hidden_frames(codec, expected, attention):
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("capacity", [None, 80])
+@pytest.mark.parametrize("capacity", ["auto", 80])
 @pytest.mark.parametrize("num_quantizers", [8, 3])
 def test_mixed_batches(codec, expected, order, capacity, num_quantizers):
     codec.model.capacity = capacity

@@ -47,7 +47,7 @@ def test_stored_hidden_states(answers, codec):
             np.testing.assert_array_equal(quantized, code)
 
 
-@pytest.mark.parametrize("capacity", [None, 60], ids=["alone", "packed"])
+@pytest.mark.parametrize("capacity", ["auto", 60], ids=["auto", "packed"])
 @pytest.mark.parametrize("size", [1, 3, 16])
 def test_batches_in_any_order(answers, codec, size, capacity):
     codec.model.capacity = capacity

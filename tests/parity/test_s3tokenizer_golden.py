@@ -28,7 +28,7 @@ def test_mel_and_hidden_frames(answers):
 
 
 @pytest.mark.parametrize(
-    ("capacity", "size"), [(None, 3), (1600, 3), (1600, 16)], ids=["alone", "packed", "all packed"]
+    ("capacity", "size"), [("auto", 3), (1600, 3), (1600, 16)], ids=["auto", "packed", "all packed"]
 )
 def test_batches_in_any_order(answers, capacity, size):
     if "long" in answers.folder.name and size == 16:

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from batch_tokenizer.codecs.layers.packed import CPU_CAPACITY, CPU_SHARED_FRAMES, packs_of
 from batch_tokenizer.kernels.codebook import Float32Buffers, first_equal_rows, nearest_rows
 from batch_tokenizer.kernels.segments import FILLER_RUN, filler_runs, packs
 
@@ -32,6 +33,22 @@ def test_packs_hold_everything_in_order_and_no_more_than_fits(spans, capacity):
     assert all(total <= capacity for total in sums)
     for total, following in zip(sums, groups[1:], strict=False):
         assert total + spans[following[0]] > capacity
+
+
+@given(spans=st.lists(st.integers(0, 50)), groups=st.randoms(), capacity=st.sampled_from(["auto", None, 40]))
+def test_a_span_alone_decides_whether_an_utterance_shares_a_pack(spans, groups, capacity):
+    of_group = [groups.randrange(2) for _ in spans]
+    axes = {"auto": CPU_CAPACITY, None: None, 40: 40}
+    members: list[int] = []
+    for pack, axis in packs_of(spans, capacity, 8192, torch.device("cpu"), of_group):
+        members += pack
+        assert len({of_group[index] for index in pack}) == 1
+        assert axis is None or sum(spans[index] for index in pack) <= axis
+        for index in pack:
+            alone = spans[index] > {"auto": CPU_SHARED_FRAMES, None: -1, 40: 40}[capacity]
+            assert axis == ((80 if capacity == 40 else None) if alone else axes[capacity])
+            assert len(pack) == 1 or not alone
+    assert sorted(members) == list(range(len(spans)))
 
 
 def test_what_fits_no_pack_is_named():

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from batch_tokenizer.codecs.execution import PaddedRunner, padded_size
+from batch_tokenizer.codecs.execution import BatchRunner, PaddedRunner, padded_size
 from batch_tokenizer.codecs.layers.activations import HalfSnake, Snake
 from batch_tokenizer.codecs.layers.attention import Rotation, padded_attention
 from batch_tokenizer.codecs.layers.convolution import Conv1d, ConvTranspose1d, Padding, fold_weight_norms
@@ -214,6 +214,27 @@ def test_results_are_in_order_whatever_is_computed_first(threads, frames):
     runner = PaddedRunner(CPU, threads, frames)
     assert runner.batch_limit == (None if frames else 8 * threads)
     assert runner(compute, [torch.zeros(count) for count in (3, 1, 17, 2, 9)], len) == [3, 1, 17, 2, 9]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_short_members_share_a_call_of_each_thread(threads):
+    calls = []
+
+    def compute(members):
+        calls.append(members)
+        return [-member for member in members]
+
+    members = [9, 1, 2, 8, 3, 1, 2, 1]
+    assert BatchRunner(CPU, threads)(compute, members, int, shared=3) == [-member for member in members]
+    shared = [
+        [
+            3,
+            1,
+        ],
+        [2, 1],
+        [2, 1],
+    ]
+    assert sorted(calls) == ([members] if threads == 1 else sorted([[9], [8], *shared]))
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=40))

@@ -76,6 +76,7 @@ def quantize(codec: Codec, hidden: torch.Tensor) -> np.ndarray:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_hidden_states_are_what_the_quantizer_is_given(checkpoints, family):
     codec = open_codec(str(checkpoints[family]), "cpu")
+    codec.model.capacity = None  # as ``model.hidden`` computes it, to the bit
     inputs = features(codec)
     codes, hidden_states = codec.encode_hidden(inputs, codec.info.num_codebooks)
     for plain, code in zip(codec.encode(inputs, codec.info.num_codebooks), codes, strict=True):
@@ -98,7 +99,7 @@ def test_batches_on_one_axis_give_the_same(checkpoints, family):
     codec = open_codec(str(checkpoints[family]), "cpu")
     inputs = features(codec)
     codes, hidden_states = codec.encode_hidden(inputs, 2)
-    codec._run._pool = None  # all utterances in one call of the model, as on a device
+    codec._runner._pool = None  # all utterances in one call of the model, as on a device
     codec.model.capacity = 64
     order = [3, 0, 4, 1, 2]
     packed_codes, packed = codec.encode_hidden([inputs[index] for index in order], 2)

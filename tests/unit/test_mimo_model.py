@@ -66,7 +66,7 @@ def test_packing_changes_nothing(changes):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("capacity", [64, 256])
+@pytest.mark.parametrize("capacity", [64, 256, "auto"])
 def test_one_shape_gives_the_same_bits_whatever_the_neighbours(capacity):
     """What CUDA relies on in bfloat16: with a fixed capacity a row's bits do not depend on what it is packed with."""
     config = MiMoConfig.from_json(TINY)

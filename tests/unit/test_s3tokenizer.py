@@ -39,7 +39,7 @@ def open_codec(path, task: str = "wav2token", threads: int = 1):
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("capacity", [None, 64])
+@pytest.mark.parametrize("capacity", ["auto", None, 64])
 def test_equals_its_definition(version, capacity, tmp_path):
     tensors = random_tensors(version)
     codec = open_codec(write_s3_checkpoint(tmp_path, version, tensors))

@@ -13,8 +13,13 @@ from torch.nn.functional import linear, pad
 
 from batch_tokenizer.kernels.segments import packs
 
-#: Frames of a pack: a number, None for each utterance alone, or ``auto``, which is None on a CPU and a default on CUDA.
+#: Frames of a pack: a number, None for each utterance alone, or ``auto``, which is a default on CUDA; on a CPU
+#: utterances of up to ``CPU_SHARED_FRAMES`` share packs of ``CPU_CAPACITY``, and a longer one is computed alone.
 Capacity = int | str | None
+
+#: A pack of so few short utterances costs a CPU little more than one of them alone. Filler beside longer ones would
+#: cost more than sharing saves.
+CPU_SHARED_FRAMES, CPU_CAPACITY = 21, 64
 
 
 class Rotation:
@@ -45,32 +50,41 @@ def convolve(rows: Tensor, convolution: nn.Conv1d) -> Tensor:
 
 
 def fixed_capacity(capacity: Capacity, default: int, device: torch.device) -> int | None:
-    """Frames of a pack on ``device``, None for each utterance alone."""
+    """Frames of a pack that any utterance shares on ``device``; None if none does, or only short ones do."""
     if capacity == "auto":
         return default if device.type == "cuda" else None
     return None if capacity is None else int(capacity)
 
 
 def packs_of(
-    spans: Sequence[int], capacity: int | None, groups: Sequence[int] | None = None
+    spans: Sequence[int],
+    capacity: Capacity,
+    default: int,
+    device: torch.device,
+    groups: Sequence[int] | None = None,
 ) -> Iterator[tuple[list[int], int | None]]:
     """Members of each pack, in order, and the frames of its axis; None for these where an utterance is alone.
 
-    An utterance longer than a pack has an axis of a multiple of ``capacity`` to itself.
+    An utterance's own span alone decides whether it shares a pack, and of which size. One that is longer than a pack of
+    a fixed capacity has an axis of a multiple of it to itself.
 
     Args:
         spans: frames that each utterance takes up.
+        default: capacity of ``auto`` on CUDA.
         groups: only utterances of one group share a pack.
     """
-    if capacity is None:
-        yield from (([index], None) for index in range(len(spans)))
-        return
+    size, shared = fixed_capacity(capacity, default, device), -1
+    if size is not None:
+        shared = size
+    elif capacity == "auto":
+        size, shared = CPU_CAPACITY, CPU_SHARED_FRAMES
     by_group: dict[int, list[int]] = {}
     for index, group in enumerate(groups if groups is not None else [0] * len(spans)):
-        by_group.setdefault(group, []).append(index)
+        if spans[index] <= shared:
+            by_group.setdefault(group, []).append(index)
+        else:
+            yield [index], None if size is None or size > shared else -(-spans[index] // size) * size
     for indices in by_group.values():
-        for index in [index for index in indices if spans[index] > capacity]:
-            yield [index], -(-spans[index] // capacity) * capacity
-        fitting = [index for index in indices if spans[index] <= capacity]
-        for members in packs([spans[index] for index in fitting], capacity):
-            yield [fitting[member] for member in members], capacity
+        assert size is not None
+        for members in packs([spans[index] for index in indices], size):
+            yield [indices[member] for member in members], size

@@ -196,7 +196,7 @@ class MiMoCodec(PackedCodec):
 
     def decode_batch(self, codes: Sequence[npt.NDArray[np.uint16]]) -> list[npt.NDArray[np.float32]]:
         tensors = [torch.from_numpy(code.astype(np.int64)) for code in codes]
-        return to_host(self._run(self.model.decode_utterances, tensors, len), torch.float32)
+        return to_host(self.run_model(self.model.decode_utterances, tensors, axis=0, frame=1), torch.float32)
 
     def begin(self, task: Task, inputs: Sequence[npt.NDArray[Any]], num_quantizers: int) -> Computation:
         clock = StageClock(self.model.device)
@@ -224,7 +224,9 @@ class MiMoCodec(PackedCodec):
         self, features: Sequence[npt.NDArray[np.float32]], num_quantizers: int
     ) -> list[tuple[Tensor, Tensor]]:
         inputs = [torch.from_numpy(part) for part in features]
-        return self._run(lambda batch: self._encode(batch, num_quantizers), inputs, lambda part: part.shape[1])
+        config = self.model.config
+        frame = config.samples_per_frame // (config.hop_length if self.spec.front_end == "host" else 1)
+        return self.run_model(lambda batch: self._encode(batch, num_quantizers), inputs, axis=1, frame=frame)
 
     def _encode(self, features: Sequence[Tensor], num_quantizers: int) -> list[tuple[Tensor, Tensor]]:
         if self.spec.front_end == "host":

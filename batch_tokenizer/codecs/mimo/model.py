@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from batch_tokenizer.audio.mel import FLOOR, MelForm, mel_transform
-from batch_tokenizer.codecs.layers.packed import Capacity, fixed_capacity, packs_of
+from batch_tokenizer.codecs.layers.packed import Capacity, packs_of
 from batch_tokenizer.codecs.mimo.config import MiMoConfig
 from batch_tokenizer.codecs.mimo.decoder import AudioDecoder
 from batch_tokenizer.codecs.mimo.encoder import AudioEncoder, EncoderLayout
@@ -70,9 +70,10 @@ class MiMoAudioTokenizer(nn.Module):
 
     Attributes:
         config: the checkpoint's configuration.
-        capacity: token frames of axis per pack; None runs each utterance alone; ``auto`` does that on a CPU and packs
-            ``DEFAULT_CAPACITY`` on CUDA. All packs of one capacity have the same shapes, and results are equal to the
-            bit only among equal shapes; an utterance longer than a pack gets an axis of a multiple of it to itself.
+        capacity: token frames of axis per pack; None runs each utterance alone; ``auto`` packs ``DEFAULT_CAPACITY`` on
+            CUDA, and on a CPU short utterances only (``layers/packed.py``). All packs of one capacity have the same
+            shapes, and results are equal to the bit only among equal shapes; an utterance longer than a pack gets an
+            axis of a multiple of it to itself.
     """
 
     def __init__(
@@ -254,7 +255,7 @@ class MiMoAudioTokenizer(nn.Module):
     def _packs(
         self, spans: Sequence[int], groups: Sequence[int] | None = None
     ) -> Iterator[tuple[list[int], int | None]]:
-        return packs_of(spans, fixed_capacity(self.capacity, DEFAULT_CAPACITY, self.device), groups)
+        return packs_of(spans, self.capacity, DEFAULT_CAPACITY, self.device, groups)
 
     def _check_codes(self, codes: Tensor, index: int) -> None:
         frames, used = codes.shape

@@ -14,11 +14,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from batch_tokenizer.codecs.layers.packed import Capacity, fixed_capacity
+from batch_tokenizer.codecs.layers.packed import Capacity, fixed_capacity, packs_of
 from batch_tokenizer.codecs.moss.config import MossConfig
 from batch_tokenizer.codecs.moss.layers import PackedFrames, PatchDown, PatchUp, Stages, Stream, Transformer
 from batch_tokenizer.codecs.moss.quantizer import ResidualQuantizer
-from batch_tokenizer.kernels.segments import filler_runs, packs, to_device
+from batch_tokenizer.kernels.segments import filler_runs, to_device
 
 Result = TypeVar("Result")
 
@@ -39,8 +39,9 @@ class MossAudioTokenizer(nn.Module):
 
     Attributes:
         config: the checkpoint's configuration.
-        capacity: token frames of axis per pack; None runs each utterance alone; ``auto`` does that on a CPU and packs
-            ``DEFAULT_CAPACITY`` on CUDA. Results are equal to the bit only among packs of one capacity.
+        capacity: token frames of axis per pack; None runs each utterance alone; ``auto`` packs ``DEFAULT_CAPACITY`` on
+            CUDA, and on a CPU short utterances only (``layers/packed.py``). Results are equal to the bit only among
+            packs of one capacity.
         stream_above: token frames, ``STREAM_ABOVE_SECONDS`` of them. A longer utterance, or with a capacity one that is
             longer than that, is computed alone and in pieces of this many frames.
     """
@@ -173,11 +174,10 @@ class MossAudioTokenizer(nn.Module):
         for index in set(range(len(inputs))).difference(short):
             results[index] = in_pieces(inputs[index])
         lengths = [frames[index] for index in short]
-        groups = packs(lengths, capacity) if capacity is not None else ([place] for place in range(len(short)))
-        for group in groups:
+        for group, size in packs_of(lengths, self.capacity, DEFAULT_CAPACITY, self.device):
             members = [short[place] for place in group]
             counts = [frames[index] for index in members]
-            filler = [] if capacity is None else filler_runs(capacity - sum(counts))
+            filler = [] if size is None else filler_runs(size - sum(counts))
             packed = PackedFrames([*counts, *filler], self.device)
             results.update(zip(members, at_once([inputs[index] for index in members], packed), strict=True))
         return [results[index] for index in range(len(inputs))]

@@ -119,7 +119,7 @@ class S3Codec(PackedCodec):
 
     def encode_batch(self, features: Sequence[Samples], num_quantizers: int) -> list[Codes]:
         mels = [torch.from_numpy(feature) for feature in features]
-        codes = self._run(self.model.encode_utterances, mels, lambda mel: mel.shape[1])
+        codes = self.run_model(self.model.encode_utterances, mels, axis=1, frame=self.model.config.stride * 2)
         return codes_to_host(codes)
 
     def decode_batch(self, codes: Sequence[Codes]) -> list[Samples]:

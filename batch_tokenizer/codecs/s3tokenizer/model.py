@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv1d, gelu, normalize, pad
 
-from batch_tokenizer.codecs.layers.packed import Capacity, Rotation, convolve, fixed_capacity, packs_of
+from batch_tokenizer.codecs.layers.packed import Capacity, Rotation, convolve, packs_of
 from batch_tokenizer.codecs.layers.quantizers import Projection
 from batch_tokenizer.codecs.mimo.quantizer import Codebook
 from batch_tokenizer.codecs.s3tokenizer.config import FSQ_DIGITS, S3Config
@@ -175,8 +175,9 @@ class S3Tokenizer(nn.Module):
     Attributes:
         config: the checkpoint's configuration.
         merge: how the tokens of windows of long audio are merged.
-        capacity: token frames of axis per pack; None runs each window alone; ``auto`` does that on a CPU and packs
-            ``DEFAULT_CAPACITY`` on CUDA. Results are equal to the bit only among packs of one capacity.
+        capacity: token frames of axis per pack; None runs each window alone; ``auto`` packs ``DEFAULT_CAPACITY`` on
+            CUDA, and on a CPU short windows only (``layers/packed.py``). Results are equal to the bit only among packs
+            of one capacity.
     """
 
     def __init__(self, config: S3Config, merge: WindowMerge = "complete") -> None:
@@ -206,7 +207,7 @@ class S3Tokenizer(nn.Module):
         kept: dict[int, Tensor] = {}  # by window
         spans = [span(self.config, window.length) for _, window in windows]
         with torch.autocast(self.device.type, enabled=False):
-            for group, capacity in packs_of(spans, fixed_capacity(self.capacity, DEFAULT_CAPACITY, self.device)):
+            for group, capacity in packs_of(spans, self.capacity, DEFAULT_CAPACITY, self.device):
                 members = [windows[index] for index in group]
                 rows = [mels[utterance][:, one.start : one.start + one.length].t() for utterance, one in members]
                 hidden, layout = self._hidden(rows, capacity)
