@@ -37,9 +37,7 @@ def orders():
     return [list(UTTERANCES), list(reversed(UTTERANCES)), random.Random(7).sample(UTTERANCES, 10)]
 
 
-@pytest.mark.parametrize(
-    "capacity", ["auto", None, 200, 2048], ids=["auto", "alone", "small", "filler"]
-)
+@pytest.mark.parametrize("capacity", ["auto", None, 200, 2048], ids=["auto", "alone", "small", "filler"])
 @pytest.mark.parametrize("order", orders(), ids=["in order", "reversed", "shuffled"])
 @pytest.mark.parametrize("n_q", [8, 3])
 def test_codes_and_audio(model, expected, capacity, order, n_q):
