@@ -95,6 +95,7 @@ class PaddedRunner:
         self._most_rows = self.EQUAL_ROWS if equal_lengths else most
         self._fewest_rows = 2 if device.type == "cpu" else 1
         self._equal_lengths = equal_lengths
+        self._last: _Group | None = None
         self._run = BatchRunner(device, threads)
 
     @property
@@ -121,6 +122,7 @@ class PaddedRunner:
         """
 
         def compute_group(group: _Group) -> list[Result]:
+            self._last = group
             members = [batch[index] for index in group.indices]
             if group.size is None:
                 return compute(members + members[:1] * (group.rows - len(members)), None, None)
@@ -140,8 +142,9 @@ class PaddedRunner:
         return [results[index] for index in range(len(batch))]
 
     def shrink(self) -> None:
-        """Makes batches half as large, after one that did not fit in memory."""
-        self.frames = max(self._FEWEST, self.frames // 2)
+        """Makes batches half as large, after one that did not fit in memory; not after an utterance that was alone."""
+        if self._last is None or self._last.rows > 1 or self._last.size is not None:
+            self.frames = max(self._FEWEST, self.frames // 2)
 
     def _groups(self, lengths: Sequence[int], unit: int) -> Iterator[_Group]:
         """The utterances of each batch."""

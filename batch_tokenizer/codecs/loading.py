@@ -54,8 +54,9 @@ class LoadRequest(Generic[Spec]):
         rename: Callable[[str], str | None],
         *,
         whole: Callable[[], Model] | None = None,
-    ) -> Model:
-        """A model with the parts that the task needs, on the device, in float32, frozen, its ``fold`` called.
+    ) -> tuple[Model, int]:
+        """A model with the parts that the task needs, on the device, in float32, frozen, its ``fold`` called; and how
+        many parameters the model has with all parts.
 
         Args:
             build: the model with some parts. ``fold()`` makes what its layers need of the published tensors: it
@@ -70,7 +71,9 @@ class LoadRequest(Generic[Spec]):
             self.checkpoint, build, self.parts, whole, device=self.device, dtype=torch.float32, rename=rename
         )
         model.fold()  # type: ignore[operator]  # nn.Module's attributes are untyped
-        return model
+        with self.checkpoint.empty_weights():
+            parameters = sum(parameter.numel() for parameter in build(PARTS["wav2token2wav"]).parameters())
+        return model, parameters
 
 
 def load_parts(

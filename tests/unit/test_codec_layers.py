@@ -237,6 +237,19 @@ def test_short_members_share_a_call_of_each_thread(threads):
     assert sorted(calls) == ([members] if threads == 1 else sorted([[9], [8], *shared]))
 
 
+def test_batches_shrink_only_after_one_that_can_be_smaller():
+    runner = PaddedRunner(CPU, 1, 256)
+
+    def compute(members, size, rows):
+        raise MemoryError
+
+    for length, frames in ((1000, 256), (128, 128), (129, 128), (9, 64), (9, 64)):
+        with pytest.raises(MemoryError):
+            runner(compute, [torch.zeros(length)], len)
+        runner.shrink()
+        assert runner.frames == frames
+
+
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=40))
 def test_without_padding_only_equal_lengths_share_a_batch(frames):
     runner = PaddedRunner(CPU, 1, 24, equal_lengths=True)

@@ -12,6 +12,8 @@ import soundfile
 import torch
 
 from batch_tokenizer.cli import main
+from batch_tokenizer.codecs import padded_codec
+from batch_tokenizer.codecs.base import PARTS
 from batch_tokenizer.codecs.checkpoint import Checkpoint
 from batch_tokenizer.codecs.loading import LoadRequest
 from batch_tokenizer.codecs.padded_codec import PaddedCodec
@@ -110,6 +112,15 @@ def test_each_task_loads_what_it_needs(tmp_path, name):
     [samples] = opened(folder, dtype=torch.bfloat16).decode(codes)
     assert samples.dtype == np.float32
     assert np.isfinite(samples).all()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_all_tasks_of_a_model_compute_in_one_way(tmp_path, monkeypatch, name):
+    folder = write_checkpoint(tmp_path, name)
+    assert opened(folder).batch_frames == opened(folder, "wav2token").batch_frames == padded_codec.SMALL_MODEL_FRAMES
+    parameters = sum(parameter.numel() for parameter in opened(folder).model.parameters())
+    monkeypatch.setattr(padded_codec, "SMALL_MODEL", parameters)  # no task's own part has as many
+    assert [opened(folder, task).batch_frames for task in PARTS] == [0, 0, 0]
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -58,7 +58,7 @@ def open_codec(name: str, folder: Any) -> Any:
             model.fold()
         fake_weights(model, dtype)
         codec_class = SnacCodec if name.startswith("snac") else PaddedCodec
-        codec = codec_class(spec, model, CUDA, 1)
+        codec = codec_class(spec, model, CUDA, 1, parameters=0)
         codec.batch_frames = 512  # the tiny models have many short frames
         return codec
 

@@ -214,7 +214,9 @@ class HfCodec(PaddedCodec):
     spec: HfSpec
 
     def __init__(self, spec: HfSpec, model: Any, threads: int = 1) -> None:
-        super().__init__(spec, model, model.device, threads, equal_lengths=spec.batching != "padded")
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        equal_lengths = spec.batching != "padded"
+        super().__init__(spec, model, model.device, threads, parameters=parameters, equal_lengths=equal_lengths)
         self._kind: ModelKind = KINDS[spec.kind]
         parts = [getattr(model, name) for name in self._kind.replaced]
         self._lengths = replace_convolutions([part for part in parts if part is not None])

@@ -97,7 +97,7 @@ def load_codec(request: LoadRequest[Qwen3TtsSpec]) -> PaddedCodec:
         RunError: the checkpoint is not what its ``config.json`` implies.
     """
     config = request.spec.config
-    model = request.load_folded(
+    model, parameters = request.load_folded(
         lambda parts: Qwen3TtsTokenizer(config, parts),
         _rename,
         whole=lambda: Qwen3TtsTokenizer(config, codebooks=config.encoder.num_quantizers),
@@ -107,7 +107,7 @@ def load_codec(request: LoadRequest[Qwen3TtsSpec]) -> PaddedCodec:
     if model.decoder is not None:
         model.decoder.to(request.dtype)
         model.decoder.chunks = request.spec.decoder_chunks
-    return PaddedCodec(request.spec, model, request.device, request.threads)
+    return PaddedCodec(request.spec, model, request.device, request.threads, parameters=parameters)
 
 
 def _rename(name: str) -> str | None:

@@ -91,9 +91,9 @@ def load_codec(request: LoadRequest[SnacSpec]) -> SnacCodec:
     Raises:
         RunError: the checkpoint is not what its ``config.json`` implies.
     """
-    model = request.load_folded(lambda parts: Snac(request.spec.config, parts), _rename)
+    model, parameters = request.load_folded(lambda parts: Snac(request.spec.config, parts), _rename)
     model.use_dtype(request.dtype)
-    return SnacCodec(request.spec, model, request.device, request.threads)
+    return SnacCodec(request.spec, model, request.device, request.threads, parameters=parameters)
 
 
 def _rename(name: str) -> str | None:
@@ -113,8 +113,8 @@ class SnacCodec(PaddedCodec):
     spec: SnacSpec
     model: Snac
 
-    def __init__(self, spec: SnacSpec, model: Snac, device: torch.device, threads: int = 1) -> None:
-        super().__init__(spec, model, device, threads)
+    def __init__(self, spec: SnacSpec, model: Snac, device: torch.device, threads: int, *, parameters: int) -> None:
+        super().__init__(spec, model, device, threads, parameters=parameters)
         self.noise_seed = spec.noise_seed
         strides = spec.config.vq_strides
         self._per_frame = [strides[0] // stride for stride in strides]

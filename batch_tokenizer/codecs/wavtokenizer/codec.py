@@ -81,8 +81,9 @@ def load_codec(request: LoadRequest[WavTokenizerSpec]) -> PaddedCodec:
     Raises:
         RunError: the checkpoint is not what its ``config.json`` implies.
     """
-    model = request.load_folded(lambda parts: WavTokenizer(request.spec.config, parts), _rename)
-    return PaddedCodec(request.spec, model.to(request.dtype), request.device, request.threads)
+    model, parameters = request.load_folded(lambda parts: WavTokenizer(request.spec.config, parts), _rename)
+    model = model.to(request.dtype)
+    return PaddedCodec(request.spec, model, request.device, request.threads, parameters=parameters)
 
 
 def _rename(name: str) -> str | None:
