@@ -10,10 +10,14 @@ EXTRAS=dev
 export PIP_COMPILE=0 # pip would compile to bytecode on one core, before anything else
 source "$(dirname "$(realpath "$0")")/environment.sh"
 
-# Beside the type checker, which has one core too. The tests start a hundred processes, each of which would compile what
-# it imports. Some files in libraries are for other versions of Python.
+# Beside the type checker, which has one core too. The tests start many processes, each of which would compile what it
+# imports. Some files in libraries are for other versions of Python. librosa compiles to machine code, and keeps, what it
+# needs of itself when it is first imported.
 libraries=$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-"$VENV/bin/python" -m compileall -qq -j "$(nproc)" "$libraries" batch_tokenizer || true &
+{
+    "$VENV/bin/python" -m compileall -qq -j "$(nproc)" "$libraries" batch_tokenizer
+    "$VENV/bin/python" -c "import librosa.core.pitch, librosa.util.utils"
+} || true &
 
 "$VENV/bin/ruff" check .
 "$VENV/bin/ruff" format --check .

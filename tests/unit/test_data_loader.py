@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -193,7 +193,7 @@ def test_a_row_too_large_to_be_handed_over_fails() -> None:
 
 
 def test_random_kills_from_outside_lose_nothing() -> None:
-    """Workers and, twice, the server. A row may be hit twice by chance, so the killer waits for progress in between."""
+    """Workers and, once, the server. A row may be hit twice by chance, so the killer waits for progress in between."""
     rows = [make_row(line, do="sleep", seconds=0.005) for line in range(200)]
     taken = 0
     with make_loader(num_workers=3) as loader:
@@ -205,7 +205,7 @@ def test_random_kills_from_outside_lose_nothing() -> None:
             taken += 1
             if taken % 40 == 0:
                 with contextlib.suppress(psutil.NoSuchProcess):  # it was hit a moment ago
-                    for victim in [server()] if taken % 80 == 0 else workers()[:1]:
+                    for victim in [server()] if taken == 80 else workers()[:1]:
                         victim.kill()
     assert lines == set(range(200))
     assert taken == 200
@@ -343,64 +343,38 @@ def test_next_wakes_when_the_loading_is_stopped() -> None:
         timer.join()
 
 
-PARENT = """
-import os, sys, time
+PROGRAM = """
+import os, sys, tempfile, time
 sys.path.insert(0, {root!r})
 from batch_tokenizer.data.loader import Loader
 from tests.support.loading import make_row, misbehave
-loader = Loader(misbehave, num_workers=2, rows_ahead=10, bytes_ahead=1 << 20, row_timeout={row_timeout})
-loader.submit([make_row(0)])
-print(loader.next(), flush=True)
-folder = {folder!r}
-doing = enumerate({doing!r}, start=1)
-loader.submit([make_row(line, do=do, marker=f"{{folder}}/{{line}}", seconds={seconds}) for line, do in doing])
-while len(os.listdir(folder)) < 2:
-    time.sleep(0.01)
-print("both are at work", flush=True)
-{then}
+
+def at_work(row_timeout, seconds, other="sleep"):
+    loader = Loader(misbehave, num_workers=2, rows_ahead=10, bytes_ahead=1 << 20, row_timeout=row_timeout)
+    folder = tempfile.mkdtemp(dir={folder!r})
+    doing = enumerate(("sleep", other))
+    loader.submit([make_row(line, do=do, marker=f"{{folder}}/{{line}}", seconds=seconds) for line, do in doing])
+    while len(os.listdir(folder)) < 2:
+        time.sleep(0.01)
+    print("both are at work", flush=True)
+    return loader
+
+loader = at_work(row_timeout={row_timeout}, seconds={seconds})
 print(loader.next(), flush=True)
 print(loader.next(), flush=True)
 loader.close()
+loader = at_work(row_timeout=600, seconds=600, other={other!r})
+{then}
 """
 
 
-def parent_program(folder: Path, row_timeout: float, seconds: float, other: str = "sleep", then: str = "") -> str:
-    """A program whose second row sleeps for some seconds and whose third does ``other``, after leaving files in
-    ``folder``."""
+def parent_program(folder: Path, row_timeout: float, seconds: float, other: str, then: str) -> str:
+    """A program with two loaders, one after the other. Rows of the first sleep for some seconds; when both processes of
+    the second have a row that takes ten minutes, one of which does ``other``, the program does ``then``."""
     folder.mkdir()
-    doing = ["sleep", other]
-    return PARENT.format(
-        root=str(ROOT), folder=str(folder), row_timeout=row_timeout, seconds=seconds, doing=doing, then=then
+    return PROGRAM.format(
+        root=str(ROOT), folder=str(folder), row_timeout=row_timeout, seconds=seconds, other=other, then=then
     )
-
-
-@contextlib.contextmanager
-def started(program: str) -> Iterator[subprocess.Popen[str]]:
-    """It runs, and both loader processes have a row in hand."""
-    arguments = [sys.executable, "-c", program]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, start_new_session=True) as parent:
-        try:
-            assert parent.stdout is not None
-            assert "LoadedRow" in parent.stdout.readline()
-            assert "both" in parent.stdout.readline()
-            yield parent
-        finally:
-            parent.kill()
-
-
-def test_no_process_outlives_a_killed_parent(tmp_path: Path) -> None:
-    """Neither the server nor workers in the middle of a row, not even in code that never lets Python run."""
-    other = "hang in native code"
-    with started(parent_program(tmp_path / "marks", row_timeout=600, seconds=600, other=other)) as parent:
-        children = family(psutil.Process(parent.pid))
-        assert len(children) >= 3
-        parent.kill()
-        wait_until(lambda: are_gone(children))
-
-
-def test_a_parent_that_ends_without_closing_does_not_wait_for_rows(tmp_path: Path) -> None:
-    with started(parent_program(tmp_path / "marks", row_timeout=600, seconds=600, then="sys.exit(3)")) as parent:
-        assert parent.wait(timeout=PATIENCE) == 3
 
 
 def test_no_worker_outlives_its_server() -> None:
@@ -412,11 +386,11 @@ def test_no_worker_outlives_its_server() -> None:
         wait_until(lambda: are_gone(before))
 
 
-def test_a_caller_without_a_main_guard(tmp_path: Path) -> None:
+def test_a_caller_without_a_main_guard_that_ends_without_closing(tmp_path: Path) -> None:
     """Loader processes do not run the caller's script again, nor import from the working directory what it did not; a
-    ``TMPDIR`` longer than a socket's path may be does no harm."""
+    ``TMPDIR`` longer than a socket's path may be does no harm. The end does not wait for rows."""
     script = tmp_path / "script.py"
-    script.write_text(parent_program(tmp_path / "marks", row_timeout=60, seconds=0))
+    script.write_text(parent_program(tmp_path / "marks", row_timeout=60, seconds=0, other="sleep", then="sys.exit(3)"))
     (tmp_path / "here").mkdir()
     long = tmp_path / ("t" * 100)
     long.mkdir()
@@ -430,24 +404,38 @@ def test_a_caller_without_a_main_guard(tmp_path: Path) -> None:
         timeout=PATIENCE,
         check=False,
     )
-    assert (ended.stdout.count("LoadedRow"), ended.stderr) == (3, "")
+    assert (ended.returncode, ended.stdout.count("LoadedRow"), ended.stderr) == (3, 2, "")
 
 
-def test_signals_to_the_whole_job_and_time_in_suspension_blame_no_row(tmp_path: Path) -> None:
-    """A launcher signals every process of a job; only the computing process may answer. Here it ignores them."""
-    with started(parent_program(tmp_path / "marks", row_timeout=2, seconds=1)) as parent:
-        assert parent.stdout is not None
-        children = family(psutil.Process(parent.pid))
-        assert len(children) >= 3
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-            for process in children:
-                process.send_signal(number)
-        os.killpg(parent.pid, signal.SIGSTOP)
-        time.sleep(3)
-        os.killpg(parent.pid, signal.SIGCONT)
-        assert "LoadedRow" in parent.stdout.readline()
-        assert not any(are_gone([process]) for process in children)
-        assert "LoadedRow" in parent.stdout.readline()
+def test_signals_to_the_whole_job_and_time_in_suspension_blame_no_row_and_a_killed_parent_leaves_no_process(
+    tmp_path: Path,
+) -> None:
+    """A launcher signals every process of a job; only the computing process may answer. Here it ignores them. After its
+    death neither the server is left nor workers in the middle of a row, not even in code that never lets Python run."""
+    other = "hang in native code"
+    program = parent_program(tmp_path / "marks", row_timeout=2, seconds=1, other=other, then="time.sleep(600)")
+    arguments = [sys.executable, "-c", program]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, start_new_session=True) as parent:
+        try:
+            assert parent.stdout is not None
+            assert "both" in parent.stdout.readline()
+            children = family(psutil.Process(parent.pid))
+            assert len(children) >= 3
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+                for process in children:
+                    process.send_signal(number)
+            os.killpg(parent.pid, signal.SIGSTOP)
+            time.sleep(3)
+            os.killpg(parent.pid, signal.SIGCONT)
+            assert "LoadedRow" in parent.stdout.readline()
+            assert not any(are_gone([process]) for process in children)
+            assert "LoadedRow" in parent.stdout.readline()
+            assert "both" in parent.stdout.readline()
+            children = family(psutil.Process(parent.pid))
+            assert len(children) >= 3
+        finally:
+            parent.kill()
+        wait_until(lambda: are_gone(children))
 
 
 class LoadThatCannotBeImported:
