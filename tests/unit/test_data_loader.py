@@ -362,6 +362,7 @@ def at_work(row_timeout, seconds, other="sleep"):
 loader = at_work(row_timeout={row_timeout}, seconds={seconds})
 print(loader.next(), flush=True)
 print(loader.next(), flush=True)
+sys.stdin.readline()
 loader.close()
 loader = at_work(row_timeout=600, seconds=600, other={other!r})
 {then}
@@ -369,8 +370,8 @@ loader = at_work(row_timeout=600, seconds=600, other={other!r})
 
 
 def parent_program(folder: Path, row_timeout: float, seconds: float, other: str, then: str) -> str:
-    """A program with two loaders, one after the other. Rows of the first sleep for some seconds; when both processes of
-    the second have a row that takes ten minutes, one of which does ``other``, the program does ``then``."""
+    """A program with two loaders, the second after a line of input. Rows of the first sleep for some seconds. When both
+    processes of the second have a row that takes ten minutes, one of them with ``other``, the program does ``then``."""
     folder.mkdir()
     return PROGRAM.format(
         root=str(ROOT), folder=str(folder), row_timeout=row_timeout, seconds=seconds, other=other, then=then
@@ -400,6 +401,7 @@ def test_a_caller_without_a_main_guard_that_ends_without_closing(tmp_path: Path)
         cwd=tmp_path / "here",
         env={**os.environ, "TMPDIR": str(long)},
         capture_output=True,
+        stdin=subprocess.DEVNULL,
         text=True,
         timeout=PATIENCE,
         check=False,
@@ -413,10 +415,13 @@ def test_signals_to_the_whole_job_and_time_in_suspension_blame_no_row_and_a_kill
     """A launcher signals every process of a job; only the computing process may answer. Here it ignores them. After its
     death neither the server is left nor workers in the middle of a row, not even in code that never lets Python run."""
     other = "hang in native code"
-    program = parent_program(tmp_path / "marks", row_timeout=2, seconds=1, other=other, then="time.sleep(600)")
+    program = parent_program(tmp_path / "marks", row_timeout=4, seconds=1, other=other, then="time.sleep(600)")
     arguments = [sys.executable, "-c", program]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, start_new_session=True) as parent:
+    with subprocess.Popen(
+        arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as parent:
         try:
+            assert parent.stdin is not None
             assert parent.stdout is not None
             assert "both" in parent.stdout.readline()
             children = family(psutil.Process(parent.pid))
@@ -425,11 +430,13 @@ def test_signals_to_the_whole_job_and_time_in_suspension_blame_no_row_and_a_kill
                 for process in children:
                     process.send_signal(number)
             os.killpg(parent.pid, signal.SIGSTOP)
-            time.sleep(3)
+            time.sleep(5)
             os.killpg(parent.pid, signal.SIGCONT)
             assert "LoadedRow" in parent.stdout.readline()
-            assert not any(are_gone([process]) for process in children)
             assert "LoadedRow" in parent.stdout.readline()
+            assert not any(are_gone([process]) for process in children)
+            parent.stdin.write("go on\n")
+            parent.stdin.flush()
             assert "both" in parent.stdout.readline()
             children = family(psutil.Process(parent.pid))
             assert len(children) >= 3
