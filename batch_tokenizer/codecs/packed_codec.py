@@ -15,7 +15,8 @@ Result = TypeVar("Result")
 
 
 class PackedCodec(Codec):
-    """A model whose utterances are packed on one axis on CUDA, and on a CPU if they are short; else one by one.
+    """A model whose utterances are packed on one axis on CUDA. On a CPU they are computed one by one, but for short
+    ones where the model packs these there too (``packs_of``).
 
     Args:
         model: has a ``device``, and a ``capacity``, which on CUDA is the ``frame_budget``.
@@ -31,13 +32,13 @@ class PackedCodec(Codec):
         self.batch_limit = self._runner.batch_limit
 
     def run_model(
-        self, compute: Callable[[list[Tensor]], list[Result]], batch: Sequence[Tensor], *, axis: int, frame: int
+        self, compute: Callable[[list[Tensor]], list[Result]], batch: Sequence[Tensor], *, axis: int, frame: int = 0
     ) -> list[Result]:
         """``compute``'s result for each member, in order, as ``BatchRunner``.
 
         Args:
             axis: of a member's tensor, that of time.
-            frame: positions on it for each token frame, about.
+            frame: positions on it for each token frame, about, where short utterances share packs on a CPU.
         """
         return self._runner(compute, batch, lambda part: part.shape[axis], shared=CPU_SHARED_FRAMES * frame)
 

@@ -158,16 +158,11 @@ class MossCodec(PackedCodec):
 
     def _encode(self, features: Sequence[Samples], num_quantizers: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         samples = [interleave(torch.from_numpy(feature)) for feature in features]
-        return self.run_model(
-            lambda batch: self.model.encode_utterances_hidden(batch, num_quantizers),
-            samples,
-            axis=0,
-            frame=self.model.config.rows_per_frame,
-        )
+        return self.run_model(lambda batch: self.model.encode_utterances_hidden(batch, num_quantizers), samples, axis=0)
 
     def decode_batch(self, codes: Sequence[Codes]) -> list[Samples]:
         tensors = [torch.from_numpy(code.astype(np.int64)) for code in codes]
-        return self._channels(self.run_model(self.model.decode_utterances, tensors, axis=0, frame=1))
+        return self._channels(self.run_model(self.model.decode_utterances, tensors, axis=0))
 
     def encode_stream(
         self, chunks: Iterable[Sequence[Samples | None]], num_quantizers: int | None = None
@@ -230,8 +225,7 @@ class MossCodec(PackedCodec):
 
 
 class MossStream:
-    """A ``CodecStream``. Pieces of ``stream_above`` frames give the bits that ``MossCodec.encode`` gives of a longer
-    utterance."""
+    """A ``CodecStream``. Pieces of ``stream_above`` frames give the bits that ``MossCodec.encode`` gives."""
 
     def __init__(self, codec: MossCodec) -> None:
         self._codec = codec

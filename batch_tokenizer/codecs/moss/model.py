@@ -39,9 +39,9 @@ class MossAudioTokenizer(nn.Module):
 
     Attributes:
         config: the checkpoint's configuration.
-        capacity: token frames of axis per pack; None runs each utterance alone; ``auto`` packs ``DEFAULT_CAPACITY`` on
-            CUDA, and on a CPU short utterances only (``layers/packed.py``). Results are equal to the bit only among
-            packs of one capacity.
+        capacity: token frames of axis per pack; None runs each utterance alone; ``auto`` does that on a CPU, where its
+            many rows a frame make filler dear, and packs ``DEFAULT_CAPACITY`` on CUDA. Results are equal to the bit
+            only among packs of one capacity.
         stream_above: token frames, ``STREAM_ABOVE_SECONDS`` of them. A longer utterance, or with a capacity one that is
             longer than that, is computed alone and in pieces of this many frames.
     """
@@ -174,7 +174,7 @@ class MossAudioTokenizer(nn.Module):
         for index in set(range(len(inputs))).difference(short):
             results[index] = in_pieces(inputs[index])
         lengths = [frames[index] for index in short]
-        for group, size in packs_of(lengths, self.capacity, DEFAULT_CAPACITY, self.device):
+        for group, size in packs_of(lengths, capacity, DEFAULT_CAPACITY, self.device):
             members = [short[place] for place in group]
             counts = [frames[index] for index in members]
             filler = [] if size is None else filler_runs(size - sum(counts))
