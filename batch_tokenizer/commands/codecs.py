@@ -26,7 +26,7 @@ LIBRARIES: Mapping[str, tuple[tuple[str, ...], str]] = {
 
 #: How utterances share a batch, as text.
 BATCHING: Mapping[Batching, str] = {
-    "packed": "any lengths, end to end on one axis",
+    "packed": "any lengths, end to end on one axis; on a CPU at most short ones",
     "padded": "any lengths, padded and masked before each layer that looks sideways; on a CPU only small models",
     "equal lengths": "utterances of one length, as the model has norms or attention over padding; on a CPU one by one",
     "one by one": "one utterance at a time",
