@@ -33,7 +33,7 @@ def test_batches_run_on_one_device_without_a_wait(name: str, tmp_path: Path) -> 
     model = hf.save_checkpoint(tmp_path, name)
     spec = open_spec(Checkpoint.open(str(tmp_path)))
     assert (spec.batching == "padded") == (name in PADDED)
-    lengths = (640, 700) if name in PADDED else (700, 700)
+    lengths = (130, 200) if name in PADDED else (200, 200)
     features = [spec.features(np.zeros(length, np.float32)) for length in lengths]
     resampling = mock.patch.object(torchaudio.functional, "resample", resample)
     with fake_cuda_for_batches(resampling) as trace, torch.no_grad():

@@ -55,7 +55,7 @@ def make_codec(dtype=torch.bfloat16, front_end="device", size="mimo-11m"):
 
 def run_all_tasks(codec, longest=700):
     config = codec.spec.config
-    lengths = [int(config.sampling_rate * seconds) for seconds in (*SECONDS, longest)]
+    lengths = [int(config.sampling_rate * seconds) for seconds in (*SECONDS, longest) if seconds <= longest]
     if codec.spec.front_end == "device":
         features = [codec.spec.features(np.zeros(length, np.float32)) for length in lengths]
     else:
@@ -83,9 +83,9 @@ def test_all_tasks_run_on_one_device_without_a_wait(dtype, front_end, capability
         # Without a kernel for packs attention runs block by block, and a trace of long packs takes minutes.
         has_kernel = dtype != torch.float32 and capability >= (8, 0)
         if not has_kernel:
-            codec.model.capacity = 512
+            codec.model.capacity = 128
         with trace.watch():
-            run_all_tasks(codec, 700 if has_kernel else 10)
+            run_all_tasks(codec, 700 if has_kernel else 4)
     assert trace.operators > 1000
 
 

@@ -1,4 +1,4 @@
-"""Units are claimed exactly once, under every launcher. torchrun here is the real one."""
+"""Units are claimed exactly once, under every launcher. torchrun's agent here is the real one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -52,44 +51,47 @@ def test_a_store_that_is_gone_is_one_line(monkeypatch: pytest.MonkeyPatch) -> No
 
 PROGRAM = """
 import json, os, sys, time
+import numpy as np
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from batch_tokenizer.runtime.parent import stop_with_parent
 from batch_tokenizer.runtime.processes import ProcessGroup
 from batch_tokenizer.runtime.run_folder import RunFolder
 from batch_tokenizer.runtime.work_queue import WorkQueue
-import numpy as np
 
-processes = ProcessGroup.from_environment()
-stop_with_parent()
-out = sys.argv[1]
-with RunFolder.open(out + "/run", {}, processes=processes, timeout=600) as folder:
-    if processes.is_main:
-        folder.share_status(np.full(3, folder.attempt, np.uint8))
-        status = [folder.attempt] * 3
-    else:
-        status = folder.await_status(timeout=600).tolist()
-    queue = WorkQueue.open(1000, processes, folder.attempt_id)
-    claimed = []
-    while (unit := queue.claim()) is not None:
-        claimed.append(unit)
-        # In the first attempt rank 0 dies in the middle of the work.
-        if folder.attempt == 1:
-            if processes.is_main:
-                os.kill(os.getpid(), 9)
-            time.sleep(60)
-        time.sleep(0.0005)
-    with open(f"{out}/{folder.attempt}-{processes.rank}.json", "w") as stream:
-        json.dump({"claimed": claimed, "status": status}, stream)
+def rank(out):
+    processes = ProcessGroup.from_environment()
+    stop_with_parent()
+    with RunFolder.open(out + "/run", {}, processes=processes, timeout=600) as folder:
+        if processes.is_main:
+            folder.share_status(np.full(3, folder.attempt, np.uint8))
+            status = [folder.attempt] * 3
+        else:
+            status = folder.await_status(timeout=600).tolist()
+        queue = WorkQueue.open(1000, processes, folder.attempt_id)
+        claimed = []
+        while (unit := queue.claim()) is not None:
+            claimed.append(unit)
+            # In the first attempt rank 0 dies in the middle of the work.
+            if folder.attempt == 1:
+                if processes.is_main:
+                    os.kill(os.getpid(), 9)
+                time.sleep(60)
+            time.sleep(0.0005)
+        with open(f"{out}/{folder.attempt}-{processes.rank}.json", "w") as stream:
+            json.dump({"claimed": claimed, "status": status}, stream)
+
+config = LaunchConfig(
+    min_nodes=1, max_nodes=1, nproc_per_node=2, run_id="job", rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+    max_restarts=1, monitor_interval=0.1, start_method="fork",
+)
+elastic_launch(config, rank)(sys.argv[1])
 """
 
 
 def test_torchrun_claims_once_and_restarts_as_a_new_attempt(tmp_path: Path) -> None:
-    program = tmp_path / "program.py"
-    program.write_text(textwrap.dedent(PROGRAM))
+    """Its agent, with ranks that are forked, so that torch is imported once and not five times."""
     result = subprocess.run(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=1",
-            "--monitor_interval=0.1", str(program), str(tmp_path),
-        ],
+        [sys.executable, "-c", PROGRAM, str(tmp_path)],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=HANG_SECONDS, check=False,
     )  # fmt: skip
