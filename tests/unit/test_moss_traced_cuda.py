@@ -40,7 +40,7 @@ def make_model(dtype):
 
 
 def run(model):
-    samples = [torch.zeros(int(16000 * seconds)) for seconds in (0.01, 0.5, 3, 40)]
+    samples = [torch.zeros(int(16000 * seconds)) for seconds in (0.01, 0.5, 3, 12)]  # the last in two packs
     codes = model.encode_utterances(samples, 5)
     model.decode_utterances(codes)
     streams = [Stream(), Stream()]

@@ -82,7 +82,7 @@ def test_an_archive_is_the_codec_of_its_folder(folder, tmp_path, prefix, mode):
         ({"model_config.yaml": b"\xff\xfe\x00"}, "model_config.yaml cannot be read"),
         ({"model_config.yaml": b"- 1\n"}, "must hold a mapping"),
         ({"model_config.yaml": b"a: &x [1]\nb: *x\n"}, "has aliases"),
-        ({"model_config.yaml": b"a: " + b"[" * 5000}, "nested too deeply|cannot be read"),
+        ({"model_config.yaml": b"a: " + b"[" * 1500}, "nested too deeply|cannot be read"),
         ({"model_config.yaml": b"#" * (1 << 21)}, "at most 1,048,576 are read"),
         ({"model_config.yaml": b"a: !!python/object/apply:os.system ['true']\n"}, "cannot be read"),
         ({"model_weights.ckpt": b"no weights"}, "cannot be read as torch weights"),

@@ -59,11 +59,8 @@ def test_audio_comes_back_from_its_url(tone):
 
 
 class TestFigures:
-    @pytest.fixture(autouse=True)
-    def figures(self):
-        pytest.importorskip("matplotlib")
-
-    def drawings(self, tone):
+    @staticmethod
+    def drawings(tone):
         from batch_tokenizer.report import figures
 
         return [
@@ -76,8 +73,14 @@ class TestFigures:
             figures.recording("silence", Recording(np.zeros(3000, np.float32), RATE), peak=1),
         ]
 
-    def test_they_are_xml_and_take_the_colour_of_the_text(self, tone):
-        for svg in self.drawings(tone):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def drawn(cls, tone):
+        pytest.importorskip("matplotlib")
+        return cls.drawings(tone)
+
+    def test_they_are_xml_and_take_the_colour_of_the_text(self, drawn):
+        for svg in drawn:
             root = ElementTree.fromstring(svg)
             assert root.get("role") == "img"
             assert root.get("aria-label")
@@ -86,16 +89,16 @@ class TestFigures:
             assert "#000000" not in svg
             assert len(svg) < 300_000
 
-    def test_their_names_do_not_collide_on_one_page(self, tone):
-        names = [name for svg in self.drawings(tone) for name in set(re.findall(r'\bid="([^"]*)"', svg))]
+    def test_their_names_do_not_collide_on_one_page(self, drawn):
+        names = [name for svg in drawn for name in set(re.findall(r'\bid="([^"]*)"', svg))]
         assert len(names) == len(set(names))
-        for svg in self.drawings(tone):
+        for svg in drawn:
             known = set(re.findall(r'\bid="([^"]*)"', svg))
             used = set(re.findall(r'url\(#([^)]*)\)|xlink:href="#([^"]*)"', svg))
             assert {first or second for first, second in used} <= known
 
-    def test_the_same_numbers_give_the_same_figure(self, tone):
-        assert self.drawings(tone) == self.drawings(tone)
+    def test_the_same_numbers_give_the_same_figure(self, tone, drawn):
+        assert self.drawings(tone) == drawn
 
 
 @pytest.mark.parametrize(
