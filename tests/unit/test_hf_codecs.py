@@ -319,7 +319,11 @@ def test_weights_that_are_not_as_they_should_be(tmp_path: Path) -> None:
     save_file({key: value for key, value in whole.items() if key != name}, path, {"format": "pt"})
     assert f"lacks {name}" in refusal(tmp_path)
     save_file({**whole, name: torch.zeros(3, 1, 7)}, path, {"format": "pt"})
-    assert "transformers cannot load it" in refusal(tmp_path)
+    assert f"{name} has shape (3, 1, 7), config.json implies (4, 1, 7)" in refusal(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "upsampling_ratios": []}))
+    assert "transformers cannot load it" in refusal(tmp_path)  # an UnboundLocalError there
+    (tmp_path / "config.json").write_text(json.dumps(config))
     path.write_bytes(path.read_bytes()[:1000])
     assert "cannot be read as safetensors" in refusal(tmp_path)
     path.unlink()

@@ -177,14 +177,21 @@ def load_codec(request: LoadRequest[HfSpec]) -> HfCodec:
     try:
         with checkpoint.bounded_model():
             model, report = _class(library, kind.model_class, checkpoint).from_pretrained(
-                checkpoint.folder, local_files_only=True, dtype=request.dtype, output_loading_info=True, **chosen
-            )
-    except (OSError, RuntimeError, ValueError, TypeError, KeyError, ImportError) as error:
+                checkpoint.folder, local_files_only=True, dtype=request.dtype, output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+                **chosen,
+            )  # fmt: skip
+    except (OSError, RuntimeError, ValueError, TypeError, LookupError, ImportError, NameError) as error:
         raise RunError(f"{checkpoint.folder}: transformers cannot load it: {first_line(error)}") from error
     missing = sorted(report["missing_keys"])
     if missing:
         names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise RunError(f"{checkpoint.folder}: lacks {names}, which config.json implies; download it again")
+    for name, stored, implied in sorted(report["mismatched_keys"]):
+        raise RunError(
+            f"{checkpoint.folder}: {name} has shape {tuple(stored)}, config.json implies {tuple(implied)}; download it "
+            f"again"
+        )
     if kind.front_end is not None:
         _check_front_end(checkpoint, spec, _class(library, kind.front_end, checkpoint))
     if spec.channels > 1:
