@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -282,7 +283,8 @@ class Checkpoint:
             rename: published name to the model's name; None for a tensor that has no effect.
 
         Raises:
-            RunError: tensors are missing, unexpected or of another shape; the message names them.
+            RunError: tensors are missing, unexpected or of another shape, or a value is no finite number or does not
+                fit into ``dtype``; the message names them.
         """
         model = whole.state_dict()
         expected = {name: tuple(tensor.shape) for name, tensor in model.items()}
@@ -308,6 +310,7 @@ class Checkpoint:
             seen.add(name)
             if name in wanted:
                 kept = dtype if name in parameters else torch.float32
+                check_values(tensor, f"{self.folder}: {stored}", kept)
                 state[name] = tensor.to(device, kept if tensor.is_floating_point() else None, copy=True)
         missing = sorted(expected.keys() - seen)
         if missing:
@@ -315,6 +318,20 @@ class Checkpoint:
         if unexpected:
             raise RunError(f"{self.folder}: has {_some(sorted(unexpected))}, which config.json does not imply")
         part.load_state_dict(state, assign=True)
+
+
+def check_values(tensor: Tensor, name: str, dtype: torch.dtype | None) -> None:
+    """
+    Raises:
+        RunError: a value is NaN or infinite, or would be in ``dtype``; codes would come out, but mean nothing.
+    """
+    if not tensor.is_floating_point() or not tensor.numel():
+        return
+    least, most = (float(value) for value in tensor.aminmax())  # both NaN if a value is
+    if not math.isfinite(least) or not math.isfinite(most):
+        raise RunError(f"{name} has values that are NaN or infinite; download the checkpoint again")
+    if dtype is not None and max(-least, most) > torch.finfo(dtype).max:
+        raise RunError(f"{name} has values that do not fit into {dtype}: choose --dtype bfloat16 or float32")
 
 
 def _name(model_path: str) -> str:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import random
+import re
 import tarfile
 import time
 from pathlib import Path
@@ -125,6 +127,33 @@ def test_weights_of_other_numbers_are_refused(tmp_path: Path) -> None:
     name = "encoder.conv1.weight"
     save_file({**tensors, name: tensors[name].to(torch.complex64)}, folder / "model.safetensors")
     assert f"{name} is of torch.complex64, must be of torch.float32" in refusal(folder)
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+@pytest.mark.parametrize("family", ["mimo", "moss", "s3tokenizer", "snac", "dac"])
+def test_weights_that_are_no_finite_numbers_are_refused(tmp_path: Path, family: str, value: float) -> None:
+    """Codes would come out of most models, and mean nothing."""
+    from safetensors.torch import load_file, save_file
+
+    path = write(family, tmp_path / "hostile") / "model.safetensors"
+    tensors = load_file(path)
+    name = next(key for key, tensor in sorted(tensors.items()) if "encoder" in key and tensor.ndim > 1)
+    tensors[name].view(-1)[-1] = value
+    save_file(tensors, path, {"format": "pt"})
+    assert re.search(r"hostile: .* has values that are NaN or infinite; download", refusal(path.parent))
+
+
+def test_weights_beyond_a_number_format_are_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = write("mimo", tmp_path / "hostile") / "model.safetensors"
+    tensors = load_file(path)
+    tensors["encoder.conv1.weight"].view(-1)[0] = 70_000.0
+    save_file(tensors, path)
+    load(path.parent)
+    checkpoint = Checkpoint.open(str(path.parent))
+    with pytest.raises(RunError, match=r"encoder.conv1.weight has values that do not fit into torch.float16: choose"):
+        CodecSetup.open(checkpoint, device="cpu", dtype="float16", threads=1).load("wav2token")
 
 
 def test_damaged_archives_of_nemo_are_refused(tmp_path: Path) -> None:

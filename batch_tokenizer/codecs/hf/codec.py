@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from batch_tokenizer.codecs.base import Batching, CodecInfo, CodecSpec
-from batch_tokenizer.codecs.checkpoint import Checkpoint
+from batch_tokenizer.codecs.checkpoint import Checkpoint, check_values
 from batch_tokenizer.codecs.config_keys import MOST_COUNT, MOST_SIZE, ConfigKeys
 from batch_tokenizer.codecs.hf.exact import replace_convolutions
 from batch_tokenizer.codecs.hf.families import KINDS, MOST_SAMPLES, WITHOUT_TOKENS, ModelKind
@@ -192,6 +192,8 @@ def load_codec(request: LoadRequest[HfSpec]) -> HfCodec:
             f"{checkpoint.folder}: {name} has shape {tuple(stored)}, config.json implies {tuple(implied)}; download it "
             f"again"
         )
+    for name, tensor in model.state_dict().items():
+        check_values(tensor, f"{checkpoint.folder}: {name}", None)
     if kind.front_end is not None:
         _check_front_end(checkpoint, spec, _class(library, kind.front_end, checkpoint))
     if spec.channels > 1:
