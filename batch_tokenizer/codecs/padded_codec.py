@@ -38,7 +38,7 @@ class PaddedCodec(Codec):
         model: has ``encode(batch, num_quantizers)`` and ``decode(codes)`` as ``encode_padded`` and ``decode_padded``,
             which a family may have of its own instead.
         parameters: of the whole model, not of the parts that a task needs, so that all tasks compute in one way and
-            their results have the same bits.
+            their results have the same bits. None where a CPU shall compute each utterance alone whatever the size.
         equal_lengths: for models that padding cannot be exact with: only utterances of one length share a batch.
     """
 
@@ -49,7 +49,7 @@ class PaddedCodec(Codec):
         device: torch.device,
         threads: int,
         *,
-        parameters: int,
+        parameters: int | None,
         equal_lengths: bool = False,
     ) -> None:
         self.spec = spec
@@ -57,7 +57,7 @@ class PaddedCodec(Codec):
         self.device = device
         frames = max(64, round(SECONDS_AT_ONCE * spec.info.frame_rate))
         if device.type == "cpu":
-            frames = SMALL_MODEL_FRAMES if parameters < SMALL_MODEL and not equal_lengths else 0
+            frames = SMALL_MODEL_FRAMES if parameters is not None and parameters < SMALL_MODEL else 0
         self._run = PaddedRunner(device, threads, frames, equal_lengths=equal_lengths)
         self.batch_limit = self._run.batch_limit
         self.frame_budget = max(8192, 8 * frames)  # so many that sizes fill their rows

@@ -52,7 +52,7 @@ def test_three_tasks(name: str, workers: int, tmp_path: Path) -> None:
     manifest = write_manifest(tmp_path / "both.jsonl", rows)
     done = run_here(*words, "--data_list", manifest, "--task", "wav2token2wav", "--num_workers", workers)
     assert done.returncode == 0, done.stderr
-    assert "batches: padded" in done.stderr
+    assert "batches: one by one" in done.stderr
 
     def run(task: str, rows: list[dict[str, Any]], *more: str) -> None:
         manifest = write_manifest(tmp_path / f"{task}.jsonl", rows)

@@ -217,15 +217,16 @@ class HfCodec(PaddedCodec):
     """A model of transformers behind the codec protocol.
 
     Where the model allows it, its convolutions are replaced by exact ones, and batches have mixed lengths. Else only
-    utterances of one length share a batch, and on a CPU none.
+    utterances of one length share a batch. On a CPU each utterance is computed alone.
     """
 
     spec: HfSpec
 
     def __init__(self, spec: HfSpec, model: Any, threads: int = 1) -> None:
-        parameters = sum(parameter.numel() for parameter in model.parameters())
+        # On a CPU each utterance goes alone, for the library's own bits: a batch rounds in another way, which changes
+        # one code in some hundred thousand, where two codebook rows are equally near.
         equal_lengths = spec.batching != "padded"
-        super().__init__(spec, model, model.device, threads, parameters=parameters, equal_lengths=equal_lengths)
+        super().__init__(spec, model, model.device, threads, parameters=None, equal_lengths=equal_lengths)
         self._kind: ModelKind = KINDS[spec.kind]
         parts = [getattr(model, name) for name in self._kind.replaced]
         self._lengths = replace_convolutions([part for part in parts if part is not None])
