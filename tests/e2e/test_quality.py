@@ -16,7 +16,7 @@ import soundfile
 from batch_tokenizer.cli import main
 from batch_tokenizer.commands import report as run_report
 from batch_tokenizer.quality import evaluation as evaluate
-from batch_tokenizer.records import RunError
+from batch_tokenizer.records import RUN_INFO_FIELDS, RunError
 from batch_tokenizer.runtime.ledger_lines import decode_entry, encode_shard, read_shard_lines
 from tests.support.checkpoints import write_mimo_checkpoint
 from tests.support.command import ROOT, output_row, run_here, write_manifest
@@ -320,8 +320,12 @@ def test_one_file_is_inspected(workplace, tmp_path, capsys):
     for word in ("PESQ-WB", "frames of 5 codes", "kbit/s", str(tmp_path / "it-03.png")):
         assert word in text
     # The tokens and the audio of a run, to the byte.
-    made = json.loads((tmp_path / "it-03.json").read_text())["quantized_tokens"]
-    assert made == json.loads((workplace[0] / "out" / "it-03.json").read_text())["quantized_tokens"]
+    made = json.loads((tmp_path / "it-03.json").read_text())
+    of_run = json.loads((workplace[0] / "out" / "it-03.json").read_text())
+    assert made["quantized_tokens"] == of_run["quantized_tokens"]
+    described = {name: made["info"][name] for name in RUN_INFO_FIELDS if name in made["info"]}
+    assert described == {name: of_run["info"][name] for name in RUN_INFO_FIELDS if name in of_run["info"]}
+    assert {"dtype", "codebook_sizes", "resampler"} <= described.keys()
     assert (tmp_path / "it-03.wav").read_bytes() == (workplace[0] / "out" / "it-03.wav").read_bytes()
     assert (tmp_path / "it-03.png").read_bytes().startswith(b"\x89PNG")
     assert main(["inspect", "clips/none.wav", "--model_path", "model"]) == 2
