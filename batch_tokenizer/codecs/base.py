@@ -76,7 +76,7 @@ class CodecInfo:
             ("number of channels", self.channels, MOST_COUNT),
         ):
             if not 1 <= value <= most:
-                raise RunError(f"{self.name}: its {name} is {value}, must be 1 to {most}")
+                raise RunError(f"config.json: the {name} is {value}, must be 1 to {most}")
 
     @property
     def output_sample_rate(self) -> int:

@@ -258,7 +258,7 @@ class HfCodec(PaddedCodec):
             if is_out_of_memory(error) or isinstance(error, torch.AcceleratorError):
                 raise
             raise RunError(
-                f"{self.spec.info.name}: transformers cannot compute with its config.json: {first_line(error)}"
+                f"{self.spec.info.name}: transformers cannot compute with it: {first_line(error)}"
             ) from error
 
     def _expect(self, what: str, found: int, expected: int) -> None:
