@@ -24,6 +24,7 @@ echo
 echo "Tokens and audio are in sample_data/out: KEY.json and KEY.wav for each row of sample_data/data.jsonl."
 echo "The run's ledger, failures and summary are in sample_data/data.wav2token2wav.run."
 echo "To look and listen, open sample_data/data.wav2token2wav.run/report.html in a browser."
+echo "To go on:  . $VENV/bin/activate;  batch_tokenizer FOLDER_OF_AUDIO -o tokens;  batch_tokenizer --help"
 if [[ " $* " != *" --model_path"* ]]; then
     echo "The bundled model is small: its speech is rough. Pass --model_path for a published one."
 fi

@@ -255,6 +255,7 @@ class Codec(ABC):
 
         Raises:
             RowError: a file cannot be read, is too long, or does not fit in memory; the reason names it.
+            TypeError: ``paths`` is one path, not a list.
         """
         from batch_tokenizer.codecs.files import encode_files  # imported here, as that module needs this one
 

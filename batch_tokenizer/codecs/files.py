@@ -30,6 +30,8 @@ def encode_files(
     codec: Codec, paths: Sequence[str | os.PathLike[str]], num_quantizers: int | None
 ) -> list[npt.NDArray[np.uint16]]:
     """As ``Codec.encode_files``."""
+    if isinstance(paths, (str, bytes, os.PathLike)):
+        raise TypeError(f"paths must be a list of paths, is {paths!r}")
     info, spec = codec.info, codec.spec
     names = [os.fspath(path) for path in paths]
     codes: list[npt.NDArray[np.uint16]] = []

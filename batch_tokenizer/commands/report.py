@@ -18,7 +18,7 @@ from batch_tokenizer.quality.evaluation import Evaluation, Request, evaluate, nu
 from batch_tokenizer.records import RunError
 from batch_tokenizer.report import page, sections
 from batch_tokenizer.report.sections import RunFacts
-from batch_tokenizer.runs.finished_run import FinishedRun
+from batch_tokenizer.runs.finished_run import FinishedRun, find_run_folder
 from batch_tokenizer.runs.scored_rows import Source
 from batch_tokenizer.runtime.ledger import read_ledger
 from batch_tokenizer.storage.atomic import os_error_ends_run, replace_file
@@ -32,7 +32,7 @@ MOST_BYTES = 15_000_000
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     add = parser.add_argument
-    add("run_dir", type=Path, help="the run folder, by default named MANIFEST.TASK.run")
+    add("run_dir", type=Path, help="the run folder, by default named MANIFEST.TASK.run, or the folder of its outputs")
     add("--data_list", help="the run's manifest, where it does not lie beside the run folder")
     add("--model_path", help="the run's checkpoint; needed for sizes of codebooks and for runs that made no audio")
     add("--sample", type=int, default=24, metavar="N", help="utterances to score, if not scored yet (%(default)s)")
@@ -51,7 +51,7 @@ def main(arguments: argparse.Namespace) -> int:
     """
     check_least(arguments, listen=0)
     # 1. The run's own records.
-    run = FinishedRun.open(arguments.run_dir)
+    run = FinishedRun.open(find_run_folder(arguments.run_dir))
     manifest = run.manifest(arguments.data_list)
     facts = RunFacts.of(run, manifest, read_ledger(run.path, manifest))
     # 2. Scores of a sample, and of what was scored before. The page is also of use without them.

@@ -61,7 +61,7 @@ from batch_tokenizer.config import Dtype, RunConfig, add_options, check_least
 from batch_tokenizer.manifest.manifest import Manifest
 from batch_tokenizer.records import TASKS, LedgerEntry, RunError, Task, printable
 from batch_tokenizer.runs.checks import OutputForm
-from batch_tokenizer.runs.finished_run import FinishedRun
+from batch_tokenizer.runs.finished_run import FinishedRun, find_run_folder
 from batch_tokenizer.runtime.ledger import LedgerState, read_checksums, read_ledger
 from batch_tokenizer.runtime.ledger_writer import LedgerWriter
 from batch_tokenizer.runtime.processes import ProcessGroup
@@ -100,7 +100,10 @@ _NOT_REPAIRED = {"pending", "stray", "orphan", "recomputed", DURATION}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     add = parser.add_argument
+    add("run", type=Path, nargs="?", metavar="RUN",
+        help="the run folder, or the folder of its outputs; looked for beside the manifest when absent")  # fmt: skip
     add_options(parser, "data_list")
+    parser.set_defaults(data_list=None)  # a run that is named knows its own
     add("--task", choices=TASKS, help="of the run, where several ran on this manifest")
     add("--model_path", help="the checkpoint that the run used; the bundled default when absent")
     add("--output_dir", help="of the run: its run folder is looked for there, and beside the manifest")
@@ -123,7 +126,13 @@ def main(arguments: argparse.Namespace) -> int:
     check_least(arguments, workers=1, show=0, recompute=1)
     if arguments.dtype is not None and arguments.recompute is None:
         raise RunError("--dtype needs --recompute N, the number of rows to tokenize again")
-    run = FinishedRun.open(find_run_dir(arguments.data_list, arguments.task, arguments.run_dir, arguments.output_dir))
+    data_list: str | Path | None = arguments.data_list
+    named: Path | None = arguments.run or arguments.run_dir
+    if named is None:
+        data_list = data_list or RunConfig().data_list
+        run = FinishedRun.open(find_run_dir(data_list, arguments.task, arguments.output_dir))
+    else:
+        run = FinishedRun.open(find_run_folder(named))
     if arguments.task not in (None, run.task):
         raise RunError(f"--task {arguments.task}: run folder {run.path} is of a {run.task} run")
     spec = _open_spec(arguments.model_path, run)
@@ -143,19 +152,17 @@ def main(arguments: argparse.Namespace) -> int:
             ledger = stack.enter_context(LedgerWriter(folder.ledger_path))
         elif seems_at_work(run.path):
             log.warning("a job seems to be at work on %s: what it has not done yet will be reported", run.path)
-        manifest = run.manifest(arguments.data_list)
+        manifest = run.manifest(data_list)
         verification = Verification(run, manifest, spec, folder, ledger, arguments.content, recomputation)
         return verification.run_checks(workers=arguments.workers, show=arguments.show)
 
 
-def find_run_dir(data_list: str | Path, task: Task | None, run_dir: Path | None, output_dir: str | None = None) -> Path:
-    """The run folder that was named, or the only one in the folder of outputs and beside the manifest.
+def find_run_dir(data_list: str | Path, task: Task | None, output_dir: str | None) -> Path:
+    """The only run folder in the folder of outputs and beside the manifest.
 
     Raises:
         RunError: there is none, or several.
     """
-    if run_dir is not None:
-        return run_dir
     tasks = TASKS if task is None else (task,)
     places = (None,) if output_dir is None else (output_dir, None)
     candidates = [
@@ -169,7 +176,7 @@ def find_run_dir(data_list: str | Path, task: Task | None, run_dir: Path | None,
     if there:
         raise RunError(f"several runs of {data_list} ({', '.join(map(str, there))}): choose with --task or --run_dir")
     raise RunError(
-        f"no run folder of {data_list} ({', '.join(map(str, candidates))}): name the run's --output_dir, or --run_dir"
+        f"no run folder of {data_list} ({', '.join(map(str, candidates))}): name it, or the run's --output_dir"
     )
 
 

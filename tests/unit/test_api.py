@@ -48,6 +48,8 @@ def test_files_to_codes_and_back(codec, tmp_path):
     assert made[0].read_bytes() == wav_bytes(codec.decode(codes)[0], rate)  # the bytes of a run
     with pytest.raises(RowError, match=r"none\.wav"):
         codec.encode_files([tmp_path / "none.wav"])
+    with pytest.raises(TypeError, match="paths must be a list of paths"):
+        codec.encode_files(str(tmp_path / "a.wav"))
     with pytest.raises(ValueError, match="2 utterances for 1 paths"):
         codec.decode_to_files(codes, made[:1])
     with pytest.raises(ValueError, match=r"x\.ogg"):

@@ -499,6 +499,11 @@ class TestArguments:
         assert "choose with --task" in caplog.text
         assert run.verify("--task", run.task) == 0
 
+    def test_a_named_run_knows_its_manifest(self, run, capsys):
+        for folder in (run.run_dir, run.run_dir.parent):  # the second has the run folder in it, as outputs' folders do
+            assert main(["verify", str(folder), "--model_path", str(run.checkpoint)]) == 0
+            assert "6 = 6 done + 0 failed + 0 pending" in capsys.readouterr().out
+
     @pytest.mark.parametrize("words", [["--workers", "0"], ["--show", "-1"], ["--run_dir", "nowhere"]])
     def test_bad_values(self, run, words):
         assert run.verify(*words) == 2

@@ -1,4 +1,4 @@
-"""MiMo behind the codec protocol: its spec, its front end, and the model fed with numpy arrays."""
+"""MiMo-Audio-Tokenizer: 24 kHz, 25 frames a second, 20 codebooks; the bundled model is a small one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MOSS behind the codec protocol: its spec, its front end, the model fed with numpy arrays, whole or as streams."""
+"""MOSS-Audio-Tokenizer v1, v2 and Nano: 24 or 48 kHz, 12.5 frames a second, 16 or 32 codebooks; exact streams."""
 
 from __future__ import annotations
 

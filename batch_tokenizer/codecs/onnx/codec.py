@@ -1,4 +1,4 @@
-"""ONNX graphs behind the codec protocol: a folder of graphs in, codes and samples out.
+"""MOSS as a folder of ONNX graphs, in our, the official or the community's layout, through onnxruntime.
 
 Each utterance is computed alone, so a result cannot depend on a batch; on a CPU several run at a time, one thread each.
 Long utterances are computed by our own step graphs in pieces, exactly and in constant memory. Published graphs have no

@@ -1,4 +1,4 @@
-"""S3Tokenizer behind the codec protocol: its spec, its front end, and the model fed with numpy arrays."""
+"""S3Tokenizer v1, v2 and v3 of CosyVoice: 16 kHz, 25 or 50 frames a second, one codebook; encodes only."""
 
 from __future__ import annotations
 
