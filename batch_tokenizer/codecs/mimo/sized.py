@@ -35,7 +35,10 @@ def sized_config(name: str) -> MiMoConfig:
     try:
         return MiMoConfig.from_json(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError as error:
-        raise RunError(f"--config {name}: no such file, and no size that bench --help names") from error
+        raise RunError(
+            f"--config {name}: no such file, and no size of {', '.join(size_names())}; "
+            "bench --help names those of other codecs, for --random_weights"
+        ) from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise RunError(f"--config {name}: cannot be read as JSON: {error}") from error
 
