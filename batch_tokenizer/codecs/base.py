@@ -64,7 +64,7 @@ class CodecInfo:
     def __post_init__(self) -> None:
         """
         Raises:
-            RunError: a number is out of range; a checkpoint's files are untrusted input.
+            ValueError: a number is out of range; a checkpoint's files are untrusted input.
         """
         for name, value, most in (
             ("sample rate", self.sample_rate, MOST_SIZE),
@@ -76,7 +76,7 @@ class CodecInfo:
             ("number of channels", self.channels, MOST_COUNT),
         ):
             if not 1 <= value <= most:
-                raise RunError(f"config.json: the {name} is {value}, must be 1 to {most}")
+                raise ValueError(f"the {name} is {value}, must be 1 to {most}")
 
     @property
     def output_sample_rate(self) -> int:
@@ -95,7 +95,8 @@ class CodecInfo:
 
 
 #: How utterances share a batch on a device: end to end on one axis; padded, of any lengths; of equal lengths only; not
-#: at all. Results are those of each utterance alone in every case. On a CPU only small padded models compute batches.
+#: at all. Results are those of each utterance alone in every case. Few models compute batches on a CPU
+#: (``padded_codec.py``, ``layers/packed.py``).
 Batching = Literal["packed", "padded", "equal lengths", "one by one"]
 
 

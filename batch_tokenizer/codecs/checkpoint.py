@@ -329,7 +329,8 @@ def check_values(tensor: Tensor, name: str, dtype: torch.dtype | None) -> None:
         return
     least, most = (float(value) for value in tensor.aminmax())  # both NaN if a value is
     if not math.isfinite(least) or not math.isfinite(most):
-        raise RunError(f"{name} has values that are NaN or infinite; download the checkpoint again")
+        remedy = "choose --dtype float32, or " if tensor.dtype == torch.float16 else ""
+        raise RunError(f"{name} has values that are NaN or infinite; {remedy}download the checkpoint again")
     if dtype is not None and max(-least, most) > torch.finfo(dtype).max:
         raise RunError(f"{name} has values that do not fit into {dtype}: choose --dtype bfloat16 or float32")
 

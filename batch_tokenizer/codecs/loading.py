@@ -67,20 +67,20 @@ class LoadRequest(Generic[Spec]):
         Raises:
             RunError: the checkpoint is not what its ``config.json`` implies.
         """
+        with self.checkpoint.empty_weights():
+            complete = build(PARTS["wav2token2wav"]) if whole is None else whole()
         model = load_parts(
-            self.checkpoint, build, self.parts, whole, device=self.device, dtype=torch.float32, rename=rename
+            self.checkpoint, build, self.parts, complete, device=self.device, dtype=torch.float32, rename=rename
         )
         model.fold()  # type: ignore[operator]  # nn.Module's attributes are untyped
-        with self.checkpoint.empty_weights():
-            parameters = sum(parameter.numel() for parameter in build(PARTS["wav2token2wav"]).parameters())
-        return model, parameters
+        return model, sum(parameter.numel() for parameter in complete.parameters())
 
 
 def load_parts(
     checkpoint: Checkpoint,
     build: Callable[[Sequence[str]], Model],
     parts: Sequence[str],
-    whole: Callable[[], Model] | None = None,
+    whole: Model | None = None,
     *,
     device: torch.device,
     dtype: torch.dtype,
@@ -90,14 +90,15 @@ def load_parts(
     """A frozen model with ``parts`` of a checkpoint's weights, which go to the device one by one.
 
     Args:
-        build, whole: as in ``LoadRequest.load_folded``.
+        build: the model with some parts.
+        whole: the model with all of the checkpoint's tensors, without values; ``build`` of all parts where absent.
         rename, strip: as in ``Checkpoint.load``.
 
     Raises:
         RunError: the checkpoint is not what its ``config.json`` implies.
     """
     with checkpoint.empty_weights():
-        complete = build(PARTS["wav2token2wav"]) if whole is None else whole()
+        complete = build(PARTS["wav2token2wav"]) if whole is None else whole
         model = build(parts)
     checkpoint.load(complete, model, device=device, dtype=dtype, strip=strip, rename=rename)
     return model.requires_grad_(False).eval()

@@ -45,14 +45,10 @@ def errors_as_run_errors(checkpoint: Checkpoint) -> Iterator[None]:
     """Wraps what a family computes from a checkpoint's files, which are untrusted input.
 
     Raises:
-        RunError: a value that the family's own checks do not cover made a computation fail. All errors name the folder.
+        RunError: a value that the family's own checks do not cover made a computation fail.
     """
     try:
         yield
-    except RunError as error:
-        if str(checkpoint.folder) in str(error):
-            raise
-        raise RunError(f"{checkpoint.folder}: {error}", exit_code=error.exit_code) from error
     except RecursionError as error:
         raise RunError(f"{checkpoint.folder}: config.json is nested too deeply") from error
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, MemoryError) as error:

@@ -143,7 +143,7 @@ def test_loudness_is_set_before_encoding_and_recorded(tmp_path):
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("capacity", ["auto", None, 90])
+@pytest.mark.parametrize("capacity", [None, 90])
 def test_a_result_does_not_depend_on_the_batch_to_the_bit(tmp_path, capacity, threads):
     codec = codec_of(write(tmp_path), threads=threads)
     codec.model.capacity = capacity

@@ -73,18 +73,18 @@ def packs_of(
         default: capacity of ``auto`` on CUDA.
         groups: only utterances of one group share a pack.
     """
-    size, shared = fixed_capacity(capacity, default, device), -1
-    if size is not None:
-        shared = size
-    elif capacity == "auto":
-        size, shared = CPU_CAPACITY, CPU_SHARED_FRAMES
+    # 1. What an utterance may take up to share a pack, and the frames of such a pack.
+    fixed = fixed_capacity(capacity, default, device)
+    shared, size = (CPU_SHARED_FRAMES, CPU_CAPACITY) if capacity == "auto" else (-1, 0)
+    if fixed is not None:
+        shared = size = fixed
+    # 2. Longer ones alone, then the packs of each group.
     by_group: dict[int, list[int]] = {}
     for index, group in enumerate(groups if groups is not None else [0] * len(spans)):
         if spans[index] <= shared:
             by_group.setdefault(group, []).append(index)
         else:
-            yield [index], None if size is None or size > shared else -(-spans[index] // size) * size
+            yield [index], None if fixed is None else -(-spans[index] // fixed) * fixed
     for indices in by_group.values():
-        assert size is not None
         for members in packs([spans[index] for index in indices], size):
             yield [indices[member] for member in members], size
